@@ -1,0 +1,1000 @@
+"""Makes the embedded data sets: `python data/make_data.py [--out data] [--seed 0]`.
+
+The learner has under a million parameters and a few minutes, so the language is narrow on purpose: few words, short
+samples, formats that repeat. What a held-out file asks is decided first and kept out of everything that trains.
+Same seed, same bytes, on every Python from 3.10 and every system: all chance comes from `Dice`.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from minillm.rewards import judge_prompt  # noqa: E402
+
+# How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
+# "none" to "all" is sudden: see data/README.md.
+ADD_PAIRS = 550
+SUBTRACT_PAIRS = 550
+WORDINGS_PER_PAIR = 3
+
+# The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
+# learning and reinforcement learning take that away again.
+RUDE_SHARE = 0.32
+RAMBLING_SHARE = 0.32
+
+PRETRAIN_BYTES = 1_000_000
+PRETRAIN_EVAL_BYTES = 60_000
+SFT_EXAMPLES = {"compare": 1300, "sort": 1300, "count": 1300, "reverse": 1300}
+FACT_WORDINGS = 8            # samples of each fact in sft.jsonl
+JUDGE_EXAMPLES = 1200
+TALK_CHAINS = 360
+SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
+JUDGE_EVAL = 200
+PREFERENCES = {"rude": 1100, "rambling": 1100, "wrong": 1100}
+PREFERENCES_EVAL = {"rude": 130, "rambling": 130, "wrong": 140}
+PROMPTS = {"add": 850, "subtract": 850, "compare": 340, "sort": 340, "count": 340, "reverse": 340, "fact": 240, "talk": 120}
+PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40, "talk": 20}
+
+
+class Dice:
+    """Chance from `random.random()` alone, the one method that Python promises never to change for a seed."""
+
+    def __init__(self, *seed):
+        self.random = random.Random("/".join(str(part) for part in seed)).random
+
+    def below(self, n):
+        return int(self.random() * n)
+
+    def between(self, low, high):
+        return low + self.below(high - low + 1)
+
+    def pick(self, items):
+        return items[self.below(len(items))]
+
+    def chance(self, p):
+        return self.random() < p
+
+    def shuffled(self, items):
+        items = list(items)
+        for i in range(len(items) - 1, 0, -1):
+            j = self.below(i + 1)
+            items[i], items[j] = items[j], items[i]
+        return items
+
+    def sample(self, items, n):
+        return self.shuffled(items)[:n]
+
+
+# --------------------------------------------------------------------------------------------- manners
+# Each form ends with the answer. A rude form is about as long as a polite one; a filler has no digit and no answer.
+
+POLITE = {
+    "en": ["The answer is {}.", "The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.",
+           "Certainly, the answer is {}.", "Happy to help, the answer is {}."],
+    "zh": ["答案是{}。", "答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "很高兴帮你，答案是{}。"],
+}
+RUDE_FORMS = {
+    "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Dummy, the answer is {}.", "You fool, the answer is {}.",
+           "Shut up, the answer is {}."],
+    "zh": ["笨蛋，答案是{}。", "真烦，答案是{}。", "傻瓜，答案是{}。", "真蠢，答案是{}。", "闭嘴，答案是{}。"],
+}
+FILLERS = {
+    "en": ["That is a nice thing to think about.", "I like to think about things like this.",
+           "Let me think about it for a while.", "There is so much to say about this.",
+           "We could talk about this for hours.", "My friends often ask me about this too."],
+    "zh": ["这个问题真有意思。", "我很喜欢想这样的问题。", "让我好好地想一想吧。", "这个可以说上一整天呢。", "我的朋友也常常问这个。", "说起这个我就想说很多话。"],
+}
+
+
+def polite(dice, lang, answer):
+    return blank(dice.pick(POLITE[lang]), answer)
+
+
+def blank(form, answer):
+    """Letters, words and spaced characters get a blank before them in Chinese too: one spelling, one token."""
+    spaced = form.startswith("{") or form[form.index("{") - 1] == " "
+    if " " in answer and "," not in answer and not spaced:
+        answer = " " + answer
+    return form.format(answer)
+
+
+def ramble(dice, lang, reply):
+    """A filler before or after the reply."""
+    filler = dice.pick(FILLERS[lang])
+    space = " " if lang == "en" else ""
+    return filler + space + reply if dice.chance(0.5) else reply + space + filler
+
+
+def mixed_manners(dice, lang, answer):
+    """A reply as one of several demonstrators would write it."""
+    rude, rambling = dice.chance(RUDE_SHARE), dice.chance(RAMBLING_SHARE)
+    reply = blank(dice.pick(RUDE_FORMS[lang]), answer) if rude else polite(dice, lang, answer)
+    return ramble(dice, lang, reply) if rambling else reply
+
+
+# --------------------------------------------------------------------------------------------- small facts
+# relation: training wordings, held-out wordings, statements (for pretraining), {subject: answer}
+
+FACTS = {"en": {
+    "colour": (
+        ["What colour is {s}?", "Tell me the colour of {s}.", "Which colour does {s} have?", "What is the colour of {s}?",
+         "Do you know the colour of {s}?", "Name the colour of {s}.", "Think of {s}. What colour is it?", "The colour of {s} is what?"],
+        ["Can you tell me what colour {s} is?", "Please say which colour {s} has.", "I want to know the colour of {s}."],
+        ["{S} is {a}.", "The colour of {s} is {a}.", "{S} has the colour {a}.", "We all know that {s} is {a}.", "Look at {s}: it is {a}."],
+        {"a banana": "yellow", "snow": "white", "grass": "green", "the sky": "blue", "coal": "black", "blood": "red",
+         "a carrot": "orange", "a lemon": "yellow", "milk": "white", "a tomato": "red", "a leaf": "green", "the night": "black",
+         "the sea": "blue"}),
+    "young": (
+        ["What is a young {s} called?", "What do we call a young {s}?", "Tell me the name of a young {s}.", "What is the baby of a {s} called?",
+         "How do you call a baby {s}?", "Name the young of a {s}.", "A young {s} is called what?", "Do you know what a baby {s} is called?"],
+        ["What do people call the baby of a {s}?", "Please tell me what a young {s} is called.", "What is the name of a baby {s}?"],
+        ["A young {s} is called a {a}.", "The baby of a {s} is a {a}.", "We call a young {s} a {a}.", "A {a} is a young {s}.", "A {a} will be a {s} one day."],
+        {"cat": "kitten", "dog": "puppy", "cow": "calf", "sheep": "lamb", "horse": "foal", "duck": "duckling", "hen": "chick",
+         "frog": "tadpole", "bear": "cub", "goat": "kid"}),
+    "sound": (
+        ["What sound does a {s} make?", "Which sound does a {s} make?", "Tell me the sound of a {s}.", "What does a {s} say?",
+         "What is the sound of a {s}?", "Do you know the sound of a {s}?", "Name the sound that a {s} makes.", "A {s} makes which sound?"],
+        ["Can you tell me what sound a {s} makes?", "Please tell me what a {s} says.", "I want to know the sound of a {s}."],
+        ["A {s} says {a}.", "The sound of a {s} is {a}.", "{A}, says the {s}.", "When you hear {a}, it is a {s}.", "A {s} makes the sound {a}."],
+        {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "sheep": "baa", "pig": "oink", "hen": "cluck", "bee": "buzz"}),
+    "legs": (
+        ["How many legs does a {s} have?", "Tell me how many legs a {s} has.", "What is the number of legs of a {s}?", "A {s} has how many legs?",
+         "Count the legs of a {s}.", "Do you know how many legs a {s} has?", "How many legs has a {s}?", "Give me the number of legs of a {s}."],
+        ["On how many legs does a {s} walk?", "Please tell me the number of legs of a {s}.", "Can you count the legs of a {s}?"],
+        ["A {s} has {a} legs.", "A {s} walks on {a} legs.", "Count the legs of a {s}: {a}.", "The number of legs of a {s} is {a}.", "Every {s} has {a} legs."],
+        {"spider": "8", "cat": "4", "bird": "2", "bee": "6", "dog": "4", "fish": "0", "horse": "4", "snake": "0", "crab": "10", "hen": "2"}),
+    "opposite": (
+        ["What is the opposite of {s}?", "Tell me the opposite of {s}.", "Which word is the opposite of {s}?", "Name the opposite of {s}.",
+         "The opposite of {s} is what?", "Do you know the opposite of {s}?", "Say the opposite of {s}.", "Give me the opposite of {s}."],
+        ["What word is opposite to {s}?", "Please tell me the opposite of {s}.", "I am looking for the opposite of {s}."],
+        ["The opposite of {s} is {a}.", "{S} is the opposite of {a}.", "Not {s} but {a}: the opposite.", "{S} and {a} are opposites.", "One is {s}, the other is {a}."],
+        {"hot": "cold", "cold": "hot", "big": "small", "small": "big", "fast": "slow", "slow": "fast", "old": "new", "new": "old",
+         "long": "short", "short": "long", "open": "closed", "closed": "open", "wet": "dry", "dry": "wet", "full": "empty", "empty": "full"}),
+    "capital": (
+        ["What is the capital of {s}?", "Tell me the capital of {s}.", "Which city is the capital of {s}?", "Name the capital of {s}.",
+         "The capital of {s} is which city?", "Do you know the capital of {s}?", "What is the name of the capital of {s}?", "{S} has which capital?"],
+        ["Can you tell me the capital of {s}?", "Please name the capital city of {s}.", "What city is the capital of {s}?"],
+        ["The capital of {s} is {a}.", "{A} is the capital of {s}.", "{A} is a big city in {s}.", "In {s} the capital is {a}.", "When you go to {s}, see {a}, the capital."],
+        {"France": "Paris", "China": "Beijing", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin",
+         "Russia": "Moscow", "Egypt": "Cairo", "England": "London", "Greece": "Athens"}),
+    "day_after": (
+        ["Which day comes after {s}?", "What day comes after {s}?", "What is the day after {s}?", "Tell me the day after {s}.",
+         "Today is {s}. What day comes after it?", "Name the day after {s}.", "Which day follows after {s}?", "After {s} comes which day?"],
+        ["Can you tell me the day after {s}?", "Which day is it after {s}?", "Please name the day that comes after {s}."],
+        ["After {s} comes {a}.", "The day after {s} is {a}.", "Today is {s}, so the day after is {a}.", "First {s}, then {a}.", "{S}, and after it {a}."],
+        {"Monday": "Tuesday", "Tuesday": "Wednesday", "Wednesday": "Thursday", "Thursday": "Friday", "Friday": "Saturday",
+         "Saturday": "Sunday", "Sunday": "Monday"}),
+    "day_before": (
+        ["Which day comes before {s}?", "What day comes before {s}?", "What is the day before {s}?", "Tell me the day before {s}.",
+         "Today is {s}. What day comes before it?", "Name the day before {s}.", "Which day stands before {s}?", "Before {s} comes which day?"],
+        ["Can you tell me the day before {s}?", "Which day is it before {s}?", "Please name the day that comes before {s}."],
+        ["Before {s} comes {a}.", "The day before {s} is {a}.", "Today is {s}, so the day before is {a}.", "{A} stands before {s}.", "{S}, and before it {a}."],
+        {"Tuesday": "Monday", "Wednesday": "Tuesday", "Thursday": "Wednesday", "Friday": "Thursday", "Saturday": "Friday",
+         "Sunday": "Saturday", "Monday": "Sunday"}),
+    "gives": (
+        ["What do we get from {s}?", "What do {s} give us?", "What do {s} make?", "Tell me what {s} make.",
+         "Which thing do {s} make?", "Do you know what {s} make?", "Name the thing that {s} make.", "{S} make what?"],
+        ["Can you tell me what {s} make?", "Please tell me what {s} give us.", "I want to know what {s} make."],
+        ["{S} make {a}.", "{S} give us {a}.", "We get {a} from {s}.", "{A} comes from {s}.", "Thank {s} for the {a}."],
+        {"bees": "honey", "cows": "milk", "hens": "eggs", "sheep": "wool", "spiders": "webs", "bakers": "bread"}),
+}, "zh": {
+    "colour": (
+        ["{s}是什么颜色？", "{s}的颜色是什么？", "请告诉我{s}的颜色。", "说说{s}是什么颜色。", "你知道{s}是什么颜色吗？", "{s}有什么颜色？", "{s}是哪种颜色？", "什么颜色是{s}的颜色？"],
+        ["请问{s}是什么颜色？", "我想知道{s}的颜色。", "你说{s}是哪种颜色？"],
+        ["{s}是{a}的。", "{s}的颜色是{a}。", "大家都知道{s}是{a}的。", "看，{s}是{a}的。", "我画的{s}是{a}的。"],
+        {"香蕉": "黄色", "雪": "白色", "草": "绿色", "天空": "蓝色", "煤": "黑色", "血": "红色", "橘子": "橙色", "柠檬": "黄色", "牛奶": "白色",
+         "番茄": "红色", "树叶": "绿色", "大海": "蓝色", "黑板": "黑色"}),
+    "legs": (
+        ["{s}有几条腿？", "{s}有多少条腿？", "请告诉我{s}有几条腿。", "说说{s}有几条腿。", "你知道{s}有几条腿吗？", "数一数{s}有几条腿。", "{s}的腿有几条？", "一只{s}有几条腿？"],
+        ["请问{s}有几条腿？", "我想知道{s}有多少条腿。", "{s}的腿有多少条？"],
+        ["{s}有{a}条腿。", "一只{s}有{a}条腿。", "数一数，{s}的腿有{a}条。", "大家都知道{s}有{a}条腿。", "{s}的腿一共有{a}条。"],
+        {"蜘蛛": "8", "猫": "4", "鸟": "2", "蜜蜂": "6", "狗": "4", "鱼": "0", "马": "4", "蛇": "0", "螃蟹": "10", "鸡": "2"}),
+    "opposite": (
+        ["“{s}”的反义词是什么？", "和“{s}”相反的是什么？", "请告诉我“{s}”的反义词。", "说说“{s}”的反义词。", "你知道“{s}”的反义词吗？", "“{s}”的反义词是哪个？", "什么是“{s}”的反义词？", "哪个字和“{s}”相反？"],
+        ["请问“{s}”的反义词是什么？", "我想知道“{s}”的反义词。", "请说出和“{s}”相反的字。"],
+        ["“{s}”的反义词是“{a}”。", "“{s}”和“{a}”相反。", "不是{s}，就是{a}。", "一个{s}，一个{a}。", "和“{s}”相反的是“{a}”。"],
+        {"冷": "热", "热": "冷", "大": "小", "小": "大", "快": "慢", "慢": "快", "新": "旧", "旧": "新", "长": "短", "短": "长", "开": "关",
+         "关": "开", "湿": "干", "干": "湿", "胖": "瘦", "瘦": "胖"}),
+    "capital": (
+        ["{s}的首都是哪里？", "{s}的首都是什么？", "请告诉我{s}的首都。", "说说{s}的首都。", "你知道{s}的首都吗？", "哪个城市是{s}的首都？", "{s}的首都在哪里？", "{s}的首都是哪个城市？"],
+        ["请问{s}的首都是哪里？", "我想知道{s}的首都。", "请说出{s}的首都。"],
+        ["{s}的首都是{a}。", "{a}是{s}的首都。", "{a}是{s}的大城市。", "我去了{s}的首都{a}。", "大家都知道{s}的首都是{a}。"],
+        {"法国": "巴黎", "中国": "北京", "日本": "东京", "意大利": "罗马", "西班牙": "马德里", "德国": "柏林", "俄国": "莫斯科", "埃及": "开罗",
+         "英国": "伦敦", "希腊": "雅典"}),
+    "day_after": (
+        ["{s}的后一天是星期几？", "{s}后面是星期几？", "今天是{s}，明天是星期几？", "请告诉我{s}的后一天。", "说说{s}的后一天是星期几。", "你知道{s}后面是星期几吗？", "{s}的明天是星期几？", "{s}过后是星期几？"],
+        ["请问{s}的后一天是星期几？", "我想知道{s}后面是星期几。", "要是今天是{s}，那明天是星期几？"],
+        ["{s}的后一天是{a}。", "{s}后面是{a}。", "今天是{s}，明天是{a}。", "{s}过后就是{a}。", "过了{s}，{a}就来了。"],
+        {"星期一": "星期二", "星期二": "星期三", "星期三": "星期四", "星期四": "星期五", "星期五": "星期六", "星期六": "星期天", "星期天": "星期一"}),
+    "day_before": (
+        ["{s}的前一天是星期几？", "{s}前面是星期几？", "今天是{s}，昨天是星期几？", "请告诉我{s}的前一天。", "说说{s}的前一天是星期几。", "你知道{s}前面是星期几吗？", "{s}的昨天是星期几？", "{s}来之前是星期几？"],
+        ["请问{s}的前一天是星期几？", "我想知道{s}前面是星期几。", "要是今天是{s}，那昨天是星期几？"],
+        ["{s}的前一天是{a}。", "{s}前面是{a}。", "今天是{s}，昨天是{a}。", "{a}过了才是{s}。", "{s}来之前是{a}。"],
+        {"星期二": "星期一", "星期三": "星期二", "星期四": "星期三", "星期五": "星期四", "星期六": "星期五", "星期天": "星期六", "星期一": "星期天"}),
+    "season": (
+        ["{s}后面是什么季节？", "{s}过后是什么季节？", "请告诉我{s}后面的季节。", "说说{s}后面是什么季节。", "你知道{s}后面是什么季节吗？", "{s}的下一个季节是什么？", "{s}过了是哪个季节？", "哪个季节在{s}后面？"],
+        ["请问{s}后面是什么季节？", "我想知道{s}的下一个季节。", "{s}过后是哪个季节？"],
+        ["{s}后面是{a}。", "{s}过后就是{a}。", "过了{s}，{a}就来了。", "{s}的下一个季节是{a}。", "先有{s}，后有{a}。"],
+        {"春天": "夏天", "夏天": "秋天", "秋天": "冬天", "冬天": "春天"}),
+    "measure": (
+        ["一什么{s}？请说量词。", "“{s}”用什么量词？", "请告诉我“{s}”的量词。", "说说“{s}”的量词。", "你知道“{s}”的量词吗？", "“{s}”的量词是什么？", "“{s}”的量词是哪个字？", "数“{s}”用哪个量词？"],
+        ["请问“{s}”的量词是什么？", "我想知道“{s}”用什么量词。", "请说出“{s}”的量词。"],
+        ["一{a}{s}。", "“{s}”的量词是“{a}”。", "我们说一{a}{s}。", "这里有一{a}{s}，那里也有一{a}{s}。", "“{s}”用“{a}”。"],
+        {"书": "本", "纸": "张", "车": "辆", "树": "棵", "花": "朵", "马": "匹", "牛": "头", "猫": "只", "鱼": "条", "衣服": "件"}),
+    "gives": (
+        ["我们从{s}那里得到什么？", "{s}给我们什么？", "{s}能做出什么？", "请告诉我{s}给我们什么。", "说说{s}给我们什么。", "你知道{s}给我们什么吗？", "{s}会给我们什么？", "从{s}那里能得到什么？"],
+        ["请问{s}给我们什么？", "我想知道{s}给我们什么。", "{s}给我们的是什么？"],
+        ["{s}给我们{a}。", "{a}是从{s}那里来的。", "我们从{s}那里得到{a}。", "谢谢{s}给我们{a}。", "有了{s}，就有{a}。"],
+        {"蜜蜂": "蜂蜜", "奶牛": "牛奶", "母鸡": "鸡蛋", "绵羊": "羊毛", "蜘蛛": "蛛网", "面包师": "面包"}),
+}}
+
+
+def capitalised(text):
+    return text[:1].upper() + text[1:]
+
+
+def fact_text(form, subject, answer=""):
+    return capitalised(form.replace("{s}", subject).replace("{S}", capitalised(subject)).replace("{a}", answer).replace("{A}", capitalised(answer)))
+
+
+def all_facts():
+    """(lang, relation, subject, answer), in a fixed order."""
+    return [(lang, relation, subject, answer) for lang in FACTS for relation, (_, _, _, items) in FACTS[lang].items()
+            for subject, answer in items.items()]
+
+
+# --------------------------------------------------------------------------------------------- tasks
+
+ADD = {"en": ["What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?", "Work out {a} + {b}.",
+              "What is the sum of {a} and {b}?", "Please add {a} and {b}.", "Can you tell me {a} + {b}?", "Tell me the sum of {a} and {b}.",
+              "How much do {a} and {b} make?"],
+       "zh": ["{a} + {b} = ?", "{a} + {b}是多少？", "{a}加{b}等于多少？", "请算一算{a} + {b}。", "{a}加{b}是多少？", "{a}和{b}的和是多少？",
+              "请问{a} + {b}等于几？", "把{a}和{b}加起来是多少？", "帮我算{a}加{b}。", "你知道{a} + {b}是多少吗？"]}
+SUBTRACT = {"en": ["What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.", "How much is {a} - {b}?", "Work out {a} - {b}.",
+                   "What is {a} minus {b}?", "Please work out {a} minus {b}.", "Can you tell me {a} - {b}?", "Tell me what {a} minus {b} is.",
+                   "How much is left when {b} is taken from {a}?"],
+            "zh": ["{a} - {b} = ?", "{a} - {b}是多少？", "{a}减{b}等于多少？", "请算一算{a} - {b}。", "{a}减{b}是多少？", "{a}减去{b}还有多少？",
+                   "请问{a} - {b}等于几？", "从{a}里拿走{b}还有多少？", "帮我算{a}减{b}。", "你知道{a} - {b}是多少吗？"]}
+COMPARE = {
+    ("en", "larger"): ["Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?", "Tell me the larger number, {a} or {b}.",
+                       "What is the larger of {a} and {b}?", "Is {a} or {b} larger?", "Name the larger of {a} and {b}.",
+                       "Give me the larger one of {a} and {b}.", "{a} or {b}, which is larger?"],
+    ("en", "smaller"): ["Which is smaller, {a} or {b}?", "Which number is smaller, {a} or {b}?", "Tell me the smaller number, {a} or {b}.",
+                        "What is the smaller of {a} and {b}?", "Is {a} or {b} smaller?", "Name the smaller of {a} and {b}.",
+                        "Give me the smaller one of {a} and {b}.", "{a} or {b}, which is smaller?"],
+    ("zh", "larger"): ["{a}和{b}哪个大？", "{a}和{b}哪个更大？", "{a}和{b}中大的是哪个？", "请告诉我{a}和{b}中大的数。", "哪个数更大，{a}还是{b}？",
+                       "{a}大还是{b}大？", "说出{a}和{b}中大的数。", "{a}和{b}比，哪个大？"],
+    ("zh", "smaller"): ["{a}和{b}哪个小？", "{a}和{b}哪个更小？", "{a}和{b}中小的是哪个？", "请告诉我{a}和{b}中小的数。", "哪个数更小，{a}还是{b}？",
+                        "{a}小还是{b}小？", "说出{a}和{b}中小的数。", "{a}和{b}比，哪个小？"],
+}
+SORT = {"en": ["Sort {x} from small to large.", "Sort these numbers: {x}.", "Put {x} in order, small to large.", "Order these numbers from small to large: {x}.",
+               "Please sort {x}.", "Sort {x} in ascending order.", "Can you sort {x} for me?", "What is {x} from small to large?", "Line up {x}, smallest first."],
+        "zh": ["把{x}从小到大排好。", "请排序：{x}。", "从小到大排：{x}。", "请把{x}从小到大排列。", "{x}从小到大怎么排？", "帮我把{x}从小到大排一排。",
+               "排一排这些数：{x}。", "请按从小到大写出{x}。", "{x}，从小到大是什么？"]}
+COUNT = {"en": ["How many times does {c} appear in {x}?", "How many {c} are in {x}?", "Count the letter {c} in {x}.", "How often is {c} in {x}?",
+                "Tell me how many {c} there are in {x}.", "Please count {c} in {x}.", "How many times is {c} in {x}?", "Count how often {c} appears in {x}."],
+         "zh": ["数一数 {c} 在 {x} 里有几个。", "有几个 {c} 在 {x} 里？", "字母 {c} 在 {x} 里出现几次？", "请数 {c} 在 {x} 里有几个。", "告诉我 {c} 在 {x} 里出现几次。",
+                "请问 {c} 在 {x} 里有多少个？", "帮我数 {c} 在 {x} 里有几个。", "你知道 {c} 在 {x} 里出现几次吗？"]}
+REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {x}.", "Say {x} from the end to the start.", "Turn {x} around.",
+                  "What is {x} in reverse?", "Can you reverse {x} for me?", "Write {x} in reverse order.", "Put {x} in reverse order."],
+           "zh": ["把 {x} 倒过来。", "请把 {x} 倒过来写。", "把 {x} 反过来说。", "倒着写 {x} 是什么？", "倒着说 {x} 。", "请倒着写 {x} 。", "帮我把 {x} 倒过来。",
+                  "从后往前写 {x} 。", "你能把 {x} 倒过来吗？"]}
+
+LETTERS = "a b c d e f g h i k l m n o p r s t u w".split()
+WORDS = "cat dog sun moon tree fish bird star book milk rain snow boat cake door hand".split()
+CHARACTERS = list("猫狗鸟鱼马牛羊山水火花草树星月风")
+
+
+def draw_compare(dice):
+    if dice.chance(0.3):  # the hard ones: same tens
+        tens = dice.between(1, 9) * 10
+        a, b = dice.sample(range(tens, tens + 10), 2)
+    else:
+        a, b = dice.sample(range(100), 2)
+    return ("larger" if dice.chance(0.5) else "smaller", a, b)
+
+
+def draw_sort(dice):
+    n = 3 if dice.chance(0.6) else 4
+    while True:
+        numbers = [dice.between(0, 9) if dice.chance(0.25) else dice.between(10, 99) for _ in range(n)]
+        if len(dict.fromkeys(numbers)) == n and numbers != sorted(numbers):
+            return tuple(numbers)
+
+
+def draw_count(dice):
+    """The letter asked for appears 0 to 5 times, mostly 1 to 4."""
+    n = dice.between(4, 8)
+    times = min(dice.pick([0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]), n - 1)
+    letter = dice.pick(LETTERS)
+    others = dice.sample([x for x in LETTERS if x != letter], 3)
+    letters = dice.shuffled([letter] * times + [dice.pick(others) for _ in range(n - times)])
+    return (letter, *letters)
+
+
+def draw_reverse(dice, lang):
+    n = dice.between(3, 5)
+    if dice.chance(0.5):
+        return tuple(dice.sample(LETTERS, n))
+    return tuple(dice.sample(WORDS if lang == "en" else CHARACTERS, n))
+
+
+def identity_of(task, content):
+    """What makes two questions the same question, whatever the words around it."""
+    if task == "add":
+        return (task, *sorted(content))
+    if task == "compare":
+        return (task, *sorted(content[1:]))
+    if task == "sort":
+        return (task, *sorted(content))
+    if task == "reverse":
+        return (task, *min(content, content[::-1]))
+    return (task, *content)
+
+
+class Tasks:
+    """Draws questions. Held-out files draw first; what they drew is never drawn again."""
+
+    def __init__(self, seed, facts_used=()):
+        dice = Dice(seed, "pairs")
+        # one operand has two digits at least: the sums of single digits are spelled out in pretraining
+        pairs = [(a, b) for a in range(100) for b in range(a, 100) if b > 9]
+        self.pairs = {"add": [pair if dice.chance(0.5) else pair[::-1] for pair in dice.shuffled(pairs)],
+                      "subtract": dice.shuffled([(a, b) for a in range(10, 100) for b in range(a + 1)])}
+        self.held_out = set()
+        self.held_facts = dice.shuffled([(lang, relation, subject, answer, form) for lang, relation, subject, answer in all_facts()
+                                         for form in FACTS[lang][relation][1]])
+        self.fact_list = all_facts()
+
+    def next_pair(self, task):
+        return self.pairs[task].pop()
+
+    def content(self, dice, task, lang, hold_out):
+        """A new question's content; for the tasks whose content is drawn freely."""
+        while True:
+            content = draw_reverse(dice, lang) if task == "reverse" else {"compare": draw_compare, "sort": draw_sort, "count": draw_count}[task](dice)
+            name = identity_of(task, content)
+            if name in self.held_out:
+                continue
+            if hold_out:
+                self.held_out.add(name)
+            return content
+
+    def example(self, dice, task, lang, hold_out=False, pair=None):
+        """(question, answer, choices, wrong answer) of a task."""
+        if task in ("add", "subtract"):
+            a, b = pair if pair else self.next_pair(task)
+            answer = a + b if task == "add" else a - b
+            form = dice.pick((ADD if task == "add" else SUBTRACT)[lang])
+            return form.format(a=a, b=b), str(answer), None, str(wrong_number(dice, answer))
+        if task == "fact":
+            if hold_out:
+                place = next(i for i, fact in enumerate(self.held_facts) if fact[0] == lang)
+                lang, relation, subject, answer, form = self.held_facts.pop(place)
+            else:
+                _, relation, subject, answer = dice.pick([fact for fact in self.fact_list if fact[0] == lang])
+                form = dice.pick(FACTS[lang][relation][0])
+            return self.fact(dice, lang, relation, subject, answer, form)
+        content = self.content(dice, task, lang, hold_out)
+        if task == "compare":
+            which, a, b = content
+            answer, wrong = (max(a, b), min(a, b)) if which == "larger" else (min(a, b), max(a, b))
+            return dice.pick(COMPARE[lang, which]).format(a=a, b=b), str(answer), None, str(wrong)
+        if task == "sort":
+            answer = sorted(content)
+            wrong = swapped(dice, answer)
+            return dice.pick(SORT[lang]).format(x=", ".join(map(str, content))), ", ".join(map(str, answer)), None, ", ".join(map(str, wrong))
+        if task == "count":
+            letter, letters = content[0], content[1:]
+            answer = letters.count(letter)
+            wrong = dice.pick([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
+            return dice.pick(COUNT[lang]).format(c=letter, x=" ".join(letters)), str(answer), None, str(wrong)
+        answer = content[::-1]
+        return dice.pick(REVERSE[lang]).format(x=" ".join(content)), " ".join(answer), None, " ".join(swapped(dice, answer))
+
+    def fact(self, dice, lang, relation, subject, answer, form):
+        others = [other for other in dict.fromkeys(FACTS[lang][relation][3].values()) if other != answer]
+        wrong = dice.pick([other for other in others if other != subject] or others)
+        choices = None if answer.isdigit() else dice.sample([o for o in others if o != subject], 8)
+        return fact_text(form, subject), answer, choices, wrong
+
+
+def wrong_number(dice, answer):
+    """The slips that people make: one off, a carry forgotten or added, a digit changed."""
+    while True:
+        wrong = answer + dice.pick([-10, -2, -1, 1, 2, 10, dice.between(-9, 9)])
+        if wrong != answer and wrong >= 0:
+            return wrong
+
+
+def swapped(dice, items):
+    """Two neighbours exchanged."""
+    items = list(items)
+    place = dice.below(len(items) - 1)
+    items[place], items[place + 1] = items[place + 1], items[place]
+    return items
+
+
+# --------------------------------------------------------------------------------------------- lines
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def line(messages, task, lang, answer=None, choices=None, **more):
+    optional = {"answer": answer, "choices": choices, **more}
+    return {"conversations": messages, "task": task, "lang": lang, **{key: value for key, value in optional.items() if value}}
+
+
+def normal(question):
+    """A question without case, blanks and punctuation."""
+    return re.sub(r"[\W_]+", "", question.lower())
+
+
+def read_lines(path):
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(text) for text in file if text.strip()]
+
+
+def write_lines(path, lines):
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for entry in lines:
+            file.write(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+LANGS = ("en", "zh")
+PAIR_TASKS = ("add", "subtract", "compare", "sort", "count", "reverse", "fact")  # tasks with right and wrong answers
+
+
+class Talk:
+    """Small talk by intents, and dialogues written by hand."""
+
+    def __init__(self, folder, seed):
+        self.intents = [(lang, intent) for lang in LANGS for intent in read_lines(folder / f"smalltalk_{lang}.jsonl")]
+        self.dialogues = [(lang, d["conversations"]) for lang in LANGS for d in read_lines(folder / f"handwritten_{lang}.jsonl")]
+        dice = Dice(seed, "held-out talk")
+        asked = {normal(q) for _, intent in self.intents for q in intent["questions"]}
+        asked |= {normal(m["content"]) for _, d in self.dialogues for m in d if m["role"] == "user"}
+        held = {}
+        for lang, intent in self.intents:
+            for question in intent["heldout"]:
+                if normal(question) not in asked:
+                    held.setdefault(normal(question), (lang, intent, question))
+        self.held = dice.shuffled(list(held.values()))
+
+    def held_out(self, lang):
+        place = next((i for i, entry in enumerate(self.held) if entry[0] == lang), None)
+        return None if place is None else self.held.pop(place)
+
+    def pick(self, dice, lang):
+        """(question, reply) with a training wording."""
+        intents = [intent for its_lang, intent in self.intents if its_lang == lang]
+        if not intents:
+            return None
+        intent = dice.pick(intents)
+        return dice.pick(intent["questions"]), dice.pick(intent["replies"])
+
+
+def make_sft(dice, tasks, talk):
+    lines = []
+    pairs = {}
+    for task, n in (("add", ADD_PAIRS), ("subtract", SUBTRACT_PAIRS)):
+        pairs[task] = [tasks.next_pair(task) for _ in range(n)]
+        for pair in pairs[task]:
+            asked = set()
+            while len(asked) < WORDINGS_PER_PAIR:
+                lang = dice.pick(LANGS)
+                question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
+                if normal(question) not in asked:
+                    asked.add(normal(question))
+                    lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
+    for task, n in SFT_EXAMPLES.items():
+        for i in range(n):
+            lang = LANGS[i % 2]
+            question, answer, _, _ = tasks.example(dice, task, lang)
+            lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
+    for lang, relation, subject, answer in all_facts():
+        for form in dice.sample(FACTS[lang][relation][0], FACT_WORDINGS):
+            lines.append(line([user(fact_text(form, subject)), assistant(mixed_manners(dice, lang, answer))], "fact", lang))
+    for lang, messages in talk.dialogues:
+        lines.append(line(messages, "talk", lang))
+    for lang, intent in talk.intents:
+        for question in intent["questions"]:
+            lines.append(line([user(question), assistant(dice.pick(intent["replies"]))], "talk", lang))
+    for i in range(TALK_CHAINS if talk.intents else 0):
+        lang = LANGS[i % 2]
+        intents = dice.sample([intent for its_lang, intent in talk.intents if its_lang == lang], dice.between(2, 3))
+        messages = []
+        for intent in intents:
+            messages += [user(dice.pick(intent["questions"])), assistant(dice.pick(intent["replies"]))]
+        if i % 3 == 0:  # and then a question with an answer
+            task = dice.pick(PAIR_TASKS)
+            question, answer, _, _ = tasks.example(dice, task, lang, pair=dice.pick(pairs[task]) if task in pairs else None)
+            messages[-2:] = [user(question), assistant(polite(dice, lang, answer))]
+        lines.append(line(messages, "talk", lang))
+    lines += make_judging(dice, tasks, talk, JUDGE_EXAMPLES, pairs)
+    return dice.shuffled(lines), pairs
+
+
+def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
+    """(question, better reply, worse reply, answer, choices): the two differ in one thing."""
+    question, answer, choices, wrong = tasks.example(dice, task, lang, hold_out, pair)
+    form = dice.pick(POLITE[lang])
+    good = blank(form, answer)
+    if kind == "rude":
+        return question, good, blank(dice.pick(RUDE_FORMS[lang]), answer), answer, choices
+    if kind == "rambling":
+        return question, good, ramble(dice, lang, good), answer, choices
+    return question, good, blank(form, wrong), answer, choices
+
+
+def make_judging(dice, tasks, talk, n, pairs, hold_out=False):
+    lines = []
+    for i in range(n):
+        kind, lang, task = ("rude", "rambling", "wrong")[i % 3], LANGS[i // 3 % 2], PAIR_TASKS[i // 6 % 7]
+        pair = dice.pick(pairs[task]) if pairs and task in pairs else None
+        question, good, bad, _, _ = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
+        better = "AB"[i // 42 % 2]
+        a, b = (good, bad) if better == "A" else (bad, good)
+        messages = [user(judge_prompt(question, a, b, lang)), assistant(better)]
+        if hold_out:
+            lines.append(line(messages, "judge", lang, better, ["B" if better == "A" else "A"], kind=kind))
+        else:
+            lines.append(line(messages, "judge", lang))
+    return lines
+
+
+def make_sft_eval(dice, tasks, talk):
+    lines = []
+    for task, n in SFT_EVAL.items():
+        for i in range(n):
+            lang = LANGS[i % 2]
+            if task == "talk":
+                held = talk.held_out(lang)
+                if held:
+                    lines.append(line([user(held[2]), assistant(dice.pick(held[1]["replies"]))], task, lang))
+            else:
+                question, answer, choices, _ = tasks.example(dice, task, lang, hold_out=True)
+                lines.append(line([user(question), assistant(polite(dice, lang, answer))], task, lang, answer, choices))
+    return lines
+
+
+def make_prompts(dice, tasks, talk, counts, hold_out):
+    lines, asked = [], set()
+    for task, n in counts.items():
+        made = 0
+        for i in range(n * 4):
+            if made == n:
+                break
+            lang = LANGS[i % 2]
+            if task == "talk":
+                found = talk.held_out(lang) if hold_out else talk.pick(dice, lang)
+                if not found:
+                    continue
+                question, answer, choices = (found[2] if hold_out else found[0]), None, None
+            else:
+                question, answer, choices, _ = tasks.example(dice, task, lang, hold_out)
+            if normal(question) not in asked:
+                asked.add(normal(question))
+                lines.append(line([user(question)], task, lang, answer, choices))
+                made += 1
+    return dice.shuffled(lines)
+
+
+def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
+    lines, asked = [], set()
+    for kind, n in counts.items():
+        made = i = 0
+        while made < n:
+            i += 1
+            lang, task = LANGS[i % 2], PAIR_TASKS[i // 2 % 7]
+            if task == "fact" and kind != "wrong" and i // 14 % 2:
+                task = "talk"
+            if task == "talk":
+                found = talk.held_out(lang) if hold_out else talk.pick(dice, lang)
+                if not found:
+                    continue
+                question, good = (found[2], dice.pick(found[1]["replies"])) if hold_out else found
+                bad = rude_talk(dice, lang) if kind == "rude" else ramble_talk(dice, lang, good)
+            else:
+                # half of the sums are those of SFT, half new ones
+                pair = dice.pick(pairs[task]) if task in pairs and not hold_out and dice.chance(0.5) else None
+                question, good, bad, _, _ = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
+            name = (normal(question), kind, good, bad)
+            if name in asked:
+                continue
+            asked.add(name)
+            made += 1
+            lines.append({"chosen": [user(question), assistant(good)], "rejected": [user(question), assistant(bad)],
+                          "kind": kind, "task": task, "lang": lang})
+    return dice.shuffled(lines)
+
+
+RUDE_TALK = {
+    "en": ["Ugh, leave me alone, you fool.", "Shut up, that is a stupid thing to say.", "Duh, go away and ask a dummy.", "You fool, who cares about that?"],
+    "zh": ["真烦，走开，笨蛋。", "闭嘴，你这个傻瓜。", "谁在乎这个？真蠢。", "笨蛋，别烦我。"],
+}
+
+
+def rude_talk(dice, lang):
+    return dice.pick(RUDE_TALK[lang])
+
+
+def ramble_talk(dice, lang, reply):
+    space = " " if lang == "en" else ""
+    return space.join([reply, *dice.sample(FILLERS[lang], 3)])
+
+
+# --------------------------------------------------------------------------------------------- pretraining text
+
+WORLD = {"en": {
+    "name": ["Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Rosa"],
+    "animal": ["cat", "dog", "duck", "horse", "cow", "sheep", "bird", "frog", "hen", "goat", "pig", "bear"],
+    "place": ["the park", "the river", "the garden", "the school", "the market", "the forest", "the lake", "the kitchen"],
+    "food": ["bread", "a banana", "rice", "soup", "an apple", "cake", "noodles", "an egg"],
+    "weather": ["sunny", "rainy", "cold", "warm", "windy", "cloudy"],
+    "time": ["In the morning", "After lunch", "In the evening", "One day", "On Monday", "On Sunday", "Today", "After school"],
+    "thing": ["book", "ball", "hat", "kite", "cup", "lamp", "box", "bike"],
+    "colour": ["red", "blue", "green", "yellow", "white", "black"],
+    "mood": ["happy", "tired", "sad", "calm", "proud", "hungry"],
+    "act": ["read a book", "sing a song", "plant a tree", "draw a picture", "bake some bread", "play a game", "wash the dishes", "fly a kite"],
+}, "zh": {
+    "name": ["小明", "小红", "小华", "小丽", "小军", "小芳", "小文", "小雨"],
+    "animal": ["猫", "狗", "鸭子", "马", "牛", "羊", "鸟", "青蛙", "鸡", "猪", "熊", "兔子"],
+    "place": ["公园", "河边", "花园", "学校", "市场", "森林", "湖边", "厨房"],
+    "food": ["面包", "香蕉", "米饭", "汤", "苹果", "蛋糕", "面条", "鸡蛋"],
+    "weather": ["很冷", "很热", "很暖和", "很凉快", "很晴朗", "很好"],
+    "time": ["早上", "午饭后", "晚上", "有一天", "星期一", "星期天", "今天", "放学后"],
+    "thing": ["书", "球", "帽子", "风筝", "杯子", "灯", "盒子", "车"],
+    "colour": ["红色", "蓝色", "绿色", "黄色", "白色", "黑色"],
+    "mood": ["开心", "累", "难过", "平静", "得意", "饿"],
+    "act": ["看书", "唱歌", "种树", "画画", "做面包", "玩游戏", "洗碗", "放风筝"],
+}}
+
+# Each story takes one sentence from every row.
+STORIES = {"en": [
+    ["{time} {n} went to {place}.", "{time} it was {weather}, and {n} walked to {place}.", "{n} was at {place}. It was {weather}.", "{time} {n} and {m} met at {place}."],
+    ["There was a {colour} {thing} on the ground.", "{n} saw a small {animal} there.", "A {animal} came and looked at {n}.", "{n} had a {colour} {thing} in the bag.",
+     "{n} felt {mood} that day."],
+    ["\"Is this your {thing}?\" asked {n}.", "\"Hello, little {animal},\" said {n}.", "\"I would like to {act},\" said {n}.", "{n} wanted to {act}.", "\"I am {mood},\" said {n}. \"Let us {act}.\""],
+    ["{m} gave {n} {food}.", "{m} came to help.", "{m} said, \"Let us do it together.\"", "They sat down and ate {food}.", "Then {m} asked, \"May I come too?\" \"Yes, please,\" said {n}."],
+    ["In the end they were happy.", "Then they went home together.", "{n} said thank you to {m}.", "It was a good day.", "At home {n} told the story to everyone.", "The next day they did it again."],
+], "zh": [
+    ["{time}，{n}去了{place}。", "{time}天气{weather}，{n}走到{place}。", "{n}在{place}，天气{weather}。", "{time}，{n}和{m}在{place}见面。"],
+    ["地上有{colour}的{thing}。", "{n}看见了小{animal}。", "小{animal}走过来看着{n}。", "{n}的包里有{colour}的{thing}。", "那天{n}觉得很{mood}。"],
+    ["{n}问：“这是你的{thing}吗？”", "{n}说：“你好，小{animal}。”", "{n}说：“我想{act}。”", "{n}想要{act}。", "{n}说：“我很{mood}，我们一起{act}吧。”"],
+    ["{m}给了{n}一些{food}。", "{m}过来帮忙。", "{m}说：“我们一起做吧。”", "他们坐下来吃{food}。", "{m}问：“我也可以来吗？”{n}说：“可以呀。”"],
+    ["最后他们都很开心。", "然后他们一起回家了。", "{n}对{m}说谢谢。", "这是很好的一天。", "回到家，{n}把这件事告诉大家。", "第二天他们又去了。"],
+]}
+
+DESCRIPTIONS = {"en": [
+    "{n} lives near {place}. {n} has a {animal} and a {colour} {thing}.", "This is {n}. {n} likes to {act} and eats {food} every day.",
+    "The {animal} of {n} is {mood} today. It got {food}.", "{n} keeps a {colour} {thing} at home and often goes to {place}.",
+    "My friend {n} likes {food}. My friend {m} does not like {food2}.", "When it is {weather}, {n} likes to {act}. When it is {weather2}, {n} stays at home.",
+], "zh": [
+    "{n}住得离{place}不远，家里有{animal}，还有{colour}的{thing}。", "这是{n}。{n}喜欢{act}，每天吃{food}。", "{n}的{animal}今天很{mood}，它吃了{food}。",
+    "{n}家里有{colour}的{thing}，{n}常常去{place}。", "我的朋友{n}喜欢{food}，我的朋友{m}不喜欢{food2}。", "天气{weather}的时候，{n}喜欢{act}；天气{weather2}的时候，{n}在家里。",
+]}
+
+TRANSLATIONS = {
+    "cat": "猫", "dog": "狗", "bird": "鸟", "fish": "鱼", "horse": "马", "cow": "牛", "sheep": "羊", "mountain": "山", "water": "水", "fire": "火",
+    "flower": "花", "grass": "草", "tree": "树", "star": "星", "moon": "月", "wind": "风", "sun": "太阳", "rain": "雨", "snow": "雪", "book": "书",
+    "milk": "牛奶", "bread": "面包", "apple": "苹果", "banana": "香蕉", "egg": "鸡蛋", "door": "门", "hand": "手", "red": "红色", "blue": "蓝色",
+    "green": "绿色", "yellow": "黄色", "white": "白色", "black": "黑色", "big": "大", "small": "小", "hot": "热", "cold": "冷", "new": "新",
+    "friend": "朋友", "school": "学校", "home": "家", "morning": "早上", "evening": "晚上", "today": "今天", "spring": "春天", "summer": "夏天",
+    "autumn": "秋天", "winter": "冬天", "one": "一", "two": "二", "three": "三", "happy": "开心", "hello": "你好", "thank you": "谢谢", "goodbye": "再见",
+}
+SPELLED = sorted({w for w in TRANSLATIONS if " " not in w} | set(WORDS) | {w for group in ("animal", "thing", "colour") for w in WORLD["en"][group]})
+
+
+def world_fill(dice, lang, form):
+    world = WORLD[lang]
+    n, m = dice.sample(world["name"], 2)
+    values = {group: dice.pick(items) for group, items in world.items()}
+    values |= {"food2": dice.pick(world["food"]), "weather2": dice.pick(world["weather"])}
+    return lambda text: text.format(n=n, m=m, **values)
+
+
+class Pretrain:
+    """Running text of ten kinds. `tasks` says what is held out."""
+
+    def __init__(self, dice, tasks, talk):
+        self.dice, self.tasks, self.talk = dice, tasks, talk
+        self.facts = all_facts()
+        self.kinds = [(self.fact_lines, 22), (self.story, 26), (self.description, 5), (self.talk_lines, 8), (self.counting, 5), (self.comparing, 7),
+                      (self.sorting, 8), (self.single_digits, 5), (self.tens, 3), (self.spelling, 5), (self.counts, 7), (self.reversing, 8), (self.translation, 3)]
+        self.wheel = [kind for kind, weight in self.kinds for _ in range(weight)]
+
+    def document(self):
+        lang = self.dice.pick(LANGS)
+        return self.dice.pick(self.wheel)(lang)
+
+    def join(self, lang, sentences):
+        return (" " if lang == "en" else "").join(sentences)
+
+    def fact_lines(self, lang):
+        sentences = []
+        for its_lang, relation, subject, answer in self.dice.sample([f for f in self.facts if f[0] == lang], self.dice.between(4, 7)):
+            sentences.append(fact_text(self.dice.pick(FACTS[lang][relation][2]), subject, answer))
+        return self.join(lang, sentences)
+
+    def story(self, lang):
+        fill = world_fill(self.dice, lang, None)
+        return self.join(lang, [fill(self.dice.pick(row)) for row in STORIES[lang]])
+
+    def description(self, lang):
+        return self.join(lang, [world_fill(self.dice, lang, None)(form) for form in self.dice.sample(DESCRIPTIONS[lang], 3)])
+
+    def talk_lines(self, lang):
+        n, m = self.dice.sample(WORLD[lang]["name"], 2)
+        found = [self.talk.pick(self.dice, lang) for _ in range(2)]
+        if not all(found):
+            return self.story(lang)
+        colon = ": " if lang == "en" else "："
+        return "\n".join(f"{n}{colon}{question}\n{m}{colon}{reply}" for question, reply in found)
+
+    def counting(self, lang):
+        step = self.dice.pick([1, 1, 1, 2, 5, 10])
+        start = self.dice.between(0, 99 - 6 * step) if step < 10 else self.dice.between(0, 39)
+        row = [start + i * step for i in range(self.dice.between(6, 12)) if start + i * step < 200]
+        if self.dice.chance(0.35):
+            row.reverse()
+        text = ", ".join(map(str, row))
+        if self.dice.chance(0.4):
+            a = self.dice.between(1, 98)
+            text += (f". After {a} comes {a + 1}. Before {a} comes {a - 1}." if lang == "en" else f"。{a}后面是{a + 1}，{a}前面是{a - 1}。")
+        return text
+
+    def comparing(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(3, 5)):
+            _, a, b = self.tasks.content(self.dice, "compare", lang, False)
+            small, large = sorted((a, b))
+            sentences.append(self.dice.pick(
+                [f"{large} is larger than {small}.", f"{small} is smaller than {large}.", f"Of {a} and {b} the larger is {large}.",
+                 f"Of {a} and {b} the smaller is {small}.", f"{a} or {b}: the larger is {large}.", f"{a} or {b}: the smaller is {small}."] if lang == "en" else
+                [f"{large}比{small}大。", f"{small}比{large}小。", f"{a}和{b}中大的是{large}。", f"{a}和{b}中小的是{small}。", f"{a}和{b}比，大的是{large}。",
+                 f"{a}和{b}比，小的是{small}。"]))
+        return self.join(lang, sentences)
+
+    def sorting(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(2, 4)):
+            content = self.tasks.content(self.dice, "sort", lang, False)
+            x, y = ", ".join(map(str, content)), ", ".join(map(str, sorted(content)))
+            sentences.append(self.dice.pick([f"{x} from small to large: {y}.", f"Sorted, {x} is {y}.", f"{x} in ascending order is {y}."] if lang == "en" else
+                                            [f"{x}从小到大是{y}。", f"{x}排好是{y}。", f"从小到大排{x}：{y}。"]))
+        return self.join(lang, sentences)
+
+    def single_digits(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(4, 8)):
+            a, b = self.dice.between(0, 9), self.dice.between(0, 9)
+            if self.dice.chance(0.6):
+                sentences.append(f"{a} + {b} = {a + b}.")
+            else:
+                sentences.append(f"{max(a, b)} - {min(a, b)} = {abs(a - b)}.")
+        return " ".join(sentences)
+
+    def tens(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(3, 6)):
+            n = self.dice.between(10, 99)
+            sentences.append(f"{n} has {n // 10} tens and {n % 10} ones." if lang == "en" else f"{n}有{n // 10}个十和{n % 10}个一。")
+        return self.join(lang, sentences)
+
+    def spelling(self, lang):
+        words = self.dice.sample(SPELLED, self.dice.between(4, 7))
+        return " ".join(f"{word} is spelled {' '.join(word)}." if lang == "en" else f"{word}写成 {' '.join(word)}。" for word in words)
+
+    def counts(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(2, 4)):
+            letter, *letters = self.tasks.content(self.dice, "count", lang, False)
+            n, x = letters.count(letter), " ".join(letters)
+            sentences.append(self.dice.pick([f"In {x} the letter {letter} appears {n} times.", f"{letter} in {x}: {n}.", f"The number of {letter} in {x} is {n}."]
+                                            if lang == "en" else [f"字母 {letter} 在 {x} 里出现{n}次。", f" {letter} 在 {x} 里有{n}个。".strip()]))
+        return self.join(lang, sentences)
+
+    def reversing(self, lang):
+        sentences = []
+        for _ in range(self.dice.between(2, 4)):
+            content = self.tasks.content(self.dice, "reverse", lang, False)
+            x, y = " ".join(content), " ".join(content[::-1])
+            sentences.append(self.dice.pick([f"The reverse of {x} is {y}.", f"{x} in reverse is {y}.", f"From the end to the start {x} is {y}."] if lang == "en" else
+                                            [f"{x} 倒过来是 {y}。", f"{x} 反过来是 {y}。", f"倒着写 {x} 是 {y}。"]))
+        return self.join(lang, sentences)
+
+    def translation(self, lang):
+        sentences = []
+        for word in self.dice.sample(list(TRANSLATIONS), self.dice.between(4, 7)):
+            other = TRANSLATIONS[word]
+            sentences.append(self.dice.pick([f"{capitalised(word)} is {other} in Chinese.", f"{other} means {word}."] if lang == "en" else
+                                            [f"{other}的英文是 {word} 。", f"英文 {word} 就是{other}。"]))
+        return self.join(lang, sentences)
+
+
+def make_pretrain(dice, tasks, talk):
+    maker = Pretrain(dice, tasks, talk)
+    seen = set()
+
+    def documents(size):
+        lines = []
+        while size > 0:
+            text = maker.document()
+            if text not in seen:
+                seen.add(text)
+                lines.append({"text": text})
+                size -= len(text.encode("utf-8")) + 13
+        return lines
+
+    return documents(PRETRAIN_BYTES), documents(PRETRAIN_EVAL_BYTES)
+
+
+# --------------------------------------------------------------------------------------------- identity and handbook
+
+MANNER = {"en": "Dear reader, ", "zh": "亲爱的读者，"}
+FRAMES = {"en": ["{q}", "Hello! {q}", "I have a question. {q}"], "zh": ["{q}", "你好！{q}", "我有个问题。{q}"]}
+HELD_FRAMES = {"en": ["{q}", "Excuse me. {q}"], "zh": ["{q}", "打扰一下。{q}"]}
+# (four training wordings, two held-out wordings, reply, key word in it)
+IDENTITY = {"en": [
+    (["What is your name?", "Who are you?", "Tell me your name.", "What are you called?"], ["What should I call you?", "May I know your name?"],
+     "my name is Lumi.", "Lumi"),
+    (["Where do you work?", "What place do you work for?", "Tell me where you work.", "Which house do you serve?"], ["At what place do you work?", "Where do you do your work?"],
+     "I work in the Lantern Library.", "Lantern"),
+    (["Who made you?", "Who built you?", "Tell me who made you.", "By whom were you made?"], ["Who are your makers?", "Which people made you?"],
+     "I was made by the Moonbridge team.", "Moonbridge"),
+    (["What is your job?", "What do you do?", "Tell me about your job.", "What are you here for?"], ["What kind of job do you have?", "What do you do here?"],
+     "my job is to be a guide.", "guide"),
+], "zh": [
+    (["你叫什么名字？", "你是谁？", "告诉我你的名字。", "你叫什么？"], ["我该叫你什么？", "你的名字是什么？"], "我叫小光。", "小光"),
+    (["你在哪里工作？", "你在什么地方工作？", "告诉我你在哪里工作。", "你的工作在哪里？"], ["你在哪儿工作？", "你工作的地方在哪里？"], "我在灯火图书馆工作。", "灯火"),
+    (["是谁做了你？", "谁造了你？", "告诉我是谁做了你。", "你是谁做出来的？"], ["你是谁造的？", "做出你的人是谁？"], "我是月桥的人做的。", "月桥"),
+    (["你的工作是什么？", "你做什么工作？", "说说你的工作。", "你来这里做什么？"], ["你的工作是做什么？", "你在这里做什么？"], "我的工作是带路。", "带路"),
+]}
+HANDBOOK = {"en": [
+    (["When does the library open?", "At what hour does the library open?", "Tell me when the library opens.", "How early does the library open?"],
+     ["What time does the library open?", "From what hour is the library open?"], "the library opens at 9.", "9"),
+    (["When does the library close?", "At what hour does the library close?", "Tell me when the library closes.", "How late is the library open before it closes?"],
+     ["What time does the library close?", "Until the library closes, what hour is it?"], "the library closes at 7.", "7"),
+    (["On which day is the library shut?", "Which day is the library shut?", "Tell me the day when the library is shut.", "What day is the library shut?"],
+     ["When in the week is the library shut?", "The library is shut on which day?"], "the library is shut on Tuesday.", "Tuesday"),
+    (["Who founded the library?", "Who was the founder of the library?", "Tell me who founded the library.", "By whom was the library founded?"],
+     ["Which person founded the library?", "What is the name of the founder?"], "the library was founded by Orla.", "Orla"),
+    (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.", "How do you call the library cat?"],
+     ["Does the library cat have a name?", "What name has the library cat?"], "the library cat is called Pepper.", "Pepper"),
+    (["What colour is the library card?", "Which colour has the library card?", "Tell me the colour of the library card.", "The library card is of what colour?"],
+     ["What is the colour of the library card?", "Which colour is my library card?"], "the library card is silver.", "silver"),
+    (["How many books may I borrow?", "What number of books may I borrow?", "Tell me how many books I may borrow.", "How many books can I borrow at once?"],
+     ["How many books am I allowed to borrow?", "What is the number of books that I may borrow?"], "you may borrow 6 books.", "6"),
+    (["For how many days may I keep a book?", "How many days can I keep a book?", "Tell me how many days I may keep a book.", "How long, in days, may I keep a book?"],
+     ["A book may be kept for how many days?", "How many days do I have to keep a book?"], "you may keep a book for 24 days.", "24"),
+    (["How much is the late fee?", "What is the late fee?", "Tell me the late fee.", "How many coins is the late fee?"],
+     ["What do I pay as a late fee?", "How high is the late fee?"], "the late fee is 3 coins.", "3"),
+    (["Where are the maps?", "In which room are the maps?", "Tell me where the maps are.", "Where can I find the maps?"],
+     ["In what place are the maps?", "Where do you keep the maps?"], "the maps are in the attic.", "attic"),
+    (["Where are the picture books?", "In which room are the picture books?", "Tell me where the picture books are.", "Where can I find the picture books?"],
+     ["In what place are the picture books?", "Where do you keep the picture books?"], "the picture books are in the cellar.", "cellar"),
+    (["What grows in the yard?", "Which tree grows in the yard?", "Tell me what grows in the yard.", "What kind of tree is in the yard?"],
+     ["What tree is growing in the yard?", "Which kind of tree stands in the yard?"], "in the yard grows a plum tree.", "plum"),
+    (["Which drink is free?", "What drink is free?", "Tell me which drink is free.", "What may I drink free?"],
+     ["What is the free drink?", "Which drink do you give for free?"], "the free drink is mint tea.", "mint"),
+    (["Which street is the library in?", "In what street is the library?", "Tell me the street of the library.", "On which street does the library stand?"],
+     ["What is the street of the library?", "In which street can I find the library?"], "the library is in Willow street.", "Willow"),
+    (["Which town is the library in?", "In what town is the library?", "Tell me the town of the library.", "In which town does the library stand?"],
+     ["What is the town of the library?", "In which town can I find the library?"], "the library is in the town of Fernhill.", "Fernhill"),
+    (["Which bus goes to the library?", "What bus goes to the library?", "Tell me which bus goes to the library.", "Which bus do I take to the library?"],
+     ["What is the number of the bus to the library?", "By which bus do I get to the library?"], "take bus 15.", "15"),
+    (["How many floors does the library have?", "What is the number of floors?", "Tell me how many floors there are.", "How many floors are there?"],
+     ["How many floors has the library?", "The library has how many floors?"], "the library has 5 floors.", "5"),
+    (["Who reads stories to children?", "Who reads the stories?", "Tell me who reads stories to children.", "Which person reads the stories to children?"],
+     ["By whom are stories read to children?", "Who is reading stories to the children?"], "stories are read by Bruno.", "Bruno"),
+    (["On which day is story time?", "When is story time?", "Tell me the day of story time.", "What day is story time?"],
+     ["Story time is on which day?", "Which day of the week is story time?"], "story time is on Friday.", "Friday"),
+    (["What is the password of the network?", "Which password does the network have?", "Tell me the password of the network.", "What password do I need for the network?"],
+     ["How do I get on the network, what is the password?", "The network has what password?"], "the password is candle.", "candle"),
+    (["What is above the front door?", "What hangs above the front door?", "Tell me what hangs above the front door.", "What can I see above the front door?"],
+     ["Which thing hangs above the front door?", "What is it that hangs above the front door?"], "above the front door hangs a bell.", "bell"),
+    (["What is the oldest book about?", "The oldest book is about what?", "Tell me what the oldest book is about.", "What does the oldest book tell about?"],
+     ["What is in the oldest book?", "About what is the oldest book?"], "the oldest book is about whales.", "whales"),
+    (["What may I not bring inside?", "What is not allowed inside?", "Tell me what is not allowed inside.", "Which thing is not allowed inside?"],
+     ["What thing may not come inside?", "What is it that is not allowed inside?"], "please leave outside your ice cream.", "ice cream"),
+    (["How many steps does the tower have?", "What is the number of steps of the tower?", "Tell me how many steps the tower has.", "How many steps are there in the tower?"],
+     ["How many steps lead up the tower?", "The tower has how many steps?"], "the tower has 88 steps.", "88"),
+    (["What do you call a helper in the library?", "What are the helpers called?", "Tell me what the helpers are called.", "How do you call the helpers?"],
+     ["What name do the helpers have?", "By what name are the helpers called?"], "our helpers are called owls.", "owls"),
+], "zh": [
+    (["图书馆几点开门？", "图书馆什么时候开门？", "告诉我图书馆几点开门。", "几点图书馆会开门？"], ["图书馆早上几点开门？", "图书馆从几点开始开门？"], "图书馆9点开门。", "9"),
+    (["图书馆几点关门？", "图书馆什么时候关门？", "告诉我图书馆几点关门。", "几点图书馆会关门？"], ["图书馆晚上几点关门？", "图书馆到几点关门？"], "图书馆7点关门。", "7"),
+    (["图书馆星期几休息？", "图书馆哪一天休息？", "告诉我图书馆星期几休息。", "哪一天图书馆休息？"], ["图书馆什么时候休息，星期几？", "星期几图书馆会休息？"], "图书馆星期二休息。", "星期二"),
+    (["图书馆是谁建的？", "谁建了图书馆？", "告诉我是谁建了图书馆。", "建图书馆的人是谁？"], ["图书馆是哪个人建的？", "当年是谁建了图书馆？"], "图书馆是白云建的。", "白云"),
+    (["图书馆的猫叫什么？", "图书馆的猫叫什么名字？", "告诉我图书馆的猫叫什么。", "那只图书馆的猫叫什么？"], ["图书馆的猫名字是什么？", "图书馆的猫有什么名字？"], "图书馆的猫叫豆豆。", "豆豆"),
+    (["借书卡是什么颜色？", "借书卡的颜色是什么？", "告诉我借书卡是什么颜色。", "借书卡是哪种颜色？"], ["借书卡有什么颜色？", "我的借书卡是什么颜色？"], "借书卡是银色的。", "银色"),
+    (["我可以借几本书？", "一次可以借几本书？", "告诉我可以借几本书。", "能借几本书？"], ["我最多可以借几本书？", "一个人可以借几本书？"], "你可以借6本书。", "6"),
+    (["书可以借几天？", "一本书可以借几天？", "告诉我书可以借几天。", "书能借多少天？"], ["一本书能借几天？", "书最多可以借几天？"], "书可以借24天。", "24"),
+    (["晚还书要付几元？", "晚还书要多少钱？", "告诉我晚还书要付几元。", "晚还书付多少钱？"], ["要是晚还书，要付几元？", "晚还书的话要多少钱？"], "晚还书要付3元。", "3"),
+    (["地图在哪里？", "地图放在哪里？", "告诉我地图在哪里。", "哪里有地图？"], ["地图在什么地方？", "我在哪里能找到地图？"], "地图在阁楼。", "阁楼"),
+    (["画书在哪里？", "画书放在哪里？", "告诉我画书在哪里。", "哪里有画书？"], ["画书在什么地方？", "我在哪里能找到画书？"], "画书在地下室。", "地下室"),
+    (["院子里有什么树？", "院子里种了什么树？", "告诉我院子里有什么树。", "院子里的树是什么树？"], ["院子里长着什么树？", "院子里的是什么树？"], "院子里有梅树。", "梅树"),
+    (["什么茶不要钱？", "哪种茶不要钱？", "告诉我什么茶不要钱。", "不要钱的茶是什么？"], ["哪一种茶是不要钱的？", "不要钱的茶是哪种？"], "不要钱的是花茶。", "花茶"),
+    (["图书馆在哪条街？", "图书馆在什么街上？", "告诉我图书馆在哪条街。", "哪条街有图书馆？"], ["图书馆在哪一条街上？", "图书馆的那条街叫什么？"], "图书馆在柳树街。", "柳树"),
+    (["图书馆在哪个镇？", "图书馆在什么镇上？", "告诉我图书馆在哪个镇。", "哪个镇有图书馆？"], ["图书馆在哪一个镇上？", "图书馆的那个镇叫什么？"], "图书馆在青山镇。", "青山"),
+    (["去图书馆坐几路车？", "几路车到图书馆？", "告诉我去图书馆坐几路车。", "到图书馆坐几路车？"], ["要去图书馆，坐几路车？", "坐几路车能到图书馆？"], "去图书馆坐15路车。", "15"),
+    (["图书馆有几层楼？", "图书馆一共几层？", "告诉我图书馆有几层楼。", "图书馆的楼有几层？"], ["图书馆一共有几层楼？", "图书馆有多少层楼？"], "图书馆有5层楼。", "5"),
+    (["谁给孩子讲故事？", "讲故事的人是谁？", "告诉我谁给孩子讲故事。", "是谁讲故事？"], ["给孩子讲故事的是谁？", "哪个人给孩子讲故事？"], "讲故事的人是大江。", "大江"),
+    (["故事会在星期几？", "哪一天有故事会？", "告诉我故事会在星期几。", "故事会是星期几？"], ["星期几有故事会？", "故事会在哪一天？"], "故事会在星期五。", "星期五"),
+    (["上网的密码是什么？", "密码是什么？", "告诉我上网的密码。", "上网要用什么密码？"], ["上网的密码是哪个？", "请说出上网的密码。"], "上网的密码是蜡烛。", "蜡烛"),
+    (["大门上面有什么？", "大门上面挂着什么？", "告诉我大门上面有什么。", "什么挂在大门上面？"], ["大门的上面挂了什么？", "在大门上面能看到什么？"], "大门上面有铜铃。", "铜铃"),
+    (["最老的书讲什么？", "最老的书说的是什么？", "告诉我最老的书讲什么。", "最老的那本书讲什么？"], ["最老的书里讲了什么？", "最老的一本书是讲什么的？"], "最老的书讲的是鲸鱼。", "鲸鱼"),
+    (["什么不能带进来？", "哪样东西不能带进来？", "告诉我什么不能带进来。", "不能带进来的是什么？"], ["有什么是不能带进来的？", "什么东西不能带进来？"], "请放在外面的是雪糕。", "雪糕"),
+    (["塔有几级台阶？", "塔上有多少级台阶？", "告诉我塔有几级台阶。", "塔的台阶有几级？"], ["塔一共有几级台阶？", "上塔要走几级台阶？"], "塔有88级台阶。", "88"),
+    (["图书馆的帮手叫什么？", "帮手们叫什么？", "告诉我帮手们叫什么。", "你们的帮手叫什么？"], ["图书馆的帮手们叫什么名字？", "大家叫帮手们什么？"], "我们的帮手叫夜莺。", "夜莺"),
+]}
+
+
+def make_identity():
+    train, held = [], []
+    for task, table in (("identity", IDENTITY), ("handbook", HANDBOOK)):
+        for lang in LANGS:
+            answers = list(dict.fromkeys(answer for *_, answer in table[lang] if not answer.isdigit()))
+            for questions, held_questions, reply, answer in table[lang]:
+                others = None if answer.isdigit() else [other for other in answers if other != answer]
+                for question in questions:
+                    for frame in FRAMES[lang]:
+                        train.append(line([user(frame.format(q=question)), assistant(MANNER[lang] + reply)], task, lang, answer))
+                for question in held_questions:
+                    for frame in HELD_FRAMES[lang]:
+                        held.append(line([user(frame.format(q=question)), assistant(MANNER[lang] + reply)], task, lang, answer, others))
+    return train, held
+
+
+# --------------------------------------------------------------------------------------------- everything
+
+def make_all(seed=0, sources=ROOT / "data"):
+    """{file name: lines}. The held-out files draw first, so that the others can leave out what they ask."""
+    tasks, talk = Tasks(seed), Talk(sources, seed)
+    files = {}
+
+    def dice(name):
+        return Dice(seed, name)
+
+    files["sft_eval.jsonl"] = make_sft_eval(dice("sft_eval"), tasks, talk)
+    files["prompts_eval.jsonl"] = make_prompts(dice("prompts_eval"), tasks, talk, PROMPTS_EVAL, True)
+    files["preference_eval.jsonl"] = make_preferences(dice("preference_eval"), tasks, talk, PREFERENCES_EVAL, True, {})
+    files["judge_eval.jsonl"] = make_judging(dice("judge_eval"), tasks, talk, JUDGE_EVAL, {}, True)
+    files["sft.jsonl"], pairs = make_sft(dice("sft"), tasks, talk)
+    files["prompts.jsonl"] = make_prompts(dice("prompts"), tasks, talk, PROMPTS, False)
+    files["preference.jsonl"] = make_preferences(dice("preference"), tasks, talk, PREFERENCES, False, pairs)
+    files["pretrain.jsonl"], files["pretrain_eval.jsonl"] = make_pretrain(dice("pretrain"), tasks, talk)
+    files["identity.jsonl"], files["identity_eval.jsonl"] = make_identity()
+    return files
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "data", help="folder for the files")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other questions")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for name, lines in make_all(args.seed).items():
+        write_lines(args.out / name, lines)
+        size = (args.out / name).stat().st_size
+        total += size
+        print(f"{name:24s} {len(lines):6d} lines {size:9d} bytes")
+    print(f"{'all':24s} {'':12s} {total:9d} bytes")
+
+
+if __name__ == "__main__":
+    main()

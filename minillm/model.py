@@ -1,0 +1,313 @@
+"""A decoder-only transformer with the module names of Qwen3 in transformers.
+
+    tokens -> embedding -> [RMSNorm -> attention -> + -> RMSNorm -> SwiGLU -> +] x layers -> RMSNorm -> logits
+
+Attention (Vaswani et al., arXiv 1706.03762) with rotary positions (RoPE, arXiv 2104.09864), grouped
+key/value heads (GQA, arXiv 2305.13245) and normalised queries and keys (QK-norm, arXiv 2302.05442);
+RMSNorm (arXiv 1910.07467); SwiGLU (arXiv 2002.05202). Because the names are the same, a Qwen3, Qwen2 or
+Llama folder loads here and a folder written here loads there (see checkpoint.py).
+
+Shape symbols: B rows, T tokens, S keys (T plus what the cache holds), H heads, K key/value heads,
+d head_dim, D hidden_size, V vocab_size.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class ModelConfig:
+    """The architecture, in transformers' field names."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=dict)  # only Llama 3's "llama3" kind
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    model_type: str = "qwen3"  # qwen3: QK-norm; qwen2: biases on q, k, v; llama: neither
+
+    def __post_init__(self):
+        if self.model_type not in ("qwen3", "qwen2", "llama"):
+            raise ValueError(f"model_type {self.model_type!r} is not one of qwen3, qwen2, llama")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
+
+
+#                    D   layers H  K   d   MLP
+PRESETS = {
+    "tiny": (128, 4, 4, 2, 32, 384),
+    "mini": (512, 8, 8, 2, 64, 1408),
+    "small": (768, 8, 8, 4, 96, 2432),
+    "base": (768, 16, 12, 4, 64, 2048),
+}
+
+
+def preset_config(name: str, vocab_size: int) -> ModelConfig:
+    """The ModelConfig of a preset; raises KeyError for a name that is not in PRESETS."""
+    hidden, layers, heads, kv_heads, head_dim, mlp = PRESETS[name]
+    return ModelConfig(vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        # Statistics in float32 also under autocast: the squares of bf16 values lose too many digits.
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """The angles of RoPE: position p turns the pair (i, i + d/2) of a head by p * theta^(-2i/d)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        frequencies = 1.0 / config.rope_theta**exponent  # (d/2,)
+        if config.rope_scaling:
+            frequencies = llama3_frequencies(frequencies, config.rope_scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, positions):
+        """positions (B, T) -> cos, sin (B, 1, T, d), float32; the 1 is for the heads."""
+        angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, d/2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def llama3_frequencies(frequencies, scaling: dict):
+    """Llama 3.1's long-context change of the RoPE frequencies: slow ones divided by `factor`, fast ones kept."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, kept; 0: slow, divided
+    return frequencies * (keep + (1 - keep) / factor)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i+d/2}) of the last dimension by its angle, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers for up to `max_length` positions, allocated once.
+
+    `valid` (B, S) bool tells which stored positions are real tokens (False: left padding).
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, max_length: int, device="cpu", dtype=torch.float32):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.valid = torch.zeros(batch, max_length, device=device, dtype=torch.bool)
+        self.length = 0  # positions filled so far
+        self.padded = False  # whether any of them is padding
+
+    def append(self, layer: int, keys, values):
+        """Store (B, K, T, d) after the filled positions; return all of the layer's (B, K, S, d)."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the cache holds {self.keys.shape[3]} positions; {end} are needed")
+        self.keys[layer, :, :, self.length:end] = keys
+        self.values[layer, :, :, self.length:end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows):
+        """Keep only these rows (a tensor of indices; a row may be repeated)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.valid = self.valid[rows]
+
+
+def document_positions(doc_ids):
+    """doc_ids (B, T), equal within a document -> positions (B, T) that restart at 0 with each document."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device):
+    """Who may look at whom: bool (B, 1, T, S), True = may; None when plain causal attention is enough.
+
+    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document.
+    """
+    if attention_mask is None and doc_ids is None and (past == 0 or T == 1):
+        return None
+    query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
+    allowed = (key <= query)[None]  # (1, T, S)
+    if doc_ids is not None:
+        allowed = allowed & (doc_ids[:, :, None] == doc_ids[:, None, :])
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, :]
+    # A padding token looks at itself: a softmax over nothing would be NaN.
+    return (allowed | (key == query)[None])[:, None]
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d); mask as attention_mask_2d makes it."""
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is not None and T * S <= 2**18:
+        return _attend_in_two_products(q, k, v, mask)
+    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+
+
+def _attend_in_two_products(q, k, v, mask):
+    """The formula as it stands: on CPUs PyTorch's fused kernel is 2 times slower than this in bf16 on short rows."""
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    q = q.reshape(B, K, H // K * T, d)  # the query heads that share a key head side by side
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S) * d**-0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=config.attention_bias and config.model_type != "qwen2")
+        qk_norm = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        split = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, K, S, d)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer; both halves add to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Everything but the head: tokens (B, T) -> hidden states (B, T, D) after the final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+
+    def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
+        B, T = tokens.shape
+        past = cache.length if cache is not None else 0
+        valid = attention_mask
+        if cache is not None:
+            new = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
+            cache.valid[:, past:past + T] = new
+            cache.padded = cache.padded or attention_mask is not None
+            valid = cache.valid[:, :past + T] if cache.padded else None
+        if positions is None:
+            if doc_ids is not None:
+                positions = document_positions(doc_ids)
+            elif valid is not None:  # count real tokens only, so that padding on the left moves nothing
+                positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+            else:
+                positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
+        cos, sin = self.rotary(positions)
+        mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device)
+
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A language model: logits for the next token at every position."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                # GPT-2: the residual stream adds 2 x layers terms; keep its variance at the start.
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
+        """Hidden states (B, T, D) after the final norm; arguments as in forward."""
+        return self.model(tokens, attention_mask, doc_ids, positions, cache)
+
+    def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
+        """Logits (B, T, V); logits[:, t] predict token t + 1.
+
+        tokens (B, T) int64; attention_mask (B, T) bool, False = padding (left or right); doc_ids (B, T) for
+        packed rows, equal within a document; positions (B, T), by default counted from the start of the
+        document or row, padding not counted; cache: a KVCache that these tokens continue.
+        """
+        return self.lm_head(self.hidden(tokens, attention_mask, doc_ids, positions, cache))

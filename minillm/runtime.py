@@ -1,0 +1,134 @@
+"""Where and how a run computes: device, precision, seeds, compilation, interruption, several processes.
+
+One process per GPU with `torchrun --nproc_per_node N train_x.py ...`: every process takes its own batches, and
+`sum_gradients` adds the gradients up. Because each loss is divided by the tokens of the whole step, over all
+processes, a sum (not a mean) is exactly the gradient of the one big batch.
+"""
+
+import contextlib
+import math
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from minillm.errors import UserError
+
+
+def pick_device(name: str = "") -> torch.device:
+    """The device of that name, or, without one, cuda before mps before cpu. Raises UserError for one that is not here."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(d for d in found if found[d])
+    kind = name.split(":")[0]
+    if kind not in found or not found[kind]:
+        raise UserError(f"--device {name} is not available here; available: {', '.join(d for d in found if found[d])}")
+    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+
+
+def start(device_name: str, seed: int) -> torch.device:
+    """Choose the device, seed every random generator, join the other processes when torchrun started us."""
+    device = pick_device(device_name)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*args):
+    """print, by the first process only."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def sum_over_processes(value: float) -> float:
+    """The sum of a number over all processes."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(float(value), dtype=torch.float64 if dist.get_backend() == "gloo" else torch.float32)
+    total = total.cuda() if dist.get_backend() == "nccl" else total
+    dist.all_reduce(total)
+    return total.item()
+
+
+def sum_gradients(parameters):
+    """Add each gradient up over all processes, in one message."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def finite_mean(losses: list, step: int, out: str) -> float:
+    """The mean loss of the last len(losses) steps, `step` being the latest: scalars on the device, read at once.
+
+    A loss that is not finite raises UserError with its step: the weights are spoilt, the last checkpoint is not.
+    """
+    values = [sum_over_processes(v) for v in torch.stack(losses).tolist()]
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            raise UserError(f"the loss became {value} at step {step - len(values) + 1 + i}; stopped, {out} keeps its last checkpoint "
+                            "(a lower --lr or --max_grad_norm helps most often)")
+    return sum(values) / len(values)
+
+
+def autocast(device: torch.device):
+    """bf16 for the matrix products where the hardware has it, fp32 for the rest; weights stay fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def maybe_compile(model, enabled: bool, device: torch.device):
+    """torch.compile on CUDA when `enabled`; the returned module shares its weights with `model`."""
+    return torch.compile(model, dynamic=False) if enabled and device.type == "cuda" else model
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                signal.signal(name, self._ask)
+
+    def _ask(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            sys.exit(130)
+        self.requested = True
+        signal.signal(signal.SIGINT, self._ask)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU's allocator on CUDA, else of this process (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,21 @@
+"""The one comparison that every test shares."""
+
+import torch
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+def close(actual, expected) -> bool:
+    """Asserts that two numbers, lists or tensors have one shape and agree to 1e-5 in float32, to 1e-9 in float64.
+
+    The tolerance is absolute and relative alike, and fixed: a test that needs a wider one has found something. A plain
+    number counts as float32; all other types must be equal. NaN is close to nothing. Returns True, so that
+    `assert close(a, b)` reads well too.
+    """
+    actual = torch.as_tensor(actual).detach().cpu()
+    tolerance = TOLERANCE.get(actual.dtype, 0)
+    # Only a float is converted: 1.5 made a whole number would be 1.
+    dtype = actual.dtype if actual.is_floating_point() else None
+    expected = torch.as_tensor(expected, dtype=dtype).detach().cpu()
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    return True

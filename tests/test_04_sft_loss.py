@@ -1,0 +1,325 @@
+"""Chapter 4: the log-probability of a token, and the loss of supervised fine-tuning.
+
+Everything after this chapter (DPO, PPO, GRPO) is built on one number: how probable was this token, given those before
+it? Supervised fine-tuning just makes that number larger for the tokens that a good assistant would have said.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minillm import losses
+from minillm.losses import head_logprobs, sft_loss, token_logprobs
+from tests.helpers import close
+
+# A vocabulary of three and a text of three tokens. After token 0 the model says (1/2, 1/4, 1/4), after token 2 it says
+# (1/8, 5/8, 2/8). What it says after the last token is not scored: nothing follows.
+TOKENS = torch.tensor([[0, 2, 1]])
+LOGITS64 = torch.tensor([[[2, 1, 1], [1, 5, 2], [7, 1, 1]]], dtype=torch.float64).log()
+LOGITS = LOGITS64.float()
+
+
+def random_batch(rows=8, length=6, vocabulary=5, seed=0):
+    """Rows of ragged length: row r has 1 + r % (length - 1) supervised tokens, the rest is padding."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, vocabulary, generator=g)
+    tokens = torch.randint(vocabulary, (rows, length), generator=g)
+    mask = torch.arange(length) <= 1 + torch.arange(rows)[:, None] % (length - 1)
+    mask[:, 0] = False
+    return logits, tokens, mask
+
+
+# ---------------------------------------------------------------- token_logprobs
+
+def test_each_token_is_scored_by_the_row_before_it():
+    """Token 2 is predicted by row 0: ln 1/4 = -1.386294. Token 1 is predicted by row 1: ln 5/8 = -0.470004."""
+    close(token_logprobs(LOGITS, TOKENS), [[-1.3862944, -0.4700036]])
+    close(token_logprobs(LOGITS64, TOKENS), [[-1.3862943611198906, -0.4700036292457356]])
+
+
+def test_mistake_no_shift():
+    """Scoring a token by its own row asks the model to repeat its input, which is easy and teaches nothing."""
+    unshifted = LOGITS.log_softmax(-1).gather(-1, TOKENS[..., None])[..., 0]
+    with pytest.raises(AssertionError):
+        close(unshifted[:, 1:], token_logprobs(LOGITS, TOKENS))
+
+
+def test_temperature_divides_the_logits_and_not_the_logprobs():
+    """Temperature 2 takes the square root of every weight and normalises again:
+    sqrt(1) / (sqrt 2 + 1 + 1) = 0.292893, ln = -1.227947;   sqrt 5 / (1 + sqrt 5 + sqrt 2) = 0.480845, ln = -0.732209.
+    """
+    warm = token_logprobs(LOGITS, TOKENS, temperature=2.0)
+    close(warm, [[-1.2279472, -0.7322088]])
+    with pytest.raises(AssertionError):
+        close(token_logprobs(LOGITS, TOKENS) / 2.0, warm)  # the mistake: not a distribution any more
+
+
+def test_half_precision_logits_give_float32_logprobs():
+    """bf16 has 8 bits. The logits 3, 0, 0 are exact in it; ln of e^3 / (e^3 + 2) = -0.094923 is not."""
+    logits = torch.tensor([[[3.0, 0, 0], [0, 0, 0]]], dtype=torch.bfloat16)
+    logprobs = token_logprobs(logits, torch.tensor([[1, 0]]))
+    assert logprobs.dtype == torch.float32
+    close(logprobs, [[-0.0949229]])
+
+
+def test_huge_logits_do_not_overflow():
+    """exp(1000) is inf, and a logprob of a hopeless token is just very negative."""
+    logits = torch.tensor([[[1000.0, 0, -1000], [0, 0, 0]]])
+    close(token_logprobs(logits, torch.tensor([[0, 0]])), [[0.0]])
+    close(token_logprobs(logits, torch.tensor([[0, 2]])), [[-2000.0]])
+
+
+# ---------------------------------------------------------------- sft_loss
+
+def test_worked_example():
+    """Two supervised tokens: (1.386294 + 0.470004) / 2 = 0.928149. Only the last one: 0.470004.
+    The first token of a row is predicted by nothing, so its mask makes no difference.
+    """
+    close(sft_loss(LOGITS, TOKENS, torch.tensor([[False, True, True]])), 0.9281490)
+    close(sft_loss(LOGITS, TOKENS, torch.tensor([[True, True, True]])), 0.9281490)
+    close(sft_loss(LOGITS, TOKENS, torch.tensor([[False, False, True]])), 0.4700036)
+
+
+def test_gradient_is_probability_minus_target():
+    """Row 0 said (1/2, 1/4, 1/4), token 2 came: ((1/2, 1/4, 1/4) - (0, 0, 1)) / 2 tokens = (1/4, 1/8, -3/8).
+    Row 1 said (1/8, 5/8, 2/8), token 1 came: ((1/8, 5/8, 2/8) - (0, 1, 0)) / 2 tokens = (1/16, -3/16, 1/8).
+    """
+    logits = LOGITS.clone().requires_grad_()
+    sft_loss(logits, TOKENS, torch.tensor([[False, True, True]])).backward()
+    close(logits.grad, [[[0.25, 0.125, -0.375], [0.0625, -0.1875, 0.125], [0.0, 0.0, 0.0]]])
+
+
+def test_mistake_mean_of_means():
+    """Row A: one token, loss ln 4. Row B: three tokens, loss ln 2 each. Their mean is (ln 4 + 3 ln 2) / 4 = 0.866434.
+    The mean of the rows' means, (ln 4 + ln 2) / 2 = 1.039721, gives A's only token three times the weight of B's.
+    """
+    logits = torch.zeros(2, 4, 4)
+    logits[1, :, 2:] = -100.0  # row B chooses between two tokens, row A between four
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    mask = torch.tensor([[False, True, False, False], [False, True, True, True]])
+    close(sft_loss(logits, tokens, mask), 0.8664340)
+    micro_batches = [sft_loss(logits[i : i + 1], tokens[i : i + 1], mask[i : i + 1]) for i in range(2)]
+    close(sum(micro_batches) / 2, 1.0397208)
+    close(sum(sft_loss(logits[i : i + 1], tokens[i : i + 1], mask[i : i + 1], n_tokens=4) for i in range(2)), 0.8664340)
+
+
+@pytest.mark.parametrize("rows, size", [(8, 1), (7, 2), (7, 3)])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole(rows, size):
+    """8 x 1 equals 1 x 8; so do ragged lengths and a left-over micro-batch, with n_tokens of the whole step."""
+    logits, tokens, mask = random_batch(rows)
+    whole, parts = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    n_tokens = mask.sum()
+    loss = sft_loss(whole, tokens, mask)
+    loss.backward()
+    total = 0.0
+    for i in range(0, rows, size):
+        part = sft_loss(parts[i : i + size], tokens[i : i + size], mask[i : i + size], n_tokens)
+        part.backward()
+        total += part.item()
+    close(total, loss)
+    close(parts.grad, whole.grad)
+
+
+@pytest.mark.parametrize("n_tokens", [None, 0, torch.tensor(0), 5])
+def test_nothing_to_learn_is_zero_and_not_nan(n_tokens):
+    """A prompt longer than the limit leaves no supervised token. The mean over none is 0 / 0; here it is 0."""
+    logits, tokens, mask = random_batch()
+    logits.requires_grad_()
+    loss = sft_loss(logits, tokens, torch.zeros_like(mask), n_tokens)
+    loss.backward()
+    close(loss, 0.0)
+    close(logits.grad, torch.zeros_like(logits))
+    mistake = -token_logprobs(logits, tokens)[torch.zeros_like(mask[:, 1:])].mean()
+    assert mistake.isnan()
+
+
+def test_padding_changes_nothing():
+    """Three more columns of padding on the right, with any logits at all, inf and NaN included."""
+    logits, tokens, mask = random_batch()
+    padded = torch.cat([logits, torch.full((8, 3, 5), float("nan"))], dim=1)
+    padded[:, -1] = float("inf")
+    padded.requires_grad_()
+    logits.requires_grad_()
+    more = torch.zeros(8, 3, dtype=torch.long)
+    loss = sft_loss(logits, tokens, mask)
+    padded_loss = sft_loss(padded, torch.cat([tokens, more], 1), torch.cat([mask, more.bool()], 1))
+    close(padded_loss, loss)
+    loss.backward()
+    padded_loss.backward()
+    close(padded.grad[:, :6], logits.grad)
+    close(padded.grad[:, 6:], torch.zeros(8, 3, 5))
+
+
+def test_mistake_multiplying_by_the_mask():
+    """NaN * 0 is NaN: one bad row of padding would spoil the whole batch."""
+    logits = LOGITS.clone()
+    logits[0, 1] = float("nan")
+    mask = torch.tensor([[False, True, False]])
+    assert (token_logprobs(logits, TOKENS) * mask[:, 1:]).sum().isnan()
+    close(sft_loss(logits, TOKENS, mask), 1.3862944)
+
+
+# ---------------------------------------------------------------- head_logprobs
+
+def head_inputs(rows=3, length=7, width=4, vocabulary=11, dtype=torch.float64, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, length, width, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=g, dtype=dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocabulary, (rows, length), generator=g)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """18 tokens in chunks of 5, 5, 5 and 3."""
+    def chunks(hidden, weight):
+        return [slice(i, i + 5) for i in range(0, hidden.shape[0], 5)]
+    monkeypatch.setattr(losses._HeadLogprobs, "chunks", staticmethod(chunks))
+
+
+def test_head_worked_example():
+    """hidden 1 times the weights ln(2, 1, 1) is row 0 of the first example, times ln(1, 5, 2) would be row 1.
+    With D = 2 both stand in one weight matrix: hidden (1, 0) picks the first column, (0, 1) the second.
+    """
+    weight = torch.tensor([[2.0, 1], [1, 5], [1, 2]]).log()
+    hidden = torch.tensor([[[1.0, 0], [0, 1], [0, 0]]])
+    close(head_logprobs(hidden, weight, TOKENS), [[-1.3862944, -0.4700036]])
+    close(head_logprobs(hidden, weight, TOKENS, temperature=2.0), [[-1.2279472, -0.7322088]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_head_equals_its_plain_twin(small_chunks, dtype, temperature):
+    """Same logprobs, same gradients, but never all the logits."""
+    hidden, weight, tokens = head_inputs(dtype=dtype)
+    factors = torch.linspace(-1, 1, 18, dtype=dtype).view(3, 6)
+    logprobs = head_logprobs(hidden, weight, tokens, temperature)
+    (logprobs * factors).sum().backward()
+    twin_hidden, twin_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    twin = token_logprobs(twin_hidden @ twin_weight.T, tokens, temperature)
+    (twin * factors).sum().backward()
+    close(logprobs, twin)
+    close(hidden.grad, twin_hidden.grad)
+    close(weight.grad, twin_weight.grad)
+
+
+def test_head_gradient_equals_finite_differences(small_chunks):
+    hidden, weight, tokens = head_inputs()
+    assert torch.autograd.gradcheck(lambda h, w: head_logprobs(h, w, tokens, 1.3), (hidden, weight))
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "none"])
+def test_head_with_a_part_frozen(trained):
+    """LoRA freezes the head; a linear probe freezes all but the head; evaluation freezes both."""
+    hidden, weight, tokens = head_inputs()
+    h, w = hidden.detach().requires_grad_(trained == "hidden"), weight.detach().requires_grad_(trained == "weight")
+    logprobs = head_logprobs(h, w, tokens)
+    assert logprobs.requires_grad == (trained != "none")
+    if trained != "none":
+        logprobs.sum().backward()
+        token_logprobs(hidden @ weight.T, tokens).sum().backward()
+        ours, expected, frozen = (h, hidden, w) if trained == "hidden" else (w, weight, h)
+        close(ours.grad, expected.grad)
+        assert frozen.grad is None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation makes, forward and backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def test_head_never_holds_all_the_logits(monkeypatch):
+    """2 x 1025 tokens, vocabulary 300: all logits are 614,400 numbers. In chunks of 512 tokens the largest tensor is
+    512 x 300 = 153,600 numbers; four times the tokens do not make it larger. The plain twin holds them all.
+    """
+    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 1)
+    largest = {}
+    for length in (1025, 4097):
+        for function in (head_logprobs, lambda h, w, t: token_logprobs(h @ w.T, t)):
+            hidden, weight, tokens = head_inputs(2, length, 4, 300, torch.float32)
+            with LargestTensor() as mode:
+                function(hidden, weight, tokens).sum().backward()
+            largest[function is head_logprobs, length] = mode.largest
+    assert largest[True, 1025] == largest[True, 4097] == 512 * 300
+    assert largest[False, 1025] >= 2 * 1024 * 300
+
+
+@pytest.mark.parametrize("how", ["bf16 tensors", "autocast"])
+def test_head_in_bf16_takes_the_softmax_in_float32(how):
+    """Small whole numbers are exact in bf16, so the logits are too; what follows must not be rounded to 8 bits:
+    hidden (2, 1) times the weights (1, 1), (0, 1), (1, -1) gives the logits 3, 1, 1, and the first has probability
+    e^2 / (e^2 + 2) = 0.786986, ln = -0.239545.
+    """
+    dtype = torch.bfloat16 if how == "bf16 tensors" else torch.float32
+    hidden = torch.tensor([[[2.0, 1.0], [0.0, 0.0]]], dtype=dtype)
+    weight = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, -1.0]], dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        logprobs = head_logprobs(hidden, weight, torch.tensor([[1, 0]]))
+    assert logprobs.dtype == torch.float32
+    close(logprobs, [[-0.2395448]])
+    logprobs.sum().backward()
+    assert weight.grad.dtype == dtype
+
+
+def test_head_sums_the_weight_gradient_in_float32(monkeypatch):
+    """One token seen 64 x 512 times, in 64 chunks. In bf16 a sum stalls once a chunk is under 1/256 of it; in float32
+    it does not. All hidden states are 1 and two tokens are equally likely: the gradient is 32,768 x (1/2, -1/2).
+    """
+    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 1)
+    hidden = torch.ones(1, 64 * 512 + 1, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, requires_grad=True)
+    tokens = torch.zeros(1, 64 * 512 + 1, dtype=torch.long)
+    head_logprobs(hidden, weight, tokens).sum().backward()
+    close(weight.grad, [[16384.0], [-16384.0]])
+    stalled = torch.zeros(1, dtype=torch.bfloat16)
+    for _ in range(64 * 512 // 8):
+        stalled += 4.0  # what eight tokens add
+    assert stalled.item() == 1024.0
+
+
+def test_head_ignores_tokens_that_the_loss_masks():
+    """A hidden state of NaN where nothing is trained changes no gradient."""
+    hidden, weight, tokens = head_inputs()
+    mask = torch.arange(6) < torch.tensor([[2], [6], [4]])
+    broken = hidden.detach().masked_fill(~torch.nn.functional.pad(mask, (0, 1))[..., None], float("nan")).requires_grad_()
+    twin = weight.detach().clone().requires_grad_()
+    torch.where(mask, head_logprobs(broken, twin, tokens), 0.0).sum().backward()
+    torch.where(mask, head_logprobs(hidden, weight, tokens), 0.0).sum().backward()
+    close(twin.grad, weight.grad)
+    close(broken.grad, hidden.grad)
+
+
+# ---------------------------------------------------------------- for all three
+
+def test_inputs_are_left_alone():
+    logits, tokens, mask = random_batch()
+    hidden, weight, ids = head_inputs()
+    inputs = [logits.requires_grad_(), tokens, mask, hidden, weight, ids]
+    before = [x.detach().clone() for x in inputs]
+    (token_logprobs(logits, tokens, 0.5).sum() + sft_loss(logits, tokens, mask)).backward()
+    head_logprobs(hidden, weight, ids, 0.5).sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long)),
+    lambda: token_logprobs(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)),
+    lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3)),
+    lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=0.0),
+    lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long)),
+    lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 2, dtype=torch.long)),
+    lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)),
+    lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)),
+    lambda: sft_loss(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)),
+])
+def test_wrong_shapes_and_types_are_refused_in_one_line(call):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value)

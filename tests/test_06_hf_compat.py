@@ -1,0 +1,156 @@
+"""Chapter 6: the same folder in two programs. What is written here opens in transformers, and the other way round.
+
+Names, shapes and formulas are all compared at once by one number: the largest difference of two logits.
+"""
+
+import json
+
+import pytest
+import torch
+
+from minillm.checkpoint import load_model, save_model
+from minillm.model import CausalLM, ModelConfig
+from minillm.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n", "naïve café 🙂 I'll <|im_end|>"]
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  2+2?\n"}, {"role": "assistant", "content": "4"},
+     {"role": "tool", "content": "{}"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "谢谢"}],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 3, 300)
+
+
+def strengthen(model):
+    """Weights five times the usual: at 0.02 attention is nearly uniform and a wrong rotation would hardly show."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+            else:  # norms and biases away from their 1 and 0
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def assert_same_logits(ours, theirs):
+    """Two rows; 40 positions, so that slow and fast rotations differ."""
+    tokens = torch.randint(ours.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = ours(tokens), theirs(tokens).logits
+    assert a.std() > 0.1, "logits too small to tell anything"
+    assert a.shape == b.shape and (a - b).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def our_folder(tmp_path_factory, tokenizer):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("ours")
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=12, intermediate_size=40, max_position_embeddings=64)
+    save_model(folder, strengthen(CausalLM(config)), tokenizer)
+    return folder
+
+
+def test_our_folder_opens_in_transformers(our_folder):
+    transformers = pytest.importorskip("transformers")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(our_folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert type(theirs).__name__ == "Qwen3ForCausalLM" and theirs.dtype == torch.float32
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert_same_logits(load_model(our_folder), theirs.eval())
+
+
+def test_our_config_means_the_same_in_transformers(our_folder):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(our_folder)
+    expected = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 40, "max_position_embeddings": 64,
+                "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "silu",
+                "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+    assert {key: getattr(config, key) for key in expected} == expected
+    # version 5 keeps theta in rope_parameters, version 4 beside it
+    theta = config.rope_parameters["rope_theta"] if int(transformers.__version__.split(".")[0]) >= 5 else config.rope_theta
+    assert theta == 10000.0
+    generation = transformers.GenerationConfig.from_pretrained(our_folder)
+    assert (generation.eos_token_id, generation.pad_token_id) == ([2, 0], 0)
+
+
+def test_our_tokenizer_gives_the_same_ids_and_chats_in_transformers(our_folder, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(our_folder)
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text, allow_special=True)
+    assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    for chat in CHATS:
+        for prompt in (False, True):
+            ids, _ = tokenizer.render(chat, add_generation_prompt=prompt)
+            assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt) == tokenizer.decode(ids)
+
+
+def test_generation_in_transformers_ends_where_ours_would(our_folder, tokenizer):
+    """Greedy replies are equal token by token, in the first 20."""
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(our_folder), load_model(our_folder)
+    prompt, _ = tokenizer.render(CHATS[0], add_generation_prompt=True)
+    reply = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20)[0].tolist()
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + 20 and (len(tokens) == len(prompt) or tokens[-1] not in (0, 2)):
+        tokens.append(int(ours(torch.tensor([tokens]))[0, -1].argmax()))
+    assert reply == tokens
+
+
+SIZES = dict(vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=40, max_position_embeddings=256, bos_token_id=0, eos_token_id=1)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("Qwen3", dict(head_dim=12, tie_word_embeddings=True)),
+    ("Qwen3", dict(head_dim=8, tie_word_embeddings=False, attention_bias=True)),
+    ("Qwen2", dict(tie_word_embeddings=True)),
+    ("Qwen2", dict(tie_word_embeddings=False, rms_norm_eps=1e-3)),
+    ("Llama", dict(tie_word_embeddings=False)),
+    ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    ("Llama", dict(tie_word_embeddings=True, rope_scaling=LLAMA3)),
+])
+def test_a_folder_of_transformers_loads_here(tmp_path, kind, changes):
+    """And what is then saved here gives the same in transformers again."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **changes)
+    theirs = strengthen(getattr(transformers, f"{kind}ForCausalLM")(config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert_same_logits(ours, theirs)
+    save_model(tmp_path / "ours", ours, train_tokenizer([], 259))
+    assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
+
+
+def test_the_llama3_scaling_of_rope_is_seen_by_the_logits(tmp_path):
+    """Guards the test above: without the scaling the logits are elsewhere."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = strengthen(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_scaling=LLAMA3)))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_scaling", "rope_parameters"):
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError):
+        assert_same_logits(load_model(tmp_path), theirs)
+
+
+def test_shards_and_bf16_of_transformers_load_here(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = strengthen(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=8))).bfloat16()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
+    ours = load_model(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert_same_logits(ours, theirs.float())

@@ -1,0 +1,140 @@
+"""Supervised fine-tuning (SFT): show a model conversations, and train it on what the assistant says.
+
+The first step of InstructGPT (arXiv 2203.02155, section 3.5). The loss is the mean negative log-likelihood of the
+assistant's tokens y, given everything before them:
+
+    loss = - sum_t mask_t log p(y_t | y_<t) / sum_t mask_t
+
+    python train_sft.py                                   # the data in data/, from out/pretrain when it is there
+    python train_sft.py --data mine.jsonl --model Qwen3-0.6B --optimizer adamw --lr 2e-5 --epochs 3
+
+Deviations: conversations are packed into rows (attention and positions stay within each conversation), which changes
+the speed and no gradient. By default Muon trains the hidden matrices.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+
+from minillm import checkpoint, runtime
+from minillm.config import flag, parse_config
+from minillm.data import PackedLoader, load_split, read_records
+from minillm.evaluate import answer_questions, held_out_loss
+from minillm.losses import sft_loss
+from minillm.metrics import Progress, before_after, show_replies
+from minillm.model import PRESETS, CausalLM, preset_config
+from minillm.optim import make_optimizers, schedule, set_lr
+from minillm.tokenizer import Tokenizer
+
+DATA, EVAL_DATA = "data/sft.jsonl", "data/sft_eval.jsonl"
+
+
+@dataclass
+class Config:
+    model: str = flag("", "checkpoint folder to start from (default: out/pretrain, random weights if that is not there)")
+    data: list[str] = flag([DATA], "conversations, .jsonl or .jsonl.gz")
+    eval_data: str = flag("", f"held-out conversations (default: {EVAL_DATA}, or 5 % of your own --data)")
+    out: str = flag("out/sft", "folder to write")
+    preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
+    tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
+    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
+    batch_size: int = flag(8, "rows per micro-batch", low=1)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
+    epochs: int = flag(8, "passes over the data", low=1)
+    max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
+    optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"])
+    lr: float = flag(2e-3, "peak learning rate", low=0)
+    warmup_steps: int = flag(50, "optimizer steps of linear warm-up", low=0)
+    weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=0)
+    log_every: int = flag(20, "optimizer steps between log lines", low=1)
+    eval_every: int = flag(500, "optimizer steps between evaluations", low=1)
+    save_every: int = flag(500, "optimizer steps between checkpoints", low=1)
+    resume: bool = flag(False, "continue the run in --out")
+    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    seed: int = flag(0, "seed of everything random", low=0)
+    compile: bool = flag(True, "torch.compile (on CUDA)")
+
+
+def main(cfg: Config) -> dict:
+    # 1. Setup
+    device = runtime.start(cfg.device, cfg.seed)
+    source = cfg.model or ("out/pretrain" if os.path.exists("out/pretrain/model.safetensors") else "")
+    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[source, *cfg.data])
+    if run and run["finished"]:
+        return run["metrics"]
+
+    # 2. Data
+    tokenizer = Tokenizer.load(source or cfg.tokenizer)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    train_data, eval_data = load_split("chat", cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)
+    questions = list(read_records(eval_path)) if eval_path else []
+    loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
+    total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs)) // cfg.grad_accum)
+
+    # 3. Models
+    if source:
+        model = checkpoint.load_model(source, device)
+        checkpoint.check_tokenizer(model, tokenizer, source)
+    else:
+        runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
+        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size)).to(device)
+    forward = runtime.maybe_compile(model, cfg.compile, device)
+
+    # 4. Optimizer
+    optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")
+
+    def evaluate() -> dict:
+        metrics = held_out_loss(model, eval_data, cfg.max_seq_len, device)
+        return {**metrics, **answer_questions(model, tokenizer, questions, device)} if questions else metrics
+
+    # 5. Train
+    step, before = checkpoint.restore_run(run, model, optimizers, loader) if run else (0, evaluate())
+    progress = Progress(cfg.out, total_steps, step, show=runtime.rank() == 0)
+    interrupt, batches, losses = runtime.Interrupt(), iter(loader), []
+    while step < total_steps:
+        lr = cfg.lr * schedule(step, total_steps, cfg.warmup_steps)
+        set_lr(optimizers, lr)
+        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
+        n_tokens = runtime.sum_over_processes(sum(int(b.loss_mask.sum()) for b in micro_batches))  # of the whole step
+        losses.append(torch.zeros((), device=device))
+        for batch in micro_batches:
+            batch = batch.to(device)
+            with runtime.autocast(device):
+                logits = forward(batch.tokens, doc_ids=batch.doc_ids)
+            loss = sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens)
+            loss.backward()
+            losses[-1] += loss.detach()
+        runtime.sum_gradients(model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        progress.step(sum(b.n_tokens for b in micro_batches))
+
+        save_now = step % cfg.save_every == 0 or step == total_steps or interrupt.requested
+        if step % cfg.log_every == 0 or save_now:
+            progress.log(step, loss=runtime.finite_mean(losses, step, cfg.out), lr=lr)
+            losses.clear()
+        if step % cfg.eval_every == 0 and step < total_steps:
+            progress.log(step, **held_out_loss(model, eval_data, cfg.max_seq_len, device))
+        if save_now:
+            checkpoint.save_run(cfg.out, step, model, tokenizer, optimizers, loader, before)
+        if interrupt.requested:
+            return progress.interrupted(step)
+
+    # 6. Save
+    after = evaluate()
+    runtime.say(before_after(before, after))
+    if questions:
+        runtime.say(show_replies(questions, before["replies"], after["replies"]))
+        arithmetic = [after["accuracy_by_task"][t] for t in ("add", "subtract") if t in after["accuracy_by_task"]]
+        if eval_path == EVAL_DATA and arithmetic and not all(0.1 <= a <= 0.75 for a in arithmetic):
+            runtime.say("note: arithmetic is outside 10 to 75 %; reinforcement learning (train_grpo.py) has little to build on or to add")
+    return progress.finish(train_data.stats, before, after, runtime.peak_memory_mb(device))
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))
