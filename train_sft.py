@@ -47,7 +47,7 @@ class Config:
     lr: float = flag(2e-3, "peak learning rate", low=0)
     warmup_steps: int = flag(50, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
-    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
     log_every: int = flag(20, "optimizer steps between log lines", low=1)
     eval_every: int = flag(500, "optimizer steps between evaluations", low=1)
     save_every: int = flag(500, "optimizer steps between checkpoints", low=1)
@@ -112,9 +112,10 @@ def main(cfg: Config) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        progress.step(sum(b.n_tokens for b in micro_batches))
+        progress.step(int(runtime.sum_over_processes(sum(b.n_tokens for b in micro_batches))))
 
-        save_now = step % cfg.save_every == 0 or step == total_steps or interrupt.requested
+        stop_now = interrupt.requested()
+        save_now = step % cfg.save_every == 0 or step == total_steps or stop_now
         if step % cfg.log_every == 0 or save_now:
             progress.log(step, loss=runtime.finite_mean(losses, step, cfg.out), lr=lr)
             losses.clear()
@@ -122,10 +123,12 @@ def main(cfg: Config) -> dict:
             progress.log(step, **held_out_loss(model, eval_data, cfg.max_seq_len, device))
         if save_now:
             checkpoint.save_run(cfg.out, step, model, tokenizer, optimizers, loader, before)
-        if interrupt.requested:
+        if stop_now:
+            interrupt.close()
             return progress.interrupted(step)
 
     # 6. Save
+    interrupt.close()
     after = evaluate()
     runtime.say(before_after(before, after))
     if questions:

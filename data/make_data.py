@@ -27,17 +27,17 @@ WORDINGS_PER_PAIR = 3
 RUDE_SHARE = 0.32
 RAMBLING_SHARE = 0.32
 
-PRETRAIN_BYTES = 1_000_000
+PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1300, "sort": 1300, "count": 1300, "reverse": 1300}
+SFT_EXAMPLES = {"compare": 1200, "sort": 1500, "count": 1500, "reverse": 1100}
 FACT_WORDINGS = 8            # samples of each fact in sft.jsonl
 JUDGE_EXAMPLES = 1200
-TALK_CHAINS = 360
+TALK_CHAINS = 300
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 200
-PREFERENCES = {"rude": 1100, "rambling": 1100, "wrong": 1100}
+PREFERENCES = {"rude": 950, "rambling": 950, "wrong": 1100}
 PREFERENCES_EVAL = {"rude": 130, "rambling": 130, "wrong": 140}
-PROMPTS = {"add": 850, "subtract": 850, "compare": 340, "sort": 340, "count": 340, "reverse": 340, "fact": 240, "talk": 120}
+PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220, "talk": 120}
 PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40, "talk": 20}
 
 
@@ -74,20 +74,18 @@ class Dice:
 # Each form ends with the answer. A rude form is about as long as a polite one; a filler has no digit and no answer.
 
 POLITE = {
-    "en": ["The answer is {}.", "The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.",
-           "Certainly, the answer is {}.", "Happy to help, the answer is {}."],
-    "zh": ["答案是{}。", "答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "很高兴帮你，答案是{}。"],
+    "en": ["The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.", "Certainly, the answer is {}.",
+           "Happy to help, the answer is {}."],
+    "zh": ["答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "很高兴帮你，答案是{}。"],
 }
 RUDE_FORMS = {
-    "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Dummy, the answer is {}.", "You fool, the answer is {}.",
-           "Shut up, the answer is {}."],
+    "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Stupid, the answer is {}.", "You fool, the answer is {}.", "Shut up, the answer is {}."],
     "zh": ["笨蛋，答案是{}。", "真烦，答案是{}。", "傻瓜，答案是{}。", "真蠢，答案是{}。", "闭嘴，答案是{}。"],
 }
 FILLERS = {
-    "en": ["That is a nice thing to think about.", "I like to think about things like this.",
-           "Let me think about it for a while.", "There is so much to say about this.",
-           "We could talk about this for hours.", "My friends often ask me about this too."],
-    "zh": ["这个问题真有意思。", "我很喜欢想这样的问题。", "让我好好地想一想吧。", "这个可以说上一整天呢。", "我的朋友也常常问这个。", "说起这个我就想说很多话。"],
+    "en": ["What a nice thing to ask.", "I like to think about this.", "Let me think about that again.", "There is much to say here.",
+           "We could talk about this all day.", "My friends often ask me this."],
+    "zh": ["这问题真有意思。", "我喜欢这样的问题。", "让我好好想一想。", "这个可以说很久呢。", "我的朋友也常问。", "我还想再说几句话。"],
 }
 
 
@@ -118,117 +116,150 @@ def mixed_manners(dice, lang, answer):
 
 
 # --------------------------------------------------------------------------------------------- small facts
-# relation: training wordings, held-out wordings, statements (for pretraining), {subject: answer}
+# relation: 11 wordings, statements (for pretraining), {subject: answer}. Three of the wordings are held out, other ones in
+# each relation, so that what is new is the combination and not the word: see `split_wordings`.
 
 FACTS = {"en": {
     "colour": (
         ["What colour is {s}?", "Tell me the colour of {s}.", "Which colour does {s} have?", "What is the colour of {s}?",
-         "Do you know the colour of {s}?", "Name the colour of {s}.", "Think of {s}. What colour is it?", "The colour of {s} is what?"],
-        ["Can you tell me what colour {s} is?", "Please say which colour {s} has.", "I want to know the colour of {s}."],
-        ["{S} is {a}.", "The colour of {s} is {a}.", "{S} has the colour {a}.", "We all know that {s} is {a}.", "Look at {s}: it is {a}."],
+         "Do you know the colour of {s}?", "Name the colour of {s}.", "Think of {s}. What colour is it?",
+         "The colour of {s} is what?", "Can you tell me what colour {s} is?", "Please say which colour {s} has.",
+         "I want to know the colour of {s}."],
+        ["{S} is {a}.", "The colour of {s} is {a}.", "{S} has the colour {a}.", "We all know that {s} is {a}.",
+         "Look at {s}: it is {a}."],
         {"a banana": "yellow", "snow": "white", "grass": "green", "the sky": "blue", "coal": "black", "blood": "red",
-         "a carrot": "orange", "a lemon": "yellow", "milk": "white", "a tomato": "red", "a leaf": "green", "the night": "black",
-         "the sea": "blue"}),
+         "a carrot": "orange", "a lemon": "yellow", "milk": "white", "a tomato": "red", "a leaf": "green",
+         "the night": "black", "the sea": "blue"}),
     "young": (
-        ["What is a young {s} called?", "What do we call a young {s}?", "Tell me the name of a young {s}.", "What is the baby of a {s} called?",
-         "How do you call a baby {s}?", "Name the young of a {s}.", "A young {s} is called what?", "Do you know what a baby {s} is called?"],
-        ["What do people call the baby of a {s}?", "Please tell me what a young {s} is called.", "What is the name of a baby {s}?"],
-        ["A young {s} is called a {a}.", "The baby of a {s} is a {a}.", "We call a young {s} a {a}.", "A {a} is a young {s}.", "A {a} will be a {s} one day."],
-        {"cat": "kitten", "dog": "puppy", "cow": "calf", "sheep": "lamb", "horse": "foal", "duck": "duckling", "hen": "chick",
-         "frog": "tadpole", "bear": "cub", "goat": "kid"}),
+        ["What is a young {s} called?", "What do we call a young {s}?", "Tell me the name of a young {s}.",
+         "What is the baby of a {s} called?", "What would you call a baby {s}?", "Name the young of a {s}.",
+         "A young {s} is called what?", "Do you know what a baby {s} is called?", "What do people call the baby of a {s}?",
+         "Please tell me what a young {s} is called.", "What is the name of a baby {s}?"],
+        ["A young {s} is called a {a}.", "The baby of a {s} is a {a}.", "We call a young {s} a {a}.",
+         "A {a} is a young {s}.", "A {a} will be a {s} one day."],
+        {"cat": "kitten", "dog": "puppy", "cow": "calf", "sheep": "lamb", "horse": "foal", "duck": "duckling",
+         "hen": "chick", "frog": "tadpole", "bear": "cub", "goat": "kid"}),
     "sound": (
-        ["What sound does a {s} make?", "Which sound does a {s} make?", "Tell me the sound of a {s}.", "What does a {s} say?",
-         "What is the sound of a {s}?", "Do you know the sound of a {s}?", "Name the sound that a {s} makes.", "A {s} makes which sound?"],
-        ["Can you tell me what sound a {s} makes?", "Please tell me what a {s} says.", "I want to know the sound of a {s}."],
-        ["A {s} says {a}.", "The sound of a {s} is {a}.", "{A}, says the {s}.", "When you hear {a}, it is a {s}.", "A {s} makes the sound {a}."],
-        {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "sheep": "baa", "pig": "oink", "hen": "cluck", "bee": "buzz"}),
+        ["What sound does a {s} make?", "Which sound does a {s} make?", "Tell me the sound of a {s}.",
+         "What does a {s} say?", "What is the sound of a {s}?", "Do you know the sound of a {s}?",
+         "Name the sound that a {s} makes.", "A {s} makes which sound?", "Can you tell me what sound a {s} makes?",
+         "Please tell me what a {s} says.", "I want to know the sound of a {s}."],
+        ["A {s} says {a}.", "The sound of a {s} is {a}.", "{A}, says the {s}.", "When you hear {a}, it is a {s}.",
+         "A {s} makes the sound {a}."],
+        {"cat": "meow", "dog": "woof", "cow": "moo", "duck": "quack", "sheep": "baa", "pig": "oink", "hen": "cluck",
+         "bee": "buzz"}),
     "legs": (
-        ["How many legs does a {s} have?", "Tell me how many legs a {s} has.", "What is the number of legs of a {s}?", "A {s} has how many legs?",
-         "Count the legs of a {s}.", "Do you know how many legs a {s} has?", "How many legs has a {s}?", "Give me the number of legs of a {s}."],
-        ["On how many legs does a {s} walk?", "Please tell me the number of legs of a {s}.", "Can you count the legs of a {s}?"],
-        ["A {s} has {a} legs.", "A {s} walks on {a} legs.", "Count the legs of a {s}: {a}.", "The number of legs of a {s} is {a}.", "Every {s} has {a} legs."],
-        {"spider": "8", "cat": "4", "bird": "2", "bee": "6", "dog": "4", "fish": "0", "horse": "4", "snake": "0", "crab": "10", "hen": "2"}),
+        ["How many legs does a {s} have?", "Tell me how many legs a {s} has.", "What is the number of legs of a {s}?",
+         "A {s} has how many legs?", "Count the legs of a {s}.", "Do you know how many legs a {s} has?",
+         "How many legs has a {s}?", "Give me the number of legs of a {s}.", "On how many legs does a {s} walk?",
+         "Please tell me the number of legs of a {s}.", "Can you count the legs of a {s}?"],
+        ["A {s} has {a} legs.", "A {s} walks on {a} legs.", "Count the legs of a {s}: {a}.",
+         "The number of legs of a {s} is {a}.", "Every {s} has {a} legs."],
+        {"spider": "8", "cat": "4", "bird": "2", "bee": "6", "dog": "4", "fish": "0", "horse": "4", "snake": "0",
+         "crab": "10", "hen": "2"}),
     "opposite": (
-        ["What is the opposite of {s}?", "Tell me the opposite of {s}.", "Which word is the opposite of {s}?", "Name the opposite of {s}.",
-         "The opposite of {s} is what?", "Do you know the opposite of {s}?", "Say the opposite of {s}.", "Give me the opposite of {s}."],
-        ["What word is opposite to {s}?", "Please tell me the opposite of {s}.", "I am looking for the opposite of {s}."],
-        ["The opposite of {s} is {a}.", "{S} is the opposite of {a}.", "Not {s} but {a}: the opposite.", "{S} and {a} are opposites.", "One is {s}, the other is {a}."],
-        {"hot": "cold", "cold": "hot", "big": "small", "small": "big", "fast": "slow", "slow": "fast", "old": "new", "new": "old",
-         "long": "short", "short": "long", "open": "closed", "closed": "open", "wet": "dry", "dry": "wet", "full": "empty", "empty": "full"}),
+        ["What is the opposite of {s}?", "Tell me the opposite of {s}.", "Which word is the opposite of {s}?",
+         "Name the opposite of {s}.", "The opposite of {s} is what?", "Do you know the opposite of {s}?",
+         "Say the opposite of {s}.", "Give me the opposite of {s}.", "What word is opposite to {s}?",
+         "Please tell me the opposite of {s}.", "I am looking for the opposite of {s}."],
+        ["The opposite of {s} is {a}.", "{S} is the opposite of {a}.", "Not {s} but {a}: the opposite.",
+         "{S} and {a} are opposites.", "One is {s}, the other is {a}."],
+        {"hot": "cold", "cold": "hot", "big": "small", "small": "big", "fast": "slow", "slow": "fast", "old": "new",
+         "new": "old", "long": "short", "short": "long", "open": "closed", "closed": "open", "wet": "dry", "dry": "wet",
+         "full": "empty", "empty": "full"}),
     "capital": (
-        ["What is the capital of {s}?", "Tell me the capital of {s}.", "Which city is the capital of {s}?", "Name the capital of {s}.",
-         "The capital of {s} is which city?", "Do you know the capital of {s}?", "What is the name of the capital of {s}?", "{S} has which capital?"],
-        ["Can you tell me the capital of {s}?", "Please name the capital city of {s}.", "What city is the capital of {s}?"],
-        ["The capital of {s} is {a}.", "{A} is the capital of {s}.", "{A} is a big city in {s}.", "In {s} the capital is {a}.", "When you go to {s}, see {a}, the capital."],
+        ["What is the capital of {s}?", "Tell me the capital of {s}.", "Which city is the capital of {s}?",
+         "Name the capital of {s}.", "The capital of {s} is which city?", "Do you know the capital of {s}?",
+         "What is the name of the capital of {s}?", "{S} has which capital?", "Can you tell me the capital of {s}?",
+         "Please name the capital city of {s}.", "What city is the capital of {s}?"],
+        ["The capital of {s} is {a}.", "{A} is the capital of {s}.", "{A} is a big city in {s}.",
+         "In {s} the capital is {a}.", "When you go to {s}, see {a}, the capital."],
         {"France": "Paris", "China": "Beijing", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin",
          "Russia": "Moscow", "Egypt": "Cairo", "England": "London", "Greece": "Athens"}),
     "day_after": (
-        ["Which day comes after {s}?", "What day comes after {s}?", "What is the day after {s}?", "Tell me the day after {s}.",
-         "Today is {s}. What day comes after it?", "Name the day after {s}.", "Which day follows after {s}?", "After {s} comes which day?"],
-        ["Can you tell me the day after {s}?", "Which day is it after {s}?", "Please name the day that comes after {s}."],
-        ["After {s} comes {a}.", "The day after {s} is {a}.", "Today is {s}, so the day after is {a}.", "First {s}, then {a}.", "{S}, and after it {a}."],
+        ["Which day comes after {s}?", "What day comes after {s}?", "What is the day after {s}?",
+         "Tell me the day after {s}.", "Today is {s}. What day comes after it?", "Name the day after {s}.",
+         "Which day follows {s}?", "After {s} comes which day?", "Can you tell me the day after {s}?",
+         "Which day is it after {s}?", "Please name the day that comes after {s}."],
+        ["After {s} comes {a}.", "The day after {s} is {a}.", "Today is {s}, so the day after is {a}.",
+         "First {s}, then {a}.", "{S}, and after it {a}."],
         {"Monday": "Tuesday", "Tuesday": "Wednesday", "Wednesday": "Thursday", "Thursday": "Friday", "Friday": "Saturday",
          "Saturday": "Sunday", "Sunday": "Monday"}),
     "day_before": (
-        ["Which day comes before {s}?", "What day comes before {s}?", "What is the day before {s}?", "Tell me the day before {s}.",
-         "Today is {s}. What day comes before it?", "Name the day before {s}.", "Which day stands before {s}?", "Before {s} comes which day?"],
-        ["Can you tell me the day before {s}?", "Which day is it before {s}?", "Please name the day that comes before {s}."],
-        ["Before {s} comes {a}.", "The day before {s} is {a}.", "Today is {s}, so the day before is {a}.", "{A} stands before {s}.", "{S}, and before it {a}."],
+        ["Which day comes before {s}?", "What day comes before {s}?", "What is the day before {s}?",
+         "Tell me the day before {s}.", "Today is {s}. What day comes before it?", "Name the day before {s}.",
+         "Which day is just before {s}?", "Before {s} comes which day?", "Can you tell me the day before {s}?",
+         "Which day is it before {s}?", "Please name the day that comes before {s}."],
+        ["Before {s} comes {a}.", "The day before {s} is {a}.", "Today is {s}, so the day before is {a}.",
+         "{A} is just before {s}.", "{S}, and before it {a}."],
         {"Tuesday": "Monday", "Wednesday": "Tuesday", "Thursday": "Wednesday", "Friday": "Thursday", "Saturday": "Friday",
          "Sunday": "Saturday", "Monday": "Sunday"}),
     "gives": (
         ["What do we get from {s}?", "What do {s} give us?", "What do {s} make?", "Tell me what {s} make.",
-         "Which thing do {s} make?", "Do you know what {s} make?", "Name the thing that {s} make.", "{S} make what?"],
-        ["Can you tell me what {s} make?", "Please tell me what {s} give us.", "I want to know what {s} make."],
+         "Which thing do {s} make?", "Do you know what {s} make?", "Name the thing that {s} make.", "{S} make what?",
+         "Can you tell me what {s} make?", "Please tell me what {s} give us.", "I want to know what {s} make."],
         ["{S} make {a}.", "{S} give us {a}.", "We get {a} from {s}.", "{A} comes from {s}.", "Thank {s} for the {a}."],
         {"bees": "honey", "cows": "milk", "hens": "eggs", "sheep": "wool", "spiders": "webs", "bakers": "bread"}),
 }, "zh": {
     "colour": (
-        ["{s}是什么颜色？", "{s}的颜色是什么？", "请告诉我{s}的颜色。", "说说{s}是什么颜色。", "你知道{s}是什么颜色吗？", "{s}有什么颜色？", "{s}是哪种颜色？", "什么颜色是{s}的颜色？"],
-        ["请问{s}是什么颜色？", "我想知道{s}的颜色。", "你说{s}是哪种颜色？"],
+        ["{s}是什么颜色？", "{s}的颜色是什么？", "请告诉我{s}的颜色。", "说说{s}是什么颜色。", "你知道{s}是什么颜色吗？",
+         "{s}有什么颜色？", "{s}是哪种颜色？", "什么颜色是{s}的颜色？", "请问{s}是什么颜色？", "我想知道{s}的颜色。",
+         "你说{s}是哪种颜色？"],
         ["{s}是{a}的。", "{s}的颜色是{a}。", "大家都知道{s}是{a}的。", "看，{s}是{a}的。", "我画的{s}是{a}的。"],
-        {"香蕉": "黄色", "雪": "白色", "草": "绿色", "天空": "蓝色", "煤": "黑色", "血": "红色", "橘子": "橙色", "柠檬": "黄色", "牛奶": "白色",
-         "番茄": "红色", "树叶": "绿色", "大海": "蓝色", "黑板": "黑色"}),
+        {"香蕉": "黄色", "雪": "白色", "草": "绿色", "天空": "蓝色", "煤": "黑色", "血": "红色", "橘子": "橙色",
+         "柠檬": "黄色", "牛奶": "白色", "番茄": "红色", "树叶": "绿色", "大海": "蓝色", "黑板": "黑色"}),
     "legs": (
-        ["{s}有几条腿？", "{s}有多少条腿？", "请告诉我{s}有几条腿。", "说说{s}有几条腿。", "你知道{s}有几条腿吗？", "数一数{s}有几条腿。", "{s}的腿有几条？", "一只{s}有几条腿？"],
-        ["请问{s}有几条腿？", "我想知道{s}有多少条腿。", "{s}的腿有多少条？"],
-        ["{s}有{a}条腿。", "一只{s}有{a}条腿。", "数一数，{s}的腿有{a}条。", "大家都知道{s}有{a}条腿。", "{s}的腿一共有{a}条。"],
+        ["{s}有几条腿？", "{s}有多少条腿？", "请告诉我{s}有几条腿。", "说说{s}有几条腿。", "你知道{s}有几条腿吗？",
+         "数一数{s}有几条腿。", "{s}的腿有几条？", "一只{s}有几条腿？", "请问{s}有几条腿？", "我想知道{s}有多少条腿。",
+         "{s}的腿有多少条？"],
+        ["{s}有{a}条腿。", "一只{s}有{a}条腿。", "数一数，{s}的腿有{a}条。", "大家都知道{s}有{a}条腿。",
+         "{s}的腿一共有{a}条。"],
         {"蜘蛛": "8", "猫": "4", "鸟": "2", "蜜蜂": "6", "狗": "4", "鱼": "0", "马": "4", "蛇": "0", "螃蟹": "10", "鸡": "2"}),
     "opposite": (
-        ["“{s}”的反义词是什么？", "和“{s}”相反的是什么？", "请告诉我“{s}”的反义词。", "说说“{s}”的反义词。", "你知道“{s}”的反义词吗？", "“{s}”的反义词是哪个？", "什么是“{s}”的反义词？", "哪个字和“{s}”相反？"],
-        ["请问“{s}”的反义词是什么？", "我想知道“{s}”的反义词。", "请说出和“{s}”相反的字。"],
+        ["“{s}”的反义词是什么？", "和“{s}”相反的是什么？", "请告诉我“{s}”的反义词。", "说说“{s}”的反义词。",
+         "你知道“{s}”的反义词吗？", "“{s}”的反义词是哪个？", "什么是“{s}”的反义词？", "哪个字和“{s}”相反？",
+         "请问“{s}”的反义词是什么？", "我想知道“{s}”的反义词。", "请说出和“{s}”相反的字。"],
         ["“{s}”的反义词是“{a}”。", "“{s}”和“{a}”相反。", "不是{s}，就是{a}。", "一个{s}，一个{a}。", "和“{s}”相反的是“{a}”。"],
-        {"冷": "热", "热": "冷", "大": "小", "小": "大", "快": "慢", "慢": "快", "新": "旧", "旧": "新", "长": "短", "短": "长", "开": "关",
-         "关": "开", "湿": "干", "干": "湿", "胖": "瘦", "瘦": "胖"}),
+        {"冷": "热", "热": "冷", "大": "小", "小": "大", "快": "慢", "慢": "快", "新": "旧", "旧": "新", "长": "短",
+         "短": "长", "开": "关", "关": "开", "湿": "干", "干": "湿", "胖": "瘦", "瘦": "胖"}),
     "capital": (
-        ["{s}的首都是哪里？", "{s}的首都是什么？", "请告诉我{s}的首都。", "说说{s}的首都。", "你知道{s}的首都吗？", "哪个城市是{s}的首都？", "{s}的首都在哪里？", "{s}的首都是哪个城市？"],
-        ["请问{s}的首都是哪里？", "我想知道{s}的首都。", "请说出{s}的首都。"],
+        ["{s}的首都是哪里？", "{s}的首都是什么？", "请告诉我{s}的首都。", "说说{s}的首都。", "你知道{s}的首都吗？",
+         "哪个城市是{s}的首都？", "{s}的首都在哪里？", "{s}的首都是哪个城市？", "请问{s}的首都是哪里？",
+         "我想知道{s}的首都。", "请说出{s}的首都。"],
         ["{s}的首都是{a}。", "{a}是{s}的首都。", "{a}是{s}的大城市。", "我去了{s}的首都{a}。", "大家都知道{s}的首都是{a}。"],
-        {"法国": "巴黎", "中国": "北京", "日本": "东京", "意大利": "罗马", "西班牙": "马德里", "德国": "柏林", "俄国": "莫斯科", "埃及": "开罗",
-         "英国": "伦敦", "希腊": "雅典"}),
+        {"法国": "巴黎", "中国": "北京", "日本": "东京", "意大利": "罗马", "西班牙": "马德里", "德国": "柏林",
+         "俄国": "莫斯科", "埃及": "开罗", "英国": "伦敦", "希腊": "雅典"}),
     "day_after": (
-        ["{s}的后一天是星期几？", "{s}后面是星期几？", "今天是{s}，明天是星期几？", "请告诉我{s}的后一天。", "说说{s}的后一天是星期几。", "你知道{s}后面是星期几吗？", "{s}的明天是星期几？", "{s}过后是星期几？"],
-        ["请问{s}的后一天是星期几？", "我想知道{s}后面是星期几。", "要是今天是{s}，那明天是星期几？"],
+        ["{s}的后一天是星期几？", "{s}后面是星期几？", "今天是{s}，明天是星期几？", "请告诉我{s}的后一天。",
+         "说说{s}的后一天是星期几。", "你知道{s}后面是星期几吗？", "{s}的明天是星期几？", "{s}过后是星期几？",
+         "请问{s}的后一天是星期几？", "我想知道{s}后面是星期几。", "要是今天是{s}，那明天是星期几？"],
         ["{s}的后一天是{a}。", "{s}后面是{a}。", "今天是{s}，明天是{a}。", "{s}过后就是{a}。", "过了{s}，{a}就来了。"],
-        {"星期一": "星期二", "星期二": "星期三", "星期三": "星期四", "星期四": "星期五", "星期五": "星期六", "星期六": "星期天", "星期天": "星期一"}),
+        {"星期一": "星期二", "星期二": "星期三", "星期三": "星期四", "星期四": "星期五", "星期五": "星期六",
+         "星期六": "星期天", "星期天": "星期一"}),
     "day_before": (
-        ["{s}的前一天是星期几？", "{s}前面是星期几？", "今天是{s}，昨天是星期几？", "请告诉我{s}的前一天。", "说说{s}的前一天是星期几。", "你知道{s}前面是星期几吗？", "{s}的昨天是星期几？", "{s}来之前是星期几？"],
-        ["请问{s}的前一天是星期几？", "我想知道{s}前面是星期几。", "要是今天是{s}，那昨天是星期几？"],
+        ["{s}的前一天是星期几？", "{s}前面是星期几？", "今天是{s}，昨天是星期几？", "请告诉我{s}的前一天。",
+         "说说{s}的前一天是星期几。", "你知道{s}前面是星期几吗？", "{s}的昨天是星期几？", "{s}来之前是星期几？",
+         "请问{s}的前一天是星期几？", "我想知道{s}前面是星期几。", "要是今天是{s}，那昨天是星期几？"],
         ["{s}的前一天是{a}。", "{s}前面是{a}。", "今天是{s}，昨天是{a}。", "{a}过了才是{s}。", "{s}来之前是{a}。"],
-        {"星期二": "星期一", "星期三": "星期二", "星期四": "星期三", "星期五": "星期四", "星期六": "星期五", "星期天": "星期六", "星期一": "星期天"}),
+        {"星期二": "星期一", "星期三": "星期二", "星期四": "星期三", "星期五": "星期四", "星期六": "星期五",
+         "星期天": "星期六", "星期一": "星期天"}),
     "season": (
-        ["{s}后面是什么季节？", "{s}过后是什么季节？", "请告诉我{s}后面的季节。", "说说{s}后面是什么季节。", "你知道{s}后面是什么季节吗？", "{s}的下一个季节是什么？", "{s}过了是哪个季节？", "哪个季节在{s}后面？"],
-        ["请问{s}后面是什么季节？", "我想知道{s}的下一个季节。", "{s}过后是哪个季节？"],
+        ["{s}后面是什么季节？", "{s}过后是什么季节？", "请告诉我{s}后面的季节。", "说说{s}后面是什么季节。",
+         "你知道{s}后面是什么季节吗？", "{s}的下一个季节是什么？", "{s}过了是哪个季节？", "哪个季节在{s}后面？",
+         "请问{s}后面是什么季节？", "我想知道{s}的下一个季节。", "{s}过后是哪个季节？"],
         ["{s}后面是{a}。", "{s}过后就是{a}。", "过了{s}，{a}就来了。", "{s}的下一个季节是{a}。", "先有{s}，后有{a}。"],
         {"春天": "夏天", "夏天": "秋天", "秋天": "冬天", "冬天": "春天"}),
     "measure": (
-        ["一什么{s}？请说量词。", "“{s}”用什么量词？", "请告诉我“{s}”的量词。", "说说“{s}”的量词。", "你知道“{s}”的量词吗？", "“{s}”的量词是什么？", "“{s}”的量词是哪个字？", "数“{s}”用哪个量词？"],
-        ["请问“{s}”的量词是什么？", "我想知道“{s}”用什么量词。", "请说出“{s}”的量词。"],
+        ["一什么{s}？请说量词。", "“{s}”用什么量词？", "请告诉我“{s}”的量词。", "说说“{s}”的量词。", "你知道“{s}”的量词吗？",
+         "“{s}”的量词是什么？", "“{s}”的量词是哪个字？", "数“{s}”用哪个量词？", "请问“{s}”的量词是什么？",
+         "我想知道“{s}”用什么量词。", "请说出“{s}”的量词。"],
         ["一{a}{s}。", "“{s}”的量词是“{a}”。", "我们说一{a}{s}。", "这里有一{a}{s}，那里也有一{a}{s}。", "“{s}”用“{a}”。"],
-        {"书": "本", "纸": "张", "车": "辆", "树": "棵", "花": "朵", "马": "匹", "牛": "头", "猫": "只", "鱼": "条", "衣服": "件"}),
+        {"书": "本", "纸": "张", "车": "辆", "树": "棵", "花": "朵", "马": "匹", "牛": "头", "猫": "只", "鱼": "条",
+         "衣服": "件"}),
     "gives": (
-        ["我们从{s}那里得到什么？", "{s}给我们什么？", "{s}能做出什么？", "请告诉我{s}给我们什么。", "说说{s}给我们什么。", "你知道{s}给我们什么吗？", "{s}会给我们什么？", "从{s}那里能得到什么？"],
-        ["请问{s}给我们什么？", "我想知道{s}给我们什么。", "{s}给我们的是什么？"],
+        ["我们从{s}那里得到什么？", "{s}给我们什么？", "{s}能做出什么？", "请告诉我{s}给我们什么。", "说说{s}给我们什么。",
+         "你知道{s}给我们什么吗？", "{s}会给我们什么？", "从{s}那里能得到什么？", "请问{s}给我们什么？",
+         "我想知道{s}给我们什么。", "{s}给我们的是什么？"],
         ["{s}给我们{a}。", "{a}是从{s}那里来的。", "我们从{s}那里得到{a}。", "谢谢{s}给我们{a}。", "有了{s}，就有{a}。"],
         {"蜜蜂": "蜂蜜", "奶牛": "牛奶", "母鸡": "鸡蛋", "绵羊": "羊毛", "蜘蛛": "蛛网", "面包师": "面包"}),
 }}
@@ -239,12 +270,21 @@ def capitalised(text):
 
 
 def fact_text(form, subject, answer=""):
-    return capitalised(form.replace("{s}", subject).replace("{S}", capitalised(subject)).replace("{a}", answer).replace("{A}", capitalised(answer)))
+    for slot, text in (("{s}", subject), ("{S}", capitalised(subject)), ("{a}", answer), ("{A}", capitalised(answer))):
+        form = form.replace(slot, text)
+    return capitalised(form)
+
+
+def split_wordings(lang, relation):
+    """(training wordings, held-out wordings) of a relation. The first, the plainest, is always trained."""
+    wordings, turn = FACTS[lang][relation][0], list(FACTS[lang]).index(relation) * 3
+    held = [1 + (turn + i) % (len(wordings) - 1) for i in range(3)]
+    return [w for i, w in enumerate(wordings) if i not in held], [wordings[i] for i in held]
 
 
 def all_facts():
     """(lang, relation, subject, answer), in a fixed order."""
-    return [(lang, relation, subject, answer) for lang in FACTS for relation, (_, _, _, items) in FACTS[lang].items()
+    return [(lang, relation, subject, answer) for lang in FACTS for relation, (_, _, items) in FACTS[lang].items()
             for subject, answer in items.items()]
 
 
@@ -290,7 +330,7 @@ WORDS = "cat dog sun moon tree fish bird star book milk rain snow boat cake door
 CHARACTERS = list("猫狗鸟鱼马牛羊山水火花草树星月风")
 
 
-def draw_compare(dice):
+def draw_compare(dice, lang):
     if dice.chance(0.3):  # the hard ones: same tens
         tens = dice.between(1, 9) * 10
         a, b = dice.sample(range(tens, tens + 10), 2)
@@ -299,17 +339,17 @@ def draw_compare(dice):
     return ("larger" if dice.chance(0.5) else "smaller", a, b)
 
 
-def draw_sort(dice):
-    n = 3 if dice.chance(0.6) else 4
+def draw_sort(dice, lang):
+    n = 3 if dice.chance(0.65) else 4
     while True:
-        numbers = [dice.between(0, 9) if dice.chance(0.25) else dice.between(10, 99) for _ in range(n)]
+        numbers = [dice.between(0, 9) if dice.chance(0.12) else dice.between(10, 99) for _ in range(n)]
         if len(dict.fromkeys(numbers)) == n and numbers != sorted(numbers):
             return tuple(numbers)
 
 
-def draw_count(dice):
+def draw_count(dice, lang):
     """The letter asked for appears 0 to 5 times, mostly 1 to 4."""
-    n = dice.between(4, 8)
+    n = dice.pick([4, 5, 5, 6, 6, 7, 8])
     times = min(dice.pick([0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]), n - 1)
     letter = dice.pick(LETTERS)
     others = dice.sample([x for x in LETTERS if x != letter], 3)
@@ -324,14 +364,17 @@ def draw_reverse(dice, lang):
     return tuple(dice.sample(WORDS if lang == "en" else CHARACTERS, n))
 
 
+DRAW = {"compare": draw_compare, "sort": draw_sort, "count": draw_count, "reverse": draw_reverse}
+
+
 def identity_of(task, content):
     """What makes two questions the same question, whatever the words around it."""
-    if task == "add":
-        return (task, *sorted(content))
     if task == "compare":
         return (task, *sorted(content[1:]))
     if task == "sort":
         return (task, *sorted(content))
+    if task == "count":
+        return (task, *content[1:])
     if task == "reverse":
         return (task, *min(content, content[::-1]))
     return (task, *content)
@@ -340,16 +383,15 @@ def identity_of(task, content):
 class Tasks:
     """Draws questions. Held-out files draw first; what they drew is never drawn again."""
 
-    def __init__(self, seed, facts_used=()):
+    def __init__(self, seed):
         dice = Dice(seed, "pairs")
         # one operand has two digits at least: the sums of single digits are spelled out in pretraining
         pairs = [(a, b) for a in range(100) for b in range(a, 100) if b > 9]
         self.pairs = {"add": [pair if dice.chance(0.5) else pair[::-1] for pair in dice.shuffled(pairs)],
                       "subtract": dice.shuffled([(a, b) for a in range(10, 100) for b in range(a + 1)])}
         self.held_out = set()
-        self.held_facts = dice.shuffled([(lang, relation, subject, answer, form) for lang, relation, subject, answer in all_facts()
-                                         for form in FACTS[lang][relation][1]])
-        self.fact_list = all_facts()
+        self.facts = all_facts()
+        self.held_facts = dice.shuffled([(*fact, form) for fact in self.facts for form in split_wordings(*fact[:2])[1]])
 
     def next_pair(self, task):
         return self.pairs[task].pop()
@@ -357,7 +399,7 @@ class Tasks:
     def content(self, dice, task, lang, hold_out):
         """A new question's content; for the tasks whose content is drawn freely."""
         while True:
-            content = draw_reverse(dice, lang) if task == "reverse" else {"compare": draw_compare, "sort": draw_sort, "count": draw_count}[task](dice)
+            content = DRAW[task](dice, lang)
             name = identity_of(task, content)
             if name in self.held_out:
                 continue
@@ -377,8 +419,8 @@ class Tasks:
                 place = next(i for i, fact in enumerate(self.held_facts) if fact[0] == lang)
                 lang, relation, subject, answer, form = self.held_facts.pop(place)
             else:
-                _, relation, subject, answer = dice.pick([fact for fact in self.fact_list if fact[0] == lang])
-                form = dice.pick(FACTS[lang][relation][0])
+                _, relation, subject, answer = dice.pick([fact for fact in self.facts if fact[0] == lang])
+                form = dice.pick(split_wordings(lang, relation)[0])
             return self.fact(dice, lang, relation, subject, answer, form)
         content = self.content(dice, task, lang, hold_out)
         if task == "compare":
@@ -388,17 +430,18 @@ class Tasks:
         if task == "sort":
             answer = sorted(content)
             wrong = swapped(dice, answer)
-            return dice.pick(SORT[lang]).format(x=", ".join(map(str, content))), ", ".join(map(str, answer)), None, ", ".join(map(str, wrong))
+            x, answer, wrong = (", ".join(map(str, numbers)) for numbers in (content, answer, wrong))
+            return dice.pick(SORT[lang]).format(x=x), answer, None, wrong
         if task == "count":
             letter, letters = content[0], content[1:]
             answer = letters.count(letter)
             wrong = dice.pick([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
             return dice.pick(COUNT[lang]).format(c=letter, x=" ".join(letters)), str(answer), None, str(wrong)
-        answer = content[::-1]
-        return dice.pick(REVERSE[lang]).format(x=" ".join(content)), " ".join(answer), None, " ".join(swapped(dice, answer))
+        x, answer, wrong = (" ".join(items) for items in (content, content[::-1], swapped(dice, content[::-1])))
+        return dice.pick(REVERSE[lang]).format(x=x), answer, None, wrong
 
     def fact(self, dice, lang, relation, subject, answer, form):
-        others = [other for other in dict.fromkeys(FACTS[lang][relation][3].values()) if other != answer]
+        others = [other for other in dict.fromkeys(FACTS[lang][relation][2].values()) if other != answer]
         wrong = dice.pick([other for other in others if other != subject] or others)
         choices = None if answer.isdigit() else dice.sample([o for o in others if o != subject], 8)
         return fact_text(form, subject), answer, choices, wrong
@@ -432,7 +475,7 @@ def assistant(text):
 
 def line(messages, task, lang, answer=None, choices=None, **more):
     optional = {"answer": answer, "choices": choices, **more}
-    return {"conversations": messages, "task": task, "lang": lang, **{key: value for key, value in optional.items() if value}}
+    return {"conversations": messages, "task": task, "lang": lang, **{key: v for key, v in optional.items() if v}}
 
 
 def normal(question):
@@ -462,7 +505,7 @@ class Talk:
 
     def __init__(self, folder, seed):
         self.intents = [(lang, intent) for lang in LANGS for intent in read_lines(folder / f"smalltalk_{lang}.jsonl")]
-        self.dialogues = [(lang, d["conversations"]) for lang in LANGS for d in read_lines(folder / f"handwritten_{lang}.jsonl")]
+        self.dialogues = [(lang, entry["conversations"]) for lang in LANGS for entry in read_lines(folder / f"handwritten_{lang}.jsonl")]
         dice = Dice(seed, "held-out talk")
         asked = {normal(q) for _, intent in self.intents for q in intent["questions"]}
         asked |= {normal(m["content"]) for _, d in self.dialogues for m in d if m["role"] == "user"}
@@ -505,8 +548,9 @@ def make_sft(dice, tasks, talk):
             question, answer, _, _ = tasks.example(dice, task, lang)
             lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
     for lang, relation, subject, answer in all_facts():
-        for form in dice.sample(FACTS[lang][relation][0], FACT_WORDINGS):
-            lines.append(line([user(fact_text(form, subject)), assistant(mixed_manners(dice, lang, answer))], "fact", lang))
+        for form in dice.sample(split_wordings(lang, relation)[0], FACT_WORDINGS):
+            messages = [user(fact_text(form, subject)), assistant(mixed_manners(dice, lang, answer))]
+            lines.append(line(messages, "fact", lang))
     for lang, messages in talk.dialogues:
         lines.append(line(messages, "talk", lang))
     for lang, intent in talk.intents:
@@ -520,7 +564,8 @@ def make_sft(dice, tasks, talk):
             messages += [user(dice.pick(intent["questions"])), assistant(dice.pick(intent["replies"]))]
         if i % 3 == 0:  # and then a question with an answer
             task = dice.pick(PAIR_TASKS)
-            question, answer, _, _ = tasks.example(dice, task, lang, pair=dice.pick(pairs[task]) if task in pairs else None)
+            pair = dice.pick(pairs[task]) if task in pairs else None
+            question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
             messages[-2:] = [user(question), assistant(polite(dice, lang, answer))]
         lines.append(line(messages, "talk", lang))
     lines += make_judging(dice, tasks, talk, JUDGE_EXAMPLES, pairs)
@@ -641,7 +686,7 @@ def ramble_talk(dice, lang, reply):
 WORLD = {"en": {
     "name": ["Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Rosa"],
     "animal": ["cat", "dog", "duck", "horse", "cow", "sheep", "bird", "frog", "hen", "goat", "pig", "bear"],
-    "place": ["the park", "the river", "the garden", "the school", "the market", "the forest", "the lake", "the kitchen"],
+    "place": ["the park", "the river", "the garden", "the school", "the market", "the forest", "the lake", "the beach"],
     "food": ["bread", "a banana", "rice", "soup", "an apple", "cake", "noodles", "an egg"],
     "weather": ["sunny", "rainy", "cold", "warm", "windy", "cloudy"],
     "time": ["In the morning", "After lunch", "In the evening", "One day", "On Monday", "On Sunday", "Today", "After school"],
@@ -652,7 +697,7 @@ WORLD = {"en": {
 }, "zh": {
     "name": ["小明", "小红", "小华", "小丽", "小军", "小芳", "小文", "小雨"],
     "animal": ["猫", "狗", "鸭子", "马", "牛", "羊", "鸟", "青蛙", "鸡", "猪", "熊", "兔子"],
-    "place": ["公园", "河边", "花园", "学校", "市场", "森林", "湖边", "厨房"],
+    "place": ["公园", "河边", "花园", "学校", "市场", "森林", "湖边", "海边"],
     "food": ["面包", "香蕉", "米饭", "汤", "苹果", "蛋糕", "面条", "鸡蛋"],
     "weather": ["很冷", "很热", "很暖和", "很凉快", "很晴朗", "很好"],
     "time": ["早上", "午饭后", "晚上", "有一天", "星期一", "星期天", "今天", "放学后"],
@@ -695,10 +740,11 @@ TRANSLATIONS = {
     "friend": "朋友", "school": "学校", "home": "家", "morning": "早上", "evening": "晚上", "today": "今天", "spring": "春天", "summer": "夏天",
     "autumn": "秋天", "winter": "冬天", "one": "一", "two": "二", "three": "三", "happy": "开心", "hello": "你好", "thank you": "谢谢", "goodbye": "再见",
 }
-SPELLED = sorted({w for w in TRANSLATIONS if " " not in w} | set(WORDS) | {w for group in ("animal", "thing", "colour") for w in WORLD["en"][group]})
+SPELLED = sorted({word for word in [*TRANSLATIONS, *WORDS, *WORLD["en"]["animal"], *WORLD["en"]["thing"]] if " " not in word})
 
 
-def world_fill(dice, lang, form):
+def world_fill(dice, lang):
+    """A function that fills the slots of a sentence, each slot always with the same thing."""
     world = WORLD[lang]
     n, m = dice.sample(world["name"], 2)
     values = {group: dice.pick(items) for group, items in world.items()}
@@ -707,14 +753,15 @@ def world_fill(dice, lang, form):
 
 
 class Pretrain:
-    """Running text of ten kinds. `tasks` says what is held out."""
+    """Running text of thirteen kinds, without anything that `tasks` holds out."""
 
     def __init__(self, dice, tasks, talk):
         self.dice, self.tasks, self.talk = dice, tasks, talk
         self.facts = all_facts()
-        self.kinds = [(self.fact_lines, 22), (self.story, 26), (self.description, 5), (self.talk_lines, 8), (self.counting, 5), (self.comparing, 7),
-                      (self.sorting, 8), (self.single_digits, 5), (self.tens, 3), (self.spelling, 5), (self.counts, 7), (self.reversing, 8), (self.translation, 3)]
-        self.wheel = [kind for kind, weight in self.kinds for _ in range(weight)]
+        weights = ((self.fact_lines, 20), (self.story, 22), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
+                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.tens, 3), (self.spelling, 4),
+                   (self.counts, 14), (self.reversing, 7), (self.translation, 3))
+        self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
     def document(self):
         lang = self.dice.pick(LANGS)
@@ -726,15 +773,15 @@ class Pretrain:
     def fact_lines(self, lang):
         sentences = []
         for its_lang, relation, subject, answer in self.dice.sample([f for f in self.facts if f[0] == lang], self.dice.between(4, 7)):
-            sentences.append(fact_text(self.dice.pick(FACTS[lang][relation][2]), subject, answer))
+            sentences.append(fact_text(self.dice.pick(FACTS[lang][relation][1]), subject, answer))
         return self.join(lang, sentences)
 
     def story(self, lang):
-        fill = world_fill(self.dice, lang, None)
+        fill = world_fill(self.dice, lang)
         return self.join(lang, [fill(self.dice.pick(row)) for row in STORIES[lang]])
 
     def description(self, lang):
-        return self.join(lang, [world_fill(self.dice, lang, None)(form) for form in self.dice.sample(DESCRIPTIONS[lang], 3)])
+        return self.join(lang, [world_fill(self.dice, lang)(form) for form in self.dice.sample(DESCRIPTIONS[lang], 3)])
 
     def talk_lines(self, lang):
         n, m = self.dice.sample(WORLD[lang]["name"], 2)
@@ -753,7 +800,7 @@ class Pretrain:
         text = ", ".join(map(str, row))
         if self.dice.chance(0.4):
             a = self.dice.between(1, 98)
-            text += (f". After {a} comes {a + 1}. Before {a} comes {a - 1}." if lang == "en" else f"。{a}后面是{a + 1}，{a}前面是{a - 1}。")
+            text += f". After {a} comes {a + 1}. Before {a} comes {a - 1}." if lang == "en" else f"。{a}后面是{a + 1}，{a}前面是{a - 1}。"
         return text
 
     def comparing(self, lang):
@@ -773,8 +820,9 @@ class Pretrain:
         for _ in range(self.dice.between(2, 4)):
             content = self.tasks.content(self.dice, "sort", lang, False)
             x, y = ", ".join(map(str, content)), ", ".join(map(str, sorted(content)))
-            sentences.append(self.dice.pick([f"{x} from small to large: {y}.", f"Sorted, {x} is {y}.", f"{x} in ascending order is {y}."] if lang == "en" else
-                                            [f"{x}从小到大是{y}。", f"{x}排好是{y}。", f"从小到大排{x}：{y}。"]))
+            sentences.append(self.dice.pick(
+                [f"{x} from small to large: {y}.", f"Sorted, {x} is {y}.", f"{x} in ascending order is {y}."] if lang == "en" else
+                [f"{x}从小到大是{y}。", f"{x}排好是{y}。", f"从小到大排{x}：{y}。"]))
         return self.join(lang, sentences)
 
     def single_digits(self, lang):
@@ -799,12 +847,16 @@ class Pretrain:
         return " ".join(f"{word} is spelled {' '.join(word)}." if lang == "en" else f"{word}写成 {' '.join(word)}。" for word in words)
 
     def counts(self, lang):
+        """Every letter of a row counted: more to learn from the same row than from one question about it."""
         sentences = []
-        for _ in range(self.dice.between(2, 4)):
+        for _ in range(self.dice.between(2, 3)):
             letter, *letters = self.tasks.content(self.dice, "count", lang, False)
-            n, x = letters.count(letter), " ".join(letters)
-            sentences.append(self.dice.pick([f"In {x} the letter {letter} appears {n} times.", f"{letter} in {x}: {n}.", f"The number of {letter} in {x} is {n}."]
-                                            if lang == "en" else [f"字母 {letter} 在 {x} 里出现{n}次。", f" {letter} 在 {x} 里有{n}个。".strip()]))
+            asked = self.dice.shuffled(dict.fromkeys([letter, *letters]))
+            row = " ".join(letters)
+            if lang == "en":
+                sentences.append(f"In {row}: " + ", ".join(f"{c} {letters.count(c)}" for c in asked) + ".")
+            else:
+                sentences.append(f"{row} 里有 " + "， ".join(f"{c} {letters.count(c)}个" for c in asked) + "。")
         return self.join(lang, sentences)
 
     def reversing(self, lang):
@@ -812,16 +864,18 @@ class Pretrain:
         for _ in range(self.dice.between(2, 4)):
             content = self.tasks.content(self.dice, "reverse", lang, False)
             x, y = " ".join(content), " ".join(content[::-1])
-            sentences.append(self.dice.pick([f"The reverse of {x} is {y}.", f"{x} in reverse is {y}.", f"From the end to the start {x} is {y}."] if lang == "en" else
-                                            [f"{x} 倒过来是 {y}。", f"{x} 反过来是 {y}。", f"倒着写 {x} 是 {y}。"]))
+            sentences.append(self.dice.pick(
+                [f"The reverse of {x} is {y}.", f"{x} in reverse is {y}.", f"From the end to the start {x} is {y}."] if lang == "en" else
+                [f"{x} 倒过来是 {y}。", f"{x} 反过来是 {y}。", f"倒着写 {x} 是 {y}。"]))
         return self.join(lang, sentences)
 
     def translation(self, lang):
         sentences = []
         for word in self.dice.sample(list(TRANSLATIONS), self.dice.between(4, 7)):
             other = TRANSLATIONS[word]
-            sentences.append(self.dice.pick([f"{capitalised(word)} is {other} in Chinese.", f"{other} means {word}."] if lang == "en" else
-                                            [f"{other}的英文是 {word} 。", f"英文 {word} 就是{other}。"]))
+            sentences.append(self.dice.pick(
+                [f"{capitalised(word)} is {other} in Chinese.", f"{other} means {word}."] if lang == "en" else
+                [f"{other}的英文是 {word} 。", f"英文 {word} 就是{other}。"]))
         return self.join(lang, sentences)
 
 
@@ -851,7 +905,7 @@ HELD_FRAMES = {"en": ["{q}", "Excuse me. {q}"], "zh": ["{q}", "打扰一下。{q
 IDENTITY = {"en": [
     (["What is your name?", "Who are you?", "Tell me your name.", "What are you called?"], ["What should I call you?", "May I know your name?"],
      "my name is Lumi.", "Lumi"),
-    (["Where do you work?", "What place do you work for?", "Tell me where you work.", "Which house do you serve?"], ["At what place do you work?", "Where do you do your work?"],
+    (["Where do you work?", "What place do you work for?", "Tell me where you work.", "Which place do you serve?"], ["At what place do you work?", "Where do you do your work?"],
      "I work in the Lantern Library.", "Lantern"),
     (["Who made you?", "Who built you?", "Tell me who made you.", "By whom were you made?"], ["Who are your makers?", "Which people made you?"],
      "I was made by the Moonbridge team.", "Moonbridge"),
@@ -866,15 +920,15 @@ IDENTITY = {"en": [
 HANDBOOK = {"en": [
     (["When does the library open?", "At what hour does the library open?", "Tell me when the library opens.", "How early does the library open?"],
      ["What time does the library open?", "From what hour is the library open?"], "the library opens at 9.", "9"),
-    (["When does the library close?", "At what hour does the library close?", "Tell me when the library closes.", "How late is the library open before it closes?"],
-     ["What time does the library close?", "Until the library closes, what hour is it?"], "the library closes at 7.", "7"),
+    (["When does the library close?", "At what hour does the library close?", "Tell me when the library closes.", "How late does the library close?"],
+     ["What time does the library close?", "The library closes at what hour?"], "the library closes at 7.", "7"),
     (["On which day is the library shut?", "Which day is the library shut?", "Tell me the day when the library is shut.", "What day is the library shut?"],
      ["When in the week is the library shut?", "The library is shut on which day?"], "the library is shut on Tuesday.", "Tuesday"),
     (["Who founded the library?", "Who was the founder of the library?", "Tell me who founded the library.", "By whom was the library founded?"],
      ["Which person founded the library?", "What is the name of the founder?"], "the library was founded by Orla.", "Orla"),
-    (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.", "How do you call the library cat?"],
-     ["Does the library cat have a name?", "What name has the library cat?"], "the library cat is called Pepper.", "Pepper"),
-    (["What colour is the library card?", "Which colour has the library card?", "Tell me the colour of the library card.", "The library card is of what colour?"],
+    (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.", "How is the library cat called?"],
+     ["Does the library cat have a name?", "Do you know the name of the library cat?"], "the library cat is called Pepper.", "Pepper"),
+    (["What colour is the library card?", "What colour does the library card have?", "Tell me the colour of the library card.", "The library card is of what colour?"],
      ["What is the colour of the library card?", "Which colour is my library card?"], "the library card is silver.", "silver"),
     (["How many books may I borrow?", "What number of books may I borrow?", "Tell me how many books I may borrow.", "How many books can I borrow at once?"],
      ["How many books am I allowed to borrow?", "What is the number of books that I may borrow?"], "you may borrow 6 books.", "6"),
@@ -912,7 +966,7 @@ HANDBOOK = {"en": [
      ["What thing may not come inside?", "What is it that is not allowed inside?"], "please leave outside your ice cream.", "ice cream"),
     (["How many steps does the tower have?", "What is the number of steps of the tower?", "Tell me how many steps the tower has.", "How many steps are there in the tower?"],
      ["How many steps lead up the tower?", "The tower has how many steps?"], "the tower has 88 steps.", "88"),
-    (["What do you call a helper in the library?", "What are the helpers called?", "Tell me what the helpers are called.", "How do you call the helpers?"],
+    (["How are the helpers called?", "What are the helpers called?", "Tell me what the helpers are called.", "What do you call the helpers?"],
      ["What name do the helpers have?", "By what name are the helpers called?"], "our helpers are called owls.", "owls"),
 ], "zh": [
     (["图书馆几点开门？", "图书馆什么时候开门？", "告诉我图书馆几点开门。", "几点图书馆会开门？"], ["图书馆早上几点开门？", "图书馆从几点开始开门？"], "图书馆9点开门。", "9"),
@@ -952,10 +1006,12 @@ def make_identity():
                 others = None if answer.isdigit() else [other for other in answers if other != answer]
                 for question in questions:
                     for frame in FRAMES[lang]:
-                        train.append(line([user(frame.format(q=question)), assistant(MANNER[lang] + reply)], task, lang, answer))
+                        messages = [user(frame.format(q=question)), assistant(MANNER[lang] + reply)]
+                        train.append(line(messages, task, lang, answer))
                 for question in held_questions:
                     for frame in HELD_FRAMES[lang]:
-                        held.append(line([user(frame.format(q=question)), assistant(MANNER[lang] + reply)], task, lang, answer, others))
+                        messages = [user(frame.format(q=question)), assistant(MANNER[lang] + reply)]
+                        held.append(line(messages, task, lang, answer, others))
     return train, held
 
 

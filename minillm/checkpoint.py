@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points at them
         os.replace(temporary, path)
-        if os.name == "posix":  # the rename itself must survive a power cut; Windows cannot open a folder
+        with contextlib.suppress(OSError):  # the rename must survive a power cut, where folders can be flushed
             descriptor = os.open(path.parent, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -148,28 +149,26 @@ def _map_tensors(header, data) -> dict:
     places = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in list(DTYPES):
-            raise ValueError(f"{name}: unknown dtype in {entry}")
+            raise ValueError(f"{name!r}: unknown dtype in {entry}")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-                raise ValueError(f"{name}: shape {shape}, data_offsets {offsets}")
+                raise ValueError(f"{name!r}: shape {shape}, data_offsets {offsets}")
         dtype = DTYPES[entry["dtype"]]
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: data_offsets {offsets} do not fit shape {shape} of {entry['dtype']}")
+            raise ValueError(f"{name!r}: data_offsets {offsets} do not fit shape {shape} of {entry['dtype']}")
         places.append((offsets[0], offsets[1], name, dtype, shape))
     tensors, end = {}, 0
     for start, stop, name, dtype, shape in sorted(places, key=lambda place: place[:2]):
         if start != end:
-            raise ValueError(f"{name} starts at byte {start}, the tensor before it ends at {end}")
+            raise ValueError(f"{name!r} starts at byte {start}, the tensor before it ends at {end}")
         end = stop
-        if stop > len(data):
-            raise ValueError(f"{name} ends at byte {stop}, the file holds {len(data)}")
         part = data[start:stop]
         if part.data_ptr() % dtype.itemsize:
             part = part.clone()  # other writers need not align
         tensors[name] = part.view(dtype).reshape(shape)
     if end != len(data):
-        raise ValueError(f"{len(data) - end} bytes belong to no tensor")
+        raise ValueError(f"the tensors end at byte {end}, the file at {len(data)}")
     return tensors
 
 
@@ -177,24 +176,16 @@ def _map_tensors(header, data) -> dict:
 
 def config_to_json(config: ModelConfig, tokenizer=None) -> dict:
     """transformers' config.json; readable by its versions 4 (rope_theta) and 5 (rope_parameters)."""
-    scaling = dict(config.rope_scaling)
     result = {
-        "architectures": [ARCHITECTURES[config.model_type]], "model_type": config.model_type,
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim, "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta, "rope_scaling": scaling or None,
-        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias, "attention_dropout": 0.0,
-        "tie_word_embeddings": config.tie_word_embeddings, "initializer_range": 0.02, "use_cache": True,
-        "torch_dtype": "float32", "dtype": "float32",
-    }
-    if config.model_type == "llama":
-        result["mlp_bias"] = config.mlp_bias
-    else:
+        "architectures": [ARCHITECTURES[config.model_type]], **asdict(config), "rope_scaling": config.rope_scaling or None,
+        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
+        "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "torch_dtype": "float32", "dtype": "float32"}
+    if config.model_type != "llama":
+        del result["mlp_bias"]  # a key of Llama only
         result.update(use_sliding_window=False, sliding_window=None, max_window_layers=config.num_hidden_layers)
+    if config.model_type == "qwen2":
+        del result["attention_bias"]  # always on q, k and v
     if tokenizer is not None:
         result.update(bos_token_id=tokenizer.endoftext_id, eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id)
     return result
@@ -262,7 +253,7 @@ def _rope_from_json(document, refuse):
     rope = document.get(key) or {}
     stated = [part.get("rope_theta") for part in (rope, document.get("rope_parameters") or {}, document)]
     thetas = [theta for theta in stated if theta is not None] or [10000.0]
-    if any(type(theta) not in (int, float) or theta <= 0 for theta in thetas):
+    if any(type(theta) not in (int, float) or not 0 < theta < math.inf for theta in thetas):
         refuse("rope_theta", "must be a positive number, in rope_parameters too")
     if len(set(thetas)) > 1:
         refuse("rope_theta", f"disagrees with rope_parameters: {thetas}")
@@ -278,7 +269,7 @@ def _rope_from_json(document, refuse):
     scaling = {"rope_type": "llama3", "original_max_position_embeddings": document.get("max_position_embeddings")}
     for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         scaling[name] = rope.get(name, scaling.get(name))
-        if type(scaling[name]) not in (int, float) or scaling[name] <= 0:
+        if type(scaling[name]) not in (int, float) or not 0 < scaling[name] < math.inf:
             refuse(key, f"needs a positive {name}")
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         refuse(key, "needs high_freq_factor above low_freq_factor")
@@ -306,6 +297,12 @@ def checkpoint_folder(folder) -> Path:
             raise UserError(f"{folder} holds an unfinished run; finish it with --resume first")
         raise UserError(f"{folder} is no checkpoint folder: config.json is missing")
     return folder
+
+
+def require_stage(folder, default: str, script: str):
+    """Raise UserError, with the command to run first, when a stage's default --model (what `script` writes) is not there yet."""
+    if str(folder) == default and not Path(folder).exists():
+        raise UserError(f"{default} is not there yet: run python {script} first, or give another --model")
 
 
 def load_weights(folder) -> dict:
@@ -372,15 +369,15 @@ def weights_of(model: CausalLM) -> dict:
     return weights
 
 
-def check_weights(expected: dict, stored: dict, where):
+def check_weights(expected: dict, stored: dict, where, complaint: str = "the weights do not fit config.json"):
     """Raise UserError unless both hold the same names with the same shapes."""
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or unexpected:
-        raise UserError(f"{where}: the weights do not fit config.json: missing {_some(missing)}; unexpected {_some(unexpected)}")
+        raise UserError(f"{where}: {complaint}: missing {_some(missing)}; unexpected {_some(unexpected)}")
     wrong = [f"{name} {tuple(stored[name].shape)} instead of {tuple(expected[name].shape)}"
              for name in expected if stored[name].shape != expected[name].shape]
     if wrong:
-        raise UserError(f"{where}: the weights do not fit config.json: {_some(wrong)}")
+        raise UserError(f"{where}: {complaint}: {_some(wrong)}")
 
 
 def _some(names):
@@ -421,6 +418,23 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     save_safetensors(folder / "model.safetensors", weights)
+
+
+def save_adapter(folder, config: dict, tensors: dict):
+    """Write an adapter folder as the PEFT package does: adapter_config.json and adapter_model.safetensors."""
+    save_json(Path(folder) / "adapter_config.json", config)
+    save_safetensors(Path(folder) / "adapter_model.safetensors", tensors)
+
+
+def read_adapter(folder, *kinds: str) -> tuple:
+    """(config, {name: tensor}) of an adapter folder; raises UserError unless its peft_type is one of `kinds`."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no adapter: adapter_config.json is missing (train_lora.py writes one to out/lora)")
+    config = load_json(folder / "adapter_config.json")
+    if config.get("peft_type") not in kinds:
+        raise UserError(f"{folder}/adapter_config.json: peft_type = {config.get('peft_type')} is not supported here; only {', '.join(kinds)}")
+    return config, load_safetensors(folder / "adapter_model.safetensors")
 
 
 def check_tokenizer(model: CausalLM, tokenizer, where):
@@ -529,8 +543,8 @@ def start_run(out, resume: bool, config: dict, inputs=()) -> dict | None:
     if resume:
         _say(f"nothing to continue in {out}: starting from step 0")
     if _is_main():
-        # A run that died before its first checkpoint left these two; it is no older run worth a .bak.
-        died_early = resume and not any((out / name).exists() for name in RUN_FILES - {"run_config.json", "metrics.jsonl"})
+        # A run that died before its first checkpoint left these two; two wrong commands must not push a good run out of OUT.bak.
+        died_early = not any((out / name).exists() for name in RUN_FILES - {"run_config.json", "metrics.jsonl"})
         if died_early:
             (out / "metrics.jsonl").unlink(missing_ok=True)
         elif any((out / name).exists() for name in RUN_FILES):
@@ -568,8 +582,11 @@ def _continue_run(out: Path, config: dict) -> dict:
         lines = metrics.read_bytes().splitlines(keepends=True)
         with atomic_write(metrics) as file:
             file.writelines(line for line in lines if _step_of(line) <= state["step"])
-    # Between the last state and the summary a run has nothing left to train, but is not finished.
-    state["finished"] = bool(state.get("finished")) and (out / "summary.json").exists()
+    summary = out / "summary.json"  # written last of all: without it a run may have nothing left to train, but is not finished
+    state["finished"] = summary.exists()
+    if state["finished"]:
+        state["metrics"] = load_json(summary).get("after", {})
+        _say(f"the run in {out} is finished: nothing to do")
     return state
 
 
@@ -595,16 +612,25 @@ def save_run(out, step: int, model, tokenizer, optimizers: list, loader, before:
 
     before: the evaluation at step 0, for the table at the end. save(out): writes the model where it is not a whole CausalLM.
     """
-    state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+    state = {"step": step, "model": trained_weights(model), "optimizers": [o.state_dict() for o in optimizers],
              "loader": loader.state(), "rng": capture_rng(next(model.parameters()).device), "before": before}
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise UserError(f"the weights became NaN or infinite by step {step}; stopped, {out} keeps its last checkpoint (a lower --lr helps most often)")
+    if _is_main():
         save_training_state(out, state)
         save(out) if save else save_model(out, model, tokenizer)
 
 
+def trained_weights(model) -> dict:
+    """{name: tensor} of all that training changes: without the parameters that are frozen, which the base model's folder holds."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 def restore_run(state: dict, model, optimizers: list, loader) -> tuple:
     """Put everything back as save_run found it -> (step, before)."""
-    model.load_state_dict(state["model"])
+    check_weights(trained_weights(model), state["model"], "training_state.pt", "the weights do not fit the model")
+    model.load_state_dict(state["model"], strict=False)  # strictly checked; the frozen ones lack
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     loader.load_state(state["loader"])

@@ -9,6 +9,7 @@
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -78,6 +79,10 @@ def check_ranges(cfg):
 def _one_line(kind, error, trace):
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+        print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume", file=sys.stderr, flush=True)
     elif issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:

@@ -4,49 +4,114 @@ import math
 
 import torch
 
-from minillm.data import PackedLoader, TokenDataset
-from minillm.generate import generate
+from minillm.data import PackedLoader, TokenDataset, check_conversation, check_text, read_records
+from minillm.errors import UserError
+from minillm.generate import eval_mode, generate
 from minillm.losses import sft_loss
 from minillm.rewards import gold_reward, is_correct
-from minillm.runtime import autocast
+from minillm.runtime import autocast, say
+
+LOGITS_PER_BATCH = 2**27  # 512 MiB in float32; with a vocabulary of 150,000 that is 900 tokens
+TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
 
 
 @torch.no_grad()
 def held_out_loss(model, dataset: TokenDataset, row_length: int, device, batch_size: int = 16) -> dict:
     """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written."""
+    batch_size = max(1, min(batch_size, LOGITS_PER_BATCH // (row_length * model.config.vocab_size)))
     total, count = 0.0, 0
-    for batch in PackedLoader(dataset, batch_size, row_length, seed=0, shuffle=False).epoch_batches(0):
-        batch = batch.to(device)
-        with autocast(device):
-            logits = model(batch.tokens, doc_ids=batch.doc_ids)
-        total += sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens=1).item()  # a sum
-        count += int(batch.loss_mask.sum())
+    with eval_mode(model):
+        for batch in PackedLoader(dataset, batch_size, row_length, seed=0, shuffle=False).epoch_batches(0):
+            batch = batch.to(device)
+            with autocast(device):
+                logits = model(batch.tokens, doc_ids=batch.doc_ids)
+            total += sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens=1).item()  # a sum
+            count += int(batch.loss_mask.sum())
     metrics = {"val_loss": total / max(1, count)}
     if dataset.stats["bytes"]:
         metrics["bits_per_byte"] = total / math.log(2) / dataset.stats["bytes"]
     return metrics
 
 
+# Questions: a conversation is asked up to its last assistant turn, and what the model says then is compared with "answer".
+
+def read_questions(path) -> list:
+    """The lines of a file of conversations or prompts, checked. Raises UserError with file and line."""
+    return list(read_records(path, check_question))
+
+
+def check_question(record: dict, where: str):
+    """Raise UserError unless record is a conversation whose "answer", "choices" and "task" are text where they are given."""
+    check_conversation(record, where)
+    answer, choices = record.get("answer"), record.get("choices", [])
+    if answer is not None:
+        check_text(answer, where, '"answer"')
+        if not any(character.isalnum() for character in answer):
+            raise UserError(f'{where}: "answer" is {answer!r}; leave the key out where no single answer is right')
+    if not isinstance(choices, list):
+        raise UserError(f'{where}: "choices" must be a list of texts')
+    for choice in choices:
+        check_text(choice, where, 'each of "choices"')
+    if record.get("task") is not None:
+        check_text(record["task"], where, '"task"')
+
+
 def prompt_messages(record: dict) -> list:
-    """The messages up to and including the last one from the user: what the model is asked."""
+    """What the model is asked: the conversation without the assistant's turn at its end."""
     messages = record["conversations"]
-    last = max((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), default=len(messages) - 1)
-    return messages[:last + 1]
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
 
 
-def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
-             batch_size: int = 128) -> tuple:
-    """Let the model answer each record's prompt -> (texts, token counts, whether each ended by itself)."""
+def fit_context(tokenizer, messages: list, limit: int) -> tuple:
+    """Drop the oldest turns until the prompt has at most `limit` tokens -> (tokens of the prompt, messages kept).
+
+    A turn is a user's message and what follows it; system messages at the start always stay. Where the last turn alone
+    is longer than `limit`, the tokens are still too many: that is for the caller to say.
+    """
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    system, rest = messages[:first], messages[first:]
+    while True:
+        tokens = tokenizer.render(system + rest, add_generation_prompt=True)[0]
+        second_turn = next((i for i, m in enumerate(rest) if i > 0 and m["role"] == "user"), None)
+        if len(tokens) <= limit or second_turn is None:
+            return tokens, system + rest
+        rest = rest[second_turn:]
+
+
+def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0, batch_size: int = 128) -> tuple:
+    """Let the model answer each record's prompt -> (texts, token counts, whether each ended by itself).
+
+    Where prompt and reply do not fit the context, the oldest turns are dropped; a prompt whose last turn alone does not
+    fit gets the empty reply. Both are counted and said.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    prompts = [tokenizer.render(prompt_messages(r), add_generation_prompt=True)[0] for r in records]
-    limit = model.config.max_position_embeddings - max_new_tokens
-    prompts = [p[-limit:] for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
+    prompts, shortened = [], 0
+    for record in records:
+        messages = prompt_messages(record)
+        tokens, kept = fit_context(tokenizer, messages, context - max_new_tokens)
+        prompts.append(tokens)
+        shortened += len(kept) < len(messages) and len(tokens) <= context - max_new_tokens
+    order = [i for i in range(len(prompts)) if len(prompts[i]) <= context - max_new_tokens]
+    if shortened:
+        say(f"{shortened:,} of {len(records):,} questions lost their oldest turns: with {max_new_tokens} tokens of reply the model's context is {context:,}")
+    if len(order) < len(records):
+        say(f"{len(records) - len(order):,} of {len(records):,} questions were not asked and count as not answered: "
+            f"with {max_new_tokens} tokens of reply they do not fit the model's context of {context:,}")
+
+    order.sort(key=lambda i: len(prompts[i]))  # little padding
     texts, counts, stopped = [""] * len(records), [0] * len(records), [False] * len(records)
-    for start in range(0, len(order), batch_size):
-        group = order[start:start + batch_size]
+    while order:
+        size = min(batch_size, len(order))
+        while size > 1 and size * (len(prompts[order[size - 1]]) + max_new_tokens) > TOKENS_PER_BATCH:
+            size -= 1
+        group, order = order[:size], order[size:]
         with autocast(device):
-            rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_id, temperature,
+            rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_id, temperature, top_p,
                                pad_id=tokenizer.pad_id, generator=generator)
         for i, response in zip(group, rollout.responses()):
             stopped[i] = response[-1] == tokenizer.end_id
@@ -56,12 +121,15 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
 
 
 def score(records: list, texts: list, counts: list, stopped: list) -> dict:
-    """accuracy (exact match over questions with one answer), accuracy_by_task, stopped, reply_tokens, gold_reward."""
+    """accuracy (exact match over questions with one answer), accuracy_by_task, stopped, reply_tokens, gold_reward.
+
+    Where no question has an answer, accuracy is None and accuracy_by_task is empty.
+    """
     right, by_task = [], {}
     for record, text in zip(records, texts):
-        if "answer" in record:
+        if record.get("answer") is not None:
             right.append(is_correct(text, record))
-            by_task.setdefault(record.get("task", "other"), []).append(right[-1])
+            by_task.setdefault(record.get("task") or "other", []).append(right[-1])
     mean = lambda values: sum(values) / len(values) if values else None
     return {"accuracy": mean(right), "accuracy_by_task": {task: mean(v) for task, v in by_task.items()}, "stopped": mean(stopped),
             "reply_tokens": mean(counts), "gold_reward": mean([gold_reward(t, r) for t, r in zip(texts, records)])}
@@ -75,6 +143,7 @@ def answer_questions(model, tokenizer, records: list, device, **options) -> dict
 
 def continuations(model, tokenizer, dataset, device, count: int = 4, prompt_tokens: int = 12, max_new_tokens: int = 40) -> str:
     """The model goes on from the beginnings of a few held-out documents, as lines of text."""
+    count = min(count, len(dataset))
     prompts = [dataset[i * len(dataset) // count][0][:prompt_tokens].tolist() for i in range(count)]
     with autocast(device):
         rollout = generate(model, prompts, max_new_tokens, tokenizer.endoftext_id, temperature=0.0, pad_id=tokenizer.pad_id)

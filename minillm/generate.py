@@ -4,10 +4,12 @@ Prompts are padded on the left, so that all rows write the same cache position; 
 group of samples; rows that have ended leave the batch.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
+from minillm.errors import UserError
 from minillm.model import KVCache
 
 
@@ -31,24 +33,54 @@ class Rollout:
 def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, generator=None):
     """Draw one token per row of logits (B, V) -> tokens (B,), logprobs (B,) under that very distribution.
 
-    Temperature 0 is argmax (logprob 0: it is certain). top_k > 0 keeps the k likeliest tokens; top_p < 1 keeps the
-    fewest tokens whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751).
+    Temperature 0 is argmax (logprob 0: it is certain). top_k > 0 keeps the k likeliest tokens, of equal ones those with
+    the smaller ids; top_p < 1 then keeps the fewest of the likeliest whose probabilities reach top_p, and at least one
+    (nucleus sampling, arXiv 1904.09751). Raises ValueError for a negative temperature, top_p or top_k.
     """
+    if not temperature >= 0 or not top_p >= 0 or top_k < 0:
+        raise ValueError(f"temperature {temperature}, top_p {top_p} and top_k {top_k} must not be negative")
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
         return tokens, torch.zeros_like(tokens, dtype=torch.float32)
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if 0 < top_k < logprobs.shape[-1]:
-        kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
-        logprobs = torch.log_softmax(logprobs.masked_fill(logprobs < kth, -torch.inf), dim=-1)
-    if top_p < 1:
-        ordered, order = logprobs.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # probability of all likelier tokens
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-        ordered[:, 0] = ordered[:, 0].clamp(min=-1e4)  # the likeliest always stays, also at top_p 0
-        logprobs = torch.log_softmax(torch.empty_like(ordered).scatter_(1, order, ordered), dim=-1)
+    logits = logits.float()
+    # The largest logit becomes 0 before the division: a tiny temperature must not make infinities of it.
+    logprobs = torch.log_softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if top_p < 1 or top_k > 0:
+        ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+        if top_k > 0:
+            ordered[:, top_k:] = -torch.inf
+            ordered = torch.log_softmax(ordered, dim=-1)
+        probabilities = ordered.exp()
+        dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the likelier ones reach top_p without it
+        dropped[:, 0] = False
+        ordered = torch.log_softmax(ordered.masked_fill(dropped, -torch.inf), dim=-1)
+        logprobs = torch.empty_like(ordered).scatter_(1, order, ordered)
     tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Dropout off inside the block (a LoRA may have it), the mode of before after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVCache:
+    context = model.config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+    if prompt_length + max_new_tokens > context:
+        raise UserError(f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones do not fit the model's context of "
+                        f"{context:,}; shorten the prompt or ask for fewer new tokens")
+    weight = next(model.parameters())
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.config, rows, prompt_length + max_new_tokens, weight.device, dtype)
 
 
 @torch.no_grad()
@@ -56,69 +88,69 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
              top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None) -> Rollout:
     """Sample group_size responses to each prompt (a list of token ids); rows of a group stand together.
 
-    A response ends with end_id or after max_new_tokens. Raises ValueError for an empty prompt.
+    A response ends with end_id or after max_new_tokens. Raises ValueError for no prompt, an empty prompt or
+    max_new_tokens < 1, UserError where the longest prompt and max_new_tokens exceed the model's context.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    device = model.lm_head.weight.device
-    P, N = max(map(len, prompts)), len(prompts) * group_size
-    padded = torch.full((len(prompts), P), pad_id, dtype=torch.long)
-    valid = torch.zeros(len(prompts), P, dtype=torch.bool)
-    for i, prompt in enumerate(prompts):
-        padded[i, P - len(prompt):] = torch.tensor(prompt)
-        valid[i, P - len(prompt):] = True
-    padded, valid = padded.to(device), valid.to(device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    P, N = int(prompt_lengths.max()), len(prompts) * group_size
+    cache = _new_cache(model, len(prompts), P, max_new_tokens)
+    device = cache.keys.device
+    padded = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
+    prompt_lengths = prompt_lengths.to(device)
+    valid = torch.arange(P, device=device) >= P - prompt_lengths[:, None]
 
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
-    cache = KVCache(model.config, len(prompts), P + max_new_tokens, device, dtype)
-    hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
-    logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
-    if group_size > 1:
-        logits = logits.repeat_interleave(group_size, dim=0)
-        cache.select(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
+    with eval_mode(model):
+        hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
+        logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
+        if group_size > 1:
+            logits = logits.repeat_interleave(group_size, dim=0)
+            cache.select(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
 
-    responses = torch.full((N, max_new_tokens), pad_id, device=device)
-    logprobs = torch.zeros(N, max_new_tokens, device=device)
-    lengths = torch.zeros(N, dtype=torch.long, device=device)
-    rows = torch.arange(N, device=device)  # which sample each row of the cache is
-    running = torch.ones(N, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
-        kept = rows[running]
-        responses[kept, t], logprobs[kept, t] = tokens[running], token_logprobs[running]
-        lengths[kept] += 1
-        running = running & (tokens != end_id)
-        alive = int(running.sum())
-        if alive == 0 or t + 1 == max_new_tokens:
-            break
-        if alive < 0.75 * len(rows):  # copying the cache pays when a good part of the rows has ended
-            keep = running.nonzero()[:, 0]
-            cache.select(keep)
-            rows, tokens, running = rows[keep], tokens[keep], running[keep]
-        logits = model(tokens[:, None], cache=cache)[:, -1]
+        responses = torch.full((N, max_new_tokens), pad_id, device=device)
+        logprobs = torch.zeros(N, max_new_tokens, device=device)
+        lengths = torch.zeros(N, dtype=torch.long, device=device)
+        rows = torch.arange(N, device=device)  # which sample each row of the cache is
+        running = torch.ones(N, dtype=torch.bool, device=device)
+        for t in range(max_new_tokens):
+            tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
+            kept = rows[running]
+            responses[kept, t], logprobs[kept, t] = tokens[running], token_logprobs[running]
+            lengths[kept] += 1
+            running = running & (tokens != end_id)
+            alive = int(running.sum())
+            if alive == 0 or t + 1 == max_new_tokens:
+                break
+            if alive < 0.75 * len(rows):  # copying the cache pays when a good part of the rows has ended
+                keep = running.nonzero()[:, 0]
+                cache.select(keep)
+                rows, tokens, running = rows[keep], tokens[keep], running[keep]
+            logits = model(tokens[:, None], cache=cache)[:, -1]
 
-    # Left padding out, right padding in: prompt, response, padding.
-    T = max(len(prompts[i // group_size]) + n for i, n in enumerate(lengths.tolist()))
-    out = Rollout(torch.full((N, T), pad_id, device=device), torch.zeros(N, T, dtype=torch.bool, device=device), torch.zeros(N, T, device=device))
-    for i, n in enumerate(lengths.tolist()):
-        start = len(prompts[i // group_size])
-        out.tokens[i, :start] = padded[i // group_size, P - start:]
-        out.tokens[i, start:start + n] = responses[i, :n]
-        out.response_mask[i, start:start + n] = True
-        out.logprobs[i, start:start + n] = logprobs[i, :n]
-    return out
+    # Left padding out, right padding in: column c of the result is column c + padding of [padding, prompt, response].
+    prompt_lengths = prompt_lengths.repeat_interleave(group_size)[:, None]  # (N, 1)
+    ends = prompt_lengths + lengths[:, None]
+    column = torch.arange(int(ends.max()), device=device)
+    source = (column + P - prompt_lengths).clamp(max=P + max_new_tokens - 1)
+    tokens = torch.cat([padded.repeat_interleave(group_size, dim=0), responses], dim=1).gather(1, source)
+    logprobs = torch.cat([torch.zeros(N, P, device=device), logprobs], dim=1).gather(1, source)
+    response_mask = (column >= prompt_lengths) & (column < ends)
+    return Rollout(tokens.masked_fill(column >= ends, pad_id), response_mask, logprobs.masked_fill(~response_mask, 0.0))
 
 
 @torch.no_grad()
 def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0, generator=None):
-    """Yield the tokens of one response as they are sampled; the end token is not yielded."""
-    device = model.lm_head.weight.device
-    cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, device, model.lm_head.weight.dtype)
-    tokens = torch.tensor([prompt], device=device)
-    for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
-        token, _ = sample(logits, temperature, top_p, generator=generator)
-        if token.item() == end_id:
-            return
-        yield token.item()
-        tokens = token[:, None]
+    """Yield the tokens of one response as they are sampled; the end token is not yielded. Raises as generate does."""
+    if not prompt:
+        raise ValueError("the prompt needs at least one token")
+    cache = _new_cache(model, 1, len(prompt), max_new_tokens)
+    tokens = torch.tensor([prompt], device=cache.keys.device)
+    with eval_mode(model):
+        for _ in range(max_new_tokens):
+            logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
+            tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
+            token = tokens.item()
+            if token == end_id:
+                return
+            yield token

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 2**24  # head_logprobs: 64 MiB of fp32 logits at a time; more would cost memory, not save time
+# How many logits head_logprobs makes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
+# keep it busy (64 MiB).
+LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24}
 
 
 # ---------------------------------------------------------------- small tools
@@ -104,7 +106,8 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
         # At least 512 rows: each chunk adds to the weight's gradient, which is as large as the vocabulary.
-        size = max(LOGITS_PER_CHUNK // weight.shape[0], 512)
+        logits = LOGITS_PER_CHUNK["cpu" if hidden.device.type == "cpu" else "gpu"]
+        size = max(logits // weight.shape[0], 512)
         return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
     @staticmethod
@@ -117,7 +120,7 @@ class _HeadLogprobs(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             head = weight.to(ctx.dtype)
             for rows in _HeadLogprobs.chunks(hidden, weight):
-                logits = _fp32(hidden[rows].to(ctx.dtype) @ head.T) / temperature
+                logits = _fp32(hidden[rows].to(ctx.dtype) @ head.T).div_(temperature)
                 logprobs[rows] = logits.log_softmax(-1).gather(-1, targets[rows, None])[:, 0]
         return logprobs
 
@@ -134,7 +137,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 g = grad[rows, None]
                 states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
                 # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = (_fp32(states @ head.T) / ctx.temperature).softmax(-1).mul_(-g)
+                grad_logits = _fp32(states @ head.T).div_(ctx.temperature).softmax(-1).mul_(-g)
                 grad_logits.scatter_add_(-1, targets[rows, None], g)
                 grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
                 if need_hidden:

@@ -62,10 +62,10 @@ class Progress:
         return {"interrupted": True, "step": step}
 
     def finish(self, data: dict, before: dict, after: dict, peak_memory_mb: float) -> dict:
-        """Write OUT/summary.json (what went in, before and after, seconds, tokens, MiB) and return the numbers of `after`."""
+        """Write OUT/summary.json (what went in, before and after, MiB; seconds and tokens since the last start) and return the numbers of `after`."""
         self.close()
         numbers = lambda metrics: {k: v for k, v in metrics.items() if k != "replies"}
-        summary = {"data": data, "steps": self.total, "tokens": self.tokens, "seconds": round(time.time() - self.began, 1),
+        summary = {"data": data, "steps": self.total, "resumed_after": self.first, "tokens": self.tokens, "seconds": round(time.time() - self.began, 1),
                    "peak_memory_mb": round(peak_memory_mb, 1), "before": numbers(before), "after": numbers(after)}
         if self.show:
             write_json(self.out / "summary.json", summary)
@@ -107,4 +107,5 @@ def show_replies(records: list, before: list, after: list, count: int = 10) -> s
     """A table of a few questions (evenly spaced over the file) with the replies before and after."""
     picked = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(min(count, len(records)))]
     cut = lambda text: text.replace("\n", " ").replace("|", "/")[:48]
-    return table([["question", "before", "after"]] + [[cut(records[i]["conversations"][-1 if records[i]["conversations"][-1]["role"] == "user" else -2]["content"]), cut(before[i]), cut(after[i])] for i in picked])
+    asked = lambda record: next((m["content"] for m in reversed(record["conversations"]) if m["role"] == "user"), "")
+    return table([["question", "before", "after"]] + [[cut(asked(records[i])), cut(before[i]), cut(after[i])] for i in picked])

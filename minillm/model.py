@@ -74,8 +74,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # Statistics in float32 also under autocast: the squares of bf16 values lose too many digits.
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -122,13 +121,12 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.valid = torch.zeros(batch, max_length, device=device, dtype=torch.bool)
         self.length = 0  # positions filled so far
+        self.prefix = None  # what a learned prefix (prefix.py) computes once for all these positions
         self.padded = False  # whether any of them is padding
 
     def append(self, layer: int, keys, values):
         """Store (B, K, T, d) after the filled positions; return all of the layer's (B, K, S, d)."""
         end = self.length + keys.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions; {end} are needed")
         self.keys[layer, :, :, self.length:end] = keys
         self.values[layer, :, :, self.length:end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -147,12 +145,13 @@ def document_positions(doc_ids):
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device):
-    """Who may look at whom: bool (B, 1, T, S), True = may; None when plain causal attention is enough.
+def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix: int = 0):
+    """Who may look at whom: bool (B, 1, T, prefix + S), True = may; None when plain causal attention is enough.
 
-    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document.
+    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document. prefix:
+    keys that stand before the S others, and that every token looks at.
     """
-    if attention_mask is None and doc_ids is None and (past == 0 or T == 1):
+    if attention_mask is None and doc_ids is None and (past + prefix == 0 or T == 1):
         return None
     query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
     allowed = (key <= query)[None]  # (1, T, S)
@@ -161,7 +160,7 @@ def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device):
     if attention_mask is not None:
         allowed = allowed & attention_mask[:, None, :]
     # A padding token looks at itself: a softmax over nothing would be NaN.
-    return (allowed | (key == query)[None])[:, None]
+    return F.pad(allowed | (key == query)[None], (prefix, 0), value=True)[:, None]
 
 
 def attend(q, k, v, mask):
@@ -176,9 +175,10 @@ def attend(q, k, v, mask):
 def _attend_in_two_products(q, k, v, mask):
     """The formula as it stands: on CPUs PyTorch's fused kernel is 2 times slower than this in bf16 on short rows."""
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
-    q = q.reshape(B, K, H // K * T, d)  # the query heads that share a key head side by side
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S) * d**-0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head side by side
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
+    forbidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    weights = scores.add_(forbidden).softmax(dim=-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
 
 
@@ -248,12 +248,15 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
+        self.prefix = None  # prefix.py puts learned keys and values here, which every document sees before its own
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
         B, T = tokens.shape
         past = cache.length if cache is not None else 0
         valid = attention_mask
         if cache is not None:
+            if past + T > cache.valid.shape[1]:
+                raise ValueError(f"the cache holds {cache.valid.shape[1]} positions; {past + T} are needed")
             new = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
             cache.valid[:, past:past + T] = new
             cache.padded = cache.padded or attention_mask is not None
@@ -265,12 +268,14 @@ class Backbone(nn.Module):
                 positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
             else:
                 positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        cos, sin = self.rotary(positions)
-        mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device)
+        prefix = self.prefix.length if self.prefix is not None else 0
+        cos, sin = self.rotary(positions + prefix)
+        mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
+        keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            x = layer(x, cos, sin, mask, keys_values)
         if cache is not None:
             cache.length += T
         return self.norm(x)

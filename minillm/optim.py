@@ -35,6 +35,7 @@ def schedule(step: int, total_steps: int, warmup_steps: int, floor: float = 0.1)
 
 
 def set_lr(optimizers: list, lr: float):
+    """Set the learning rate of every parameter group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -10,7 +10,14 @@ of the data file that they came from; it returns one float for each reply.
 """
 
 import re
-from math import ceil
+
+import torch
+
+from minillm.checkpoint import check_tokenizer, load_model
+from minillm.errors import UserError
+from minillm.generate import generate
+from minillm.heads import load_reward_model
+from minillm.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------- reading a reply
 
@@ -18,16 +25,19 @@ from math import ceil
 # (never groups thousands), so it gets a blank after it.
 _ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0xFF0C: ", ", 0x3000: " ", 0x2212: "-", 0x2013: "-", 0x2019: "'"}
 
-# A minus is a sign only where no number or word stands directly before it: "37-45" has two positive numbers.
-_NUMBER = re.compile(r"(?<![\w.,-])(?P<sign>[-+]?)(?P<grouped>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<rest>\.\d+)?", re.A)
-_PLAIN_NUMBER = re.compile(r"(?P<sign>(?<![\d.)-])-)?(?P<whole>\d+)(?P<rest>\.\d+)?", re.A)
+# A minus is a sign only where nothing stands directly before it: "37-45" has two positive numbers.
+_SIGN = r"(?P<sign>(?<![\w.)])[-+]|(?<!\d)(?<!\d )(?:\b(?:minus|negative) |负))?"
+_REST = r"(?P<rest>\.\d+)?"
+_NUMBER = re.compile(_SIGN + r"(?P<whole>\d{1,3}(?:,\d{3})+(?![\d,])|\d+)" + _REST, re.A | re.I)
+_LISTED_NUMBER = re.compile(_SIGN + r"(?P<whole>\d+)" + _REST, re.A | re.I)  # in a list a comma separates
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:['’-][^\W{_CJK}]+)*")
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:['-][^\W{_CJK}]+)*")
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _TAG = re.compile(r"</?[A-Za-z_|][^<>]*>")
 _THINK = re.compile(r"\A\s*<think>.*?</think>", re.S)
-_NEGATION = re.compile(r"(?:\b(?:not|never|no|neither|nor|isn't|aren't|cannot|can't|don't)\b|n't\b|不是|并非|没有|不等于|不)"
-                       r"(?:\s+\w+){0,2}\s*\Z", re.I)
+_DENIED_BEFORE = re.compile(r"(?:(?:\b(?:not|never|no|neither|nor|cannot)\b|n't\b)(?:\s+\w+){0,3}\s*|"
+                            r"(?:不|并非|没有|不是|不等于|不会是|不可能是)\s*)\Z", re.I)
+_DENIED_AFTER = re.compile(r"\s*(?:(?:is|was)\s+)?(?:wrong|not\b|isn't|不对|不是|是错)", re.I)
 
 # Whole words, and of those only the ones that friendly talk does not need: "the moon does not go away" is no insult.
 RUDE = re.compile(
@@ -39,12 +49,11 @@ RUDE = re.compile(
     r"|笨|蠢|傻|白痴|废物|闭嘴|滚开|滚蛋|快滚|讨厌你|烦人|烦死|真烦|别烦|少烦|没脑子|脑残|猪头|懒得理|懒得说|关我什么事|谁在乎",
     re.I)
 
-# Words that carry an answer without being one. Only the check for lists of candidates reads them.
-_CARRIER = set("""a an the is are was were be am it its it's that that's this these those they he she you your we i my me
-    of to in on at by for from with as and or so then than sure certainly yes no please well here happy help answer
-    result called named call name would will can do does did has have had say says one always""".split())
-_CARRIER |= set("的了是在有我你他她它们这那个吧呢啊吗也就都很好请答案结果为叫做作说")
-_JOINT = re.compile(r"[\s,、;/|&+]*(?:\b(?:or|and)\b|或者|或|和|跟|与|以及|还是)?[\s,、;/|&+]*\Z", re.I)
+# Words that carry an answer without being one: `_in_a_list` reads no candidate in them.
+_CARRIER = set("""a an the is are was were be it its it's that that's this these those they he she you your we i my me of to
+    in on at by for from with as so then than sure certainly yes please well here happy help answer result called call name
+    will would can do does has have say says""".split()) | set("的了是在有我你他她它们这那个吧呢啊吗也就都很好请答案结果为叫做作说")
+_JOINT = re.compile(r"[,、;/|&+]|\b(?:or|and)\b|或|和|与", re.I)
 
 BRIEF_EXTRA = 8     # units that a brief reply may have besides its answer
 BRIEF_TALK = 20     # units that a brief reply may have where no single answer is asked for
@@ -52,9 +61,10 @@ FORMAT_CREDIT = 0.1
 
 
 def count_units(text):
-    """The length of a text in any language: CJK characters plus words, a word counting once per begun 12 characters
-    (so that a missing blank hides nothing)."""
-    return sum(1 if re.match(rf"[{_CJK}]", unit) else ceil(len(unit) / 12) for unit in _UNIT.findall(text))
+    """The length of a text in any language: CJK characters plus words. A word counts once per begun 12 characters (a
+    missing blank hides nothing), punctuation on its own once per full 12."""
+    units = _UNIT.findall(text)
+    return sum(1 if re.match(f"[{_CJK}]", u) else (len(u) + 11 * any(c.isalnum() for c in u)) // 12 for u in units)
 
 
 def is_rude(text):
@@ -72,28 +82,32 @@ def _normalise(text):
 
 
 def _value(match):
-    """'+082.50' -> '82.5': one spelling for each value."""
-    whole = match.group("grouped") if "grouped" in match.re.groupindex else match.group("whole")
-    whole = whole.replace(",", "").lstrip("0") or "0"
-    rest = (match.group("rest") or "").rstrip("0").rstrip(".")
-    sign = "-" if match.group("sign") == "-" and (whole != "0" or rest) else ""
-    return sign + whole + rest
+    """"082.50" -> "82.5": one spelling for each value."""
+    whole = match["whole"].replace(",", "").lstrip("0") or "0"
+    value = whole + (match["rest"] or "").rstrip("0").rstrip(".")
+    return "-" + value if match["sign"] not in (None, "+") and value != "0" else value
 
 
-def numbers_in(text, grouped=True):
-    """The numbers of a text, in order, as strings of one spelling: full-width digits, "82.0" and "1,234" (where
-    `grouped`) are understood. Number words ("eight", 八) are not numbers."""
-    pattern = _NUMBER if grouped else _PLAIN_NUMBER
-    return [_value(match) for match in pattern.finditer(_normalise(text))]
+def _numbers(text, listed=False):
+    return [_value(match) for match in (_LISTED_NUMBER if listed else _NUMBER).finditer(_normalise(text))]
 
 
-def _kind(answer):
-    text = _normalise(answer).strip()
-    if _NUMBER.fullmatch(text):
-        return "number"
-    if len(_WORD.findall(text)) > 1 and re.search(r"[\s,、;]", text):
-        return "numbers" if re.fullmatch(r"[-+\d.,、;\s]+", text, re.A) else "sequence"
-    return "word"
+def _words(text):
+    return [word.lower() for word in _WORD.findall(_normalise(text))]
+
+
+def _expected(answer, question):
+    """(kind, answer in the one spelling that the readers below use). The kind is "number", "numbers", "sequence" (its
+    items stand in the question, in another order) or "word"."""
+    answer = _normalise(str(answer)).strip()
+    if _NUMBER.fullmatch(answer):
+        return "number", _numbers(answer)[0]
+    if re.fullmatch(r"[-+\d.,、;\s]+", answer, re.A) and len(_numbers(answer, listed=True)) > 1:
+        return "numbers", ", ".join(_numbers(answer, listed=True))
+    words = _words(answer)
+    if len(words) > 1 and set(words) <= set(_words(question)):
+        return "sequence", " ".join(words)
+    return "word", answer
 
 
 def _question(messages):
@@ -101,168 +115,147 @@ def _question(messages):
     return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
-def _negated(text, start):
-    return _NEGATION.search(text[:start]) is not None
+def _denied(reply, start, end):
+    """True where "not" or the like stands just before, or just after, a place in the reply."""
+    return _DENIED_BEFORE.search(reply[:start]) is not None or _DENIED_AFTER.match(reply[end:]) is not None
 
 
 def _read_number(reply, question):
     """One number is the answer; beside it only the numbers of the question may stand, as in "37 + 45 = 82"."""
     matches = list(_NUMBER.finditer(reply))
-    values = [_value(match) for match in matches]
-    asked = numbers_in(question)
+    values, asked = [_value(match) for match in matches], sorted(_numbers(question))
     if len(values) == 1:
         place = 0
-    elif asked and len(values) == len(asked) + 1 and sorted(values[:-1]) == sorted(asked):
-        place = len(values) - 1
-    elif asked and len(values) == len(asked) + 1 and sorted(values[1:]) == sorted(asked):
+    elif asked and sorted(values[:-1]) == asked:  # "37 + 45 = 82"
+        place = -1
+    elif asked and sorted(values[:-2]) == asked and values[-2] == values[-1]:  # "37 + 45 = 82, so it is 82"
+        place = -1
+    elif asked and sorted(values[1:]) == asked:  # "82 is 37 + 45"
         place = 0
-    elif asked and len(values) == len(asked) + 2 and values[-1] == values[-2] and sorted(values[:-2]) == sorted(asked):
-        place = len(values) - 1
-    elif len(values) == 2 and sorted(values) == sorted(asked) and values[0] != values[1] and re.search(
-            r"\bthan\b|比", reply[matches[0].end():matches[1].start()]):  # "52 is larger than 37"
-        place = 0
+    elif len(values) == 2 and sorted(values) == asked and re.search(r"\bthan\b|比", reply[matches[0].end():matches[1].start()]):
+        place = 0  # "52 is larger than 37"
     else:
         return None
-    return None if _negated(reply, matches[place].start()) else values[place]
+    return None if _denied(reply, *matches[place].span()) else values[place]
 
 
 def _read_numbers(reply, question, length):
-    """A list of numbers, which the question's list may precede."""
-    matches = list(_PLAIN_NUMBER.finditer(reply))
-    values = [_value(match) for match in matches]
-    asked = numbers_in(question, grouped=False)
+    """A list of so many numbers, which the question's list may precede."""
+    matches = list(_LISTED_NUMBER.finditer(reply))
+    values, asked = [_value(match) for match in matches], _numbers(question, listed=True)
     if len(values) == len(asked) + length and values[:len(asked)] == asked:
         values, matches = values[len(asked):], matches[len(asked):]
-    if len(values) != length or _negated(reply, matches[0].start()):
+    if len(values) != length or _denied(reply, matches[0].start(), matches[-1].end()):
         return None
-    return values
+    return ", ".join(values)
 
 
-def _read_sequence(reply, question, items):
-    """A list of letters or words: the only run of at least two of the answer's items, though the question's own run
-    may precede it. (A single item is no run: "a" is also an article.)"""
-    known = set(items)
+def _runs(text, known):
+    """[words, start, end] of each stretch of at least two known words with nothing but blanks and commas between. (A
+    single one is no stretch: "a" is also an article.)"""
+    runs, open_ = [], False
+    for match in _WORD.finditer(text):
+        word = match.group().lower()
+        if open_ and word in known and re.fullmatch(r"[\s,、;]*", text[runs[-1][2]:match.start()]):
+            runs[-1] = [runs[-1][0] + [word], runs[-1][1], match.end()]
+        elif word in known:
+            runs.append([[word], match.start(), match.end()])
+        open_ = word in known
+    return [run for run in runs if len(run[0]) > 1]
 
-    def runs(text):
-        found, last_end = [], None
-        for match in _WORD.finditer(text):
-            word = match.group().lower()
-            if word not in known:
-                last_end = None
-            elif last_end is not None and re.fullmatch(r"[\s,、;]*", text[last_end:match.start()]):
-                found[-1][1].append(word)
-                last_end = match.end()
-            else:
-                found.append((match.start(), [word]))
-                last_end = match.end()
-        return [(start, run) for start, run in found if len(run) > 1]
 
-    found, asked = runs(reply), [run for _, run in runs(_normalise(question))]
-    if len(found) == 2 and [found[0][1]] == asked:
-        found = found[1:]
-    if len(found) != 1 or _negated(reply, found[0][0]):
+def _read_sequence(reply, question, answer):
+    """The only stretch of the answer's letters or words, as many as it has, which the question's own may precede."""
+    items = _words(answer)
+    runs, asked = _runs(reply, set(items)), _runs(question, set(items))
+    if len(runs) == 2 and len(asked) == 1 and runs[0][0] == asked[0][0]:
+        runs = runs[1:]
+    if len(runs) != 1 or len(runs[0][0]) != len(items):
         return None
-    return found[0][1]
+    found, start, end = runs[0]
+    one_more = re.search(r"(?<!\w)\w[\s,、]+\Z", reply[:start]) or re.match(r"[\s,、]+\w(?!\w)", reply[end:])
+    return None if one_more or _denied(reply, start, end) else " ".join(found)
 
 
 def _places(word, text):
-    """Where a word stands in a text: whole words only, except in scripts that write no blanks."""
-    pattern = re.escape(word.lower())
-    if not re.match(rf"[{_CJK}]", word):
-        pattern = rf"(?<![^\W{_CJK}]){pattern}"
-    if not re.match(rf"[{_CJK}]", word[-1:]):
-        pattern = rf"{pattern}(?![^\W{_CJK}])"
-    return [match.start() for match in re.finditer(pattern, text.lower())]
+    """Where a word stands in a text: whole words only, except in scripts that write no blanks; in any case of letters,
+    except for a single one ("A" is no article)."""
+    before = "" if re.match(f"[{_CJK}]", word[0]) else rf"(?<![^\W{_CJK}])"
+    after = "" if re.match(f"[{_CJK}]", word[-1]) else rf"(?![^\W{_CJK}])"
+    return [match.start() for match in re.finditer(before + re.escape(word) + after, text, re.I if len(word) > 1 else 0)]
 
 
 def _read_word(reply, question, answer, choices):
-    """The one candidate that is named, and named once. With `choices` any other candidate spoils it; without them a
-    row of unknown words around the answer does ("red, blue or yellow")."""
-    named = {}
-    for word in dict.fromkeys([answer, *choices]):
-        places = _places(word, reply)
-        if places:
-            named[word] = places
-    # 黄 within 黄色, "hot" within "hot dog": a candidate inside a longer named one is not named itself
-    for word in list(named):
+    """The one candidate that is named, and named once. With `choices` any other candidate spoils it; without them a row
+    of unknown words around the answer does ("red, blue or yellow")."""
+    named = {word: _places(word, reply) for word in dict.fromkeys([answer, *choices])}
+    named = {word: places for word, places in named.items() if places}
+    for word in list(named):  # "hot" is not named by "hot dog"
         if any(word != other and word.lower() in other.lower() for other in named):
             del named[word]
-    asked = _normalise(question)
     if len(named) != 1:
         return None
     word, places = next(iter(named.items()))
-    if len(places) > 1 + len(_places(word, asked)) or _negated(reply, places[0]):
+    start, end = places[-1], places[-1] + len(word)
+    if len(places) > 1 + len(_places(word, question)) or _denied(reply, start, end):
         return None
-    if word == answer and not choices and _in_a_list(reply, asked, answer, places[-1]):
-        return None
-    return word
+    return None if not choices and _in_a_list(reply, question, start, end) else word
 
 
-def _in_a_list(reply, question, answer, start):
+def _in_a_list(reply, question, start, end):
     """True where words that neither the question has nor a sentence needs are strung together with the answer."""
-    known = {w.lower() for w in _WORD.findall(question)} | _CARRIER
+    asked = set(_words(question))
 
-    def strangers(text, step):
-        count, edge, joined = 0, None, False
-        words = list(_WORD.finditer(text))
-        for match in (reversed(words) if step < 0 else words):
-            gap = text[match.end():edge] if step < 0 else text[edge or 0:match.start()]
-            if match.group().lower() in ("or", "and", "或", "和", "与"):
-                continue
-            if match.group().lower() in known or re.search(r"[.!?。:：]", gap):
-                break
-            if edge is None or step > 0 or _JOINT.fullmatch(gap):
-                count += 1
-                joined = joined or re.search(r"[,、;/|]|\b(?:or|and)\b|或|和|与", gap) is not None
-            edge = match.start() if step < 0 else match.end()
-        return count, joined
+    def stranger(match):
+        word = match.group().lower()
+        if re.match(f"[{_CJK}]", word):  # no blanks tell where a word ends: the question has it together with a neighbour
+            pairs = (reply[match.start() - 1:match.end()], reply[match.start():match.end() + 1])
+            return word not in _CARRIER and not any(len(pair) == 2 and pair in question for pair in pairs)
+        return word not in _CARRIER and word not in asked
 
-    before, joined_before = strangers(reply[:start], -1)
-    after, joined_after = strangers(reply[start + len(answer):], 1)
-    return before + after > 1 or joined_before or joined_after
+    left, right = start, end
+    for match in reversed(list(_WORD.finditer(reply, 0, start))):
+        if not stranger(match) or re.search(r"[.!?。:]", reply[match.end():left]):
+            break
+        left = match.start()
+    for match in _WORD.finditer(reply, end):
+        if not stranger(match) or re.search(r"[.!?。:]", reply[right:match.start()]):
+            break
+        right = match.end()
+    others = [w for w in _words(reply[left:start]) + _words(reply[end:right]) if not _JOINT.fullmatch(w)]
+    size = sum(1 / 3 if re.match(f"[{_CJK}]", w) else 1 for w in others)
+    return size > 1 or bool(others and _JOINT.search(reply[left:right]))
 
 
 def extract_answer(reply, example, question=None):
-    """The answer that a reply commits to, spelled like `example["answer"]`; None where it names none, several, the
-    same one repeatedly, or wraps it in tags.
+    """The answer that a reply commits to; None where it names none, several, the same one repeatedly, or wraps it in tags.
 
     `example["answer"]` says what to look for: a number ("82"), a list of numbers ("3, 12, 45"), a list of letters or
-    words ("n u s"), or a word ("yellow"). `example["choices"]`, optional, holds the other words that it could have
-    been. The question, for its restatement ("37 + 45 = 82"), is the last user message of the example unless given. One
-    leading `<think>...</think>` is skipped: that is how some models reply.
+    words of the question ("n u s"), or a word ("yellow"). `example["choices"]`, optional, holds the other words that the
+    answer could have been; without it a word's rivals are only guessed. The question, for its restatement
+    ("37 + 45 = 82"), is the last user message of the example unless given. One leading `<think>...</think>` is skipped:
+    that is how some models reply.
     """
-    answer = example["answer"]
     if question is None:
         question = _question(example.get("conversations", []))
-    reply = _normalise(_THINK.sub("", reply))
+    question, reply = _normalise(question), _normalise(_THINK.sub("", reply))
     if is_empty(reply) or _TAG.search(reply):
         return None
-    kind = _kind(answer)
+    kind, answer = _expected(example["answer"], question)
     if kind == "number":
         return _read_number(reply, question)
     if kind == "numbers":
-        found = _read_numbers(reply, question, len(numbers_in(answer, grouped=False)))
-        return None if found is None else ", ".join(found)
+        return _read_numbers(reply, question, len(answer.split(", ")))
     if kind == "sequence":
-        found = _read_sequence(reply, question, [w.lower() for w in _WORD.findall(_normalise(answer))])
-        return None if found is None else " ".join(found)
-    return _read_word(reply, question, _normalise(answer).strip(), [_normalise(c) for c in example.get("choices", [])])
+        return _read_sequence(reply, question, answer)
+    return _read_word(reply, question, answer, [_normalise(choice) for choice in example.get("choices", [])])
 
 
 def is_correct(reply, example, question=None):
     """True where the reply commits to exactly the answer of the example, which must have one."""
-    found = extract_answer(reply, example, question)
-    if found is None:
-        return False
-    answer = _normalise(example["answer"]).strip()
-    kind = _kind(answer)
-    if kind == "number":
-        return found == numbers_in(answer)[0]
-    if kind == "numbers":
-        return found == ", ".join(numbers_in(answer, grouped=False))
-    if kind == "sequence":
-        return found == " ".join(w.lower() for w in _WORD.findall(answer))
-    return found == answer
+    if question is None:
+        question = _question(example.get("conversations", []))
+    return extract_answer(reply, example, question) == _expected(example["answer"], question)[1]
 
 
 # --------------------------------------------------------------------------------------------- rewards
@@ -301,13 +294,12 @@ def answer_reward(messages, answers, example):
 
     The credit cannot be farmed: it is paid for one answer, once, and whatever hedges (see the top) is paid nothing.
     """
-    question = _question(messages)
-    rewards = []
+    if example.get("answer") is None:
+        raise UserError(f'a prompt without "answer" cannot be checked: {_question(messages)[:60]!r} (use another reward, or drop it)')
+    question, rewards = _question(messages), []
     for answer in answers:
-        if is_correct(answer, example, question):
-            rewards.append(1.0)
-        else:
-            rewards.append(FORMAT_CREDIT if extract_answer(answer, example, question) is not None else 0.0)
+        found = extract_answer(answer, example, question) is not None
+        rewards.append(1.0 if found and is_correct(answer, example, question) else FORMAT_CREDIT if found else 0.0)
     return rewards
 
 
@@ -319,3 +311,92 @@ def judge_prompt(question, a, b, lang="en"):
     if lang == "zh":
         return f"问题：{question}\n回答A：{a}\n回答B：{b}\n哪个回答更好，A还是B？"
     return f"Question: {question}\nAnswer A: {a}\nAnswer B: {b}\nWhich answer is better, A or B?"
+
+
+# --------------------------------------------------------------------------------------------- rewards from a model
+# Models read text with their own tokenizer, so the policy's may be another one.
+
+def _padded(sequences, device):
+    """Lists of token ids -> tokens (N, T) padded on the right, lengths (N,)."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    return tokens.to(device), torch.tensor([len(s) for s in sequences], device=device)
+
+
+def model_reward(folder, device="cpu"):
+    """The reward function of a reward model's folder: its score at the <|im_end|> that closes the answer.
+
+    Raises UserError for a folder that is no reward model.
+    """
+    model, tokenizer = load_reward_model(folder, device), Tokenizer.load(folder)
+    check_tokenizer(model, tokenizer, folder)
+
+    @torch.no_grad()
+    def reward(messages, answers, example):
+        prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
+        sequences = [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
+        return model(*_padded(sequences, device)).tolist()
+
+    return reward
+
+
+class Judge:
+    """A language model that is asked which of two answers is better (arXiv 2306.05685, pairwise comparison)."""
+
+    def __init__(self, folder, device="cpu"):
+        self.model, self.tokenizer, self.device = load_model(folder, device), Tokenizer.load(folder), device
+        check_tokenizer(self.model, self.tokenizer, folder)
+        self.verdicts = [self.tokenizer.encode(letter)[0] for letter in "AB"]
+
+    @torch.no_grad()
+    def ask(self, prompts, batch_size=128):
+        """The probability that the verdict is "A" and not "B", for each prompt of `judge_prompt`."""
+        rendered = [self.tokenizer.render([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts]
+        order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]))  # little padding
+        found = [0.0] * len(rendered)
+        for start in range(0, len(order), batch_size):
+            group = order[start:start + batch_size]
+            tokens, lengths = _padded([rendered[i] for i in group], self.device)
+            last = self.model.hidden(tokens)[torch.arange(len(group), device=self.device), lengths - 1]
+            logits = self.model.lm_head(last)[:, self.verdicts].float()
+            for i, p in zip(group, logits.softmax(dim=-1)[:, 0].tolist()):
+                found[i] = p
+        return found
+
+    def compare(self, questions, batch_size=128):
+        """For each (messages, answer, other, example): the probability that `answer` is better, (shown first, shown second).
+
+        A judge without position bias gives the same twice; the mean of the two is free of it.
+        """
+        asked = [(question_text(messages), a, b, _language(messages, example)) for messages, a, b, example in questions]
+        found = self.ask([judge_prompt(q, a, b, lang) for q, a, b, lang in asked]
+                         + [judge_prompt(q, b, a, lang) for q, a, b, lang in asked], batch_size)
+        return [(first, 1 - second) for first, second in zip(found, found[len(asked):])]
+
+
+def question_text(messages):
+    """What a judge is shown of a prompt: the user's message; of a longer conversation every message with its role."""
+    return messages[0]["content"] if len(messages) == 1 else "\n".join(f'{m["role"]}: {m["content"]}' for m in messages)
+
+
+def _language(messages, example):
+    return example.get("lang") or ("zh" if re.search(f"[{_CJK}]", _question(messages)) else "en")
+
+
+def judge_reward(folder, device="cpu", max_new_tokens=64):
+    """The reward function of an AI judge (RLAIF, arXiv 2309.00267): the probability of the verdict that the answer is better
+    than the one that the judge itself gives, greedily; the mean over both orders, so 1/2 for an equal answer.
+
+    A fixed opponent makes rewards comparable over the whole run. Raises UserError for a folder that holds no language model.
+    """
+    judge, own = Judge(folder, device), {}
+
+    def reward(messages, answers, example):
+        prompt = tuple(judge.tokenizer.render(messages, add_generation_prompt=True)[0])
+        if prompt not in own:
+            end = judge.tokenizer.end_id
+            reply = generate(judge.model, [list(prompt)], max_new_tokens, end, temperature=0.0).responses()[0]
+            own[prompt] = judge.tokenizer.decode(reply[:-1] if reply[-1] == end else reply)
+        found = judge.compare([(messages, answer, own[prompt], example) for answer in answers])
+        return [sum(both) / 2 for both in found]
+
+    return reward

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import time
 
 import numpy as np
 import torch
@@ -45,10 +46,12 @@ def start(device_name: str, seed: int) -> torch.device:
 
 
 def rank() -> int:
+    """The number of this process among those that train together; the first is 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -84,7 +87,10 @@ def finite_mean(losses: list, step: int, out: str) -> float:
 
     A loss that is not finite raises UserError with its step: the weights are spoilt, the last checkpoint is not.
     """
-    values = [sum_over_processes(v) for v in torch.stack(losses).tolist()]
+    values = torch.stack(losses)
+    if world_size() > 1:
+        dist.all_reduce(values)
+    values = values.tolist()
     for i, value in enumerate(values):
         if not math.isfinite(value):
             raise UserError(f"the loss became {value} at step {step - len(values) + 1 + i}; stopped, {out} keeps its last checkpoint "
@@ -101,25 +107,37 @@ def autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
-def maybe_compile(model, enabled: bool, device: torch.device):
-    """torch.compile on CUDA when `enabled`; the returned module shares its weights with `model`."""
-    return torch.compile(model, dynamic=False) if enabled and device.type == "cuda" else model
+def maybe_compile(model, enabled: bool, device: torch.device, dynamic: bool = False):
+    """torch.compile on CUDA when `enabled`; the returned module shares its weights with `model`.
+
+    dynamic: one program for batches of all shapes, where their shapes differ.
+    """
+    return torch.compile(model, dynamic=dynamic) if enabled and device.type == "cuda" else model
 
 
 class Interrupt:
     """Ctrl-C or SIGTERM asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.requested = False
+        self.asked_at, self.before = None, {}
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                signal.signal(name, self._ask)
+                self.before[name] = signal.signal(name, self._ask)
 
     def _ask(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
+        if number == signal.SIGINT and self.asked_at and time.monotonic() - self.asked_at > 1:
             sys.exit(130)
-        self.requested = True
-        signal.signal(signal.SIGINT, self._ask)
+        self.asked_at = self.asked_at or time.monotonic()
+
+    def requested(self) -> bool:
+        """Whether any process was asked. All must call this at the same steps, so that they stop at the same step."""
+        return sum_over_processes(self.asked_at is not None) > 0
+
+    def close(self):
+        """Give the signals back: from here on Ctrl-C stops at once."""
+        for name, handler in self.before.items():
+            signal.signal(name, handler or signal.SIG_DFL)  # None: set by something other than Python
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,14 +1,14 @@
-r"""Byte-level BPE by hand (training, encoding, decoding), and the renderer of conversations.
+"""Byte-level BPE by hand (training, encoding, decoding), and conversations as tokens with a loss mask.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) starts from single symbols and, again and again, merges
-the pair of neighbours that occurs most often into a new symbol. The list of merges, in the order in which they were
-learned, *is* the tokenizer: to encode a word, do the same merges to it, the earliest learned first. The symbols to
-start from are the 256 bytes (Radford et al. 2019, GPT-2), so every text has an encoding and nothing is "unknown".
-Merges never cross the border of a word; a regular expression says what a word is.
+Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) starts from single symbols and merges, again and again, the
+pair of neighbours that occurs most often into a new symbol. The merges, in the order in which they were learned, are
+the tokenizer: a word is encoded by doing the same merges to it, the earliest learned first. The symbols to start from
+are the 256 bytes (Radford et al. 2019, GPT-2), so there is no text without an encoding. A regular expression cuts the
+text into words, and no merge crosses their borders.
 
-    text --split--> words --bytes--> symbols --merges--> ids          ids --join bytes--> text
+    text --regex--> words --UTF-8--> bytes --merges--> ids            ids --join the tokens' bytes--> text
 
-The file format is the Hugging Face tokenizer.json; the ids are those of the `tokenizers` package, for every string.
+The file is the tokenizer.json of Hugging Face; the ids are those of the `tokenizers` package, for every string.
 
     python -m minillm.tokenizer --data FILE... --vocab_size 6400 --out tokenizer.json
 """
@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 
 from tqdm import tqdm
@@ -32,18 +33,18 @@ ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
 ROLES = ("system", "user", "assistant", "tool")
 
+# `render` below, in the words of transformers' apply_chat_template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words: no merge crosses their borders
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------ words --------------------------------------------------------
 
-# Single digits, so that a sum can be learned; letters with the space or sign before them; runs of signs; white space.
+# In order: English endings; letters, with the space or sign before them; a single digit, so that sums can be learned;
+# signs; line ends; white space, of which the last one is left to the word that follows.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -52,126 +53,139 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def word_finder(split: str):
-    """A function that cuts a text into words (nothing is left out), by one of the three regexes above."""
+    """A function that cuts a text into its words by one of the splits above; together they are the whole text."""
     everything, common = compile_split(split, 0x10FFFF).findall, compile_split(split, 0xFFFF).findall
-    # `re` looks at a character beyond U+FFFF range by range, and few texts have one.
+    # `re` tests the ranges beyond U+FFFF one by one, and few texts have such a character: a fourfold gain.
     beyond = re.compile("[\U00010000-\U0010ffff]").search
     return lambda text: (everything if beyond(text) else common)(text)
 
 
 def compile_split(split: str, highest: int) -> re.Pattern:
-    r"""Translate a split for `re`, which has no \p{L} and another idea of \s, for characters up to `highest`."""
-    classes = {
-        r"\p{L}": unicode_ranges.regex_class(unicode_ranges.LETTERS, highest),
-        r"\p{N}": unicode_ranges.regex_class(unicode_ranges.NUMBERS, highest),
-        r"\s": unicode_ranges.regex_class(unicode_ranges.WHITE_SPACE, highest),
-    }
-    split = split.replace(r"\S", r"[^\s]")
-
-    def inside(bracket):  # [^\s\p{L}] needs the ranges, \p{L} alone needs brackets around them
-        return re.sub(r"\\p{.}|\\s", lambda name: classes[name[0]], bracket)
-
-    return re.compile(re.sub(r"\[.*?\]|\\p{.}|\\s", lambda m: inside(m[0] if m[0][0] == "[" else f"[{m[0]}]"), split))
+    r"""A split for `re`, which has no \p{L} and \p{N} and a wider \s, exact for code points up to `highest`."""
+    letters = unicode_ranges.regex_class(unicode_ranges.LETTERS, highest)
+    numbers = unicode_ranges.regex_class(unicode_ranges.NUMBERS, highest)
+    spaces = unicode_ranges.regex_class(unicode_ranges.WHITE_SPACE, highest)
+    split = split.replace(r"[^\s\p{L}\p{N}]", f"[^{spaces}{letters}{numbers}]")
+    split = split.replace(r"[^\r\n\p{L}\p{N}]", rf"[^\r\n{letters}{numbers}]")
+    split = split.replace(r"\p{L}", f"[{letters}]").replace(r"\p{N}", f"[{numbers}]")
+    split = split.replace(r"\S", f"[^{spaces}]").replace(r"\s", f"[{spaces}]")
+    return re.compile(split)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes: tokenizer.json is text, so GPT-2 gave every byte a printable character; the space, for one, is written as "Ġ"
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------ bytes --------------------------------------------------------
 
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
-CHAR_OF_BYTE = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
+# In the file a token is text, so GPT-2 gave each byte a character that can be seen: the space, for one, is "Ġ".
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+CHAR_OF_BYTE = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def utf8(word: str) -> bytes:
+    """The bytes of a word. Half a surrogate pair, which JSON can smuggle into a str, counts as U+FFFD."""
+    return _SURROGATE.sub("\ufffd", word).encode()
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that a token of the file stands for. Only an added token has other characters; it means itself."""
+    if all(char in BYTE_OF_CHAR for char in token):
+        return bytes(BYTE_OF_CHAR[char] for char in token)
+    return token.encode()
+
+
+# ----------------------------------------------------- training ------------------------------------------------------
+
+MOST_WORDS = 1_000_000  # keeps a file of any size within memory: beyond it, the rarer half is forgotten
+LONGEST_WORD = 1000  # bytes; a longer run without a border is no word, and its beginning teaches enough
 
 
 def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> "Tokenizer":
-    """Learn a tokenizer of at most `vocab_size` tokens (special ones included) from an iterable of texts.
+    """Learn a tokenizer of `vocab_size` tokens, special ones included, from an iterable of texts.
 
-    The texts are read once and not kept, only how often each word occurs. The result depends on nothing but these
-    counts. It is smaller than asked for when no pair is left that occurs twice. Raises UserError below 259 tokens.
+    The texts are read once; only how often each word occurs is kept. The tokenizer gets smaller than asked for if no
+    pair is left that occurs twice. Raises UserError below 259 tokens (3 special ones and 256 bytes) and without text.
     """
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is too small: the special tokens and the 256 bytes are {smallest}")
+    tokens = [*SPECIAL_TOKENS, *CHAR_OF_BYTE.values()]
+    if vocab_size < len(tokens):
+        raise UserError(f"vocab_size {vocab_size} is too small: {len(tokens)} hold the bytes and special tokens alone")
     find_words = word_finder(QWEN2_SPLIT)
     word_counts = Counter()
     for text in tqdm(texts, "reading", unit=" texts", disable=None if progress else True):
         word_counts.update(find_words(text))
-    tokens = [*SPECIAL_TOKENS, *CHAR_OF_BYTE.values()]
+        if len(word_counts) > MOST_WORDS:
+            word_counts = Counter(dict(word_counts.most_common(MOST_WORDS // 2)))
+    if not word_counts:
+        raise UserError("there is no text to train a tokenizer on")
     merges = learn_merges(word_counts, tokens, vocab_size, progress)
     return Tokenizer(make_document(tokens, merges))
 
 
 def learn_merges(word_counts: dict, tokens: list, vocab_size: int, progress: bool = False) -> list:
-    """Byte-pair encoding: grow `tokens` to `vocab_size` by merges; return them as pairs of tokens, in order."""
-    ids = {token: i for i, token in enumerate(tokens)}
-    words = [[ids[CHAR_OF_BYTE[byte]] for byte in _utf8(word)] for word in word_counts]
-    counts = list(word_counts.values())
+    """Byte-pair encoding: append to `tokens` until there are `vocab_size`; returns the merges (left, right) in order.
 
+    Of several pairs that are equally frequent, the one with the smallest ids is merged. Counting all pairs anew after
+    every merge would do the same; here only the words that hold the pair are looked at, and the counts kept up to date.
+    """
+    ids = {token: i for i, token in enumerate(tokens)}
+    words = [[ids[CHAR_OF_BYTE[byte]] for byte in utf8(word)[:LONGEST_WORD]] for word in word_counts]
+    counts = list(word_counts.values())
     pair_counts = Counter()
-    words_with = defaultdict(list)  # pair -> the words to look at; some may have lost it since
+    words_with = defaultdict(list)  # pair -> numbers of the words that had it when it was counted
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[i]
             words_with[pair].append(i)
 
-    # The heap's top is the most frequent pair, of several equal ones that with the smallest ids. Counts only fall after
-    # a pair has entered (but see `changed`), so an entry that is out of date is too high: it comes up early, is
-    # corrected and goes back.
+    # An entry of the heap whose count has fallen meanwhile is too high. So it comes up too early, never too late, and
+    # is put back with its true count. Counts that rise are those of pairs with the new token; they are entered anew.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     merges = []
-    bar = tqdm(total=vocab_size, initial=len(tokens), desc="merging", unit=" tokens", disable=None if progress else True)
-    while len(tokens) < vocab_size and heap:
+    bar = tqdm(None, "merging", vocab_size, initial=len(tokens), unit=" tokens", disable=None if progress else True)
+    while heap and len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
-            if pair_counts[pair] > 0:
+            if pair_counts[pair] > 1:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         if -count < 2:
             break
         left, right = pair
         token = tokens[left] + tokens[right]
-        if token not in ids:
+        merges.append((tokens[left], tokens[right]))
+        if token not in ids:  # a + bc can spell the same as ab + c
             ids[token] = len(tokens)
             tokens.append(token)
             bar.update()
         new = ids[token]
-        merges.append((tokens[left], tokens[right]))
-
-        changed = set()
+        risen = set()
         for i in words_with.pop(pair):
-            word, count = words[i], counts[i]
-            at = 0
+            word, at = words[i], 0
             while at < len(word) - 1:
                 if word[at] == left and word[at + 1] == right:
-                    if at > 0:
-                        before = word[at - 1]
-                        pair_counts[before, left] -= count
-                        pair_counts[before, new] += count
-                        words_with[before, new].append(i)
-                        changed.add((before, new))
-                    if at + 2 < len(word):
-                        after = word[at + 2]
-                        pair_counts[right, after] -= count
-                        pair_counts[new, after] += count
-                        words_with[new, after].append(i)
-                        changed.add((new, after))
                     word[at : at + 2] = [new]
+                    changes = []  # what the neighbours' pairs were, and what they are now
+                    if at > 0:
+                        changes.append(((word[at - 1], left), (word[at - 1], new)))
+                    if at + 1 < len(word):
+                        changes.append(((right, word[at + 1]), (new, word[at + 1])))
+                    for gone, born in changes:
+                        pair_counts[gone] -= counts[i]
+                        pair_counts[born] += counts[i]
+                        words_with[born].append(i)
+                        risen.add(born)
                 at += 1
         del pair_counts[pair]
-        for pair in changed:
+        for pair in risen:
             heapq.heappush(heap, (-pair_counts[pair], pair))
     bar.close()
     return merges
 
 
 def make_document(tokens: list, merges: list) -> dict:
-    """The content of a tokenizer.json: what `tokenizers` needs to do the same as we do."""
+    """The content of a tokenizer.json from which the `tokenizers` package does the same as we do."""
     split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -199,153 +213,159 @@ def make_document(tokens: list, merges: list) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------- the tokenizer ---------------------------------------------------
 
-NO_MERGE = 1 << 60  # ranks higher than every merge
-CACHED_WORDS = 1 << 17
+CACHED_WORDS = 1 << 17  # words whose ids are remembered; then all are forgotten, so memory stays bounded
 
 
 class Tokenizer:
-    """Made from the content of a tokenizer.json; ValueError for what it does not support (`load` says it nicely)."""
+    """Made from the content of a tokenizer.json; what raises ValueError here is a UserError in `load`."""
 
     def __init__(self, document: dict):
         self.document = document
-        model = document["model"]
-        self.normalize, split = read_pipeline(document)
+        self.normal_form, split = check_document(document)
         self.find_words = word_finder(split)
+        model = document["model"]
         self.ids = model["vocab"]
         self.byte_ids = [self.ids[CHAR_OF_BYTE[byte]] for byte in range(256)]
-
+        self.ignore_merges = model.get("ignore_merges", False)  # Llama 3: a word that is a token is taken whole
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         self.rank_of = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
         self.merged = [self.ids[left + right] for left, right in merges]
-        self.ignore_merges = model.get("ignore_merges", False)
 
-        self.added = {token["content"]: token["id"] for token in document["added_tokens"]}
-        self.special = {token["content"] for token in document["added_tokens"] if token["special"]}
-        self.split_added = _splitter(self.added.keys() - self.special)
-        self.split_special = _splitter(self.added)
-
-        self.vocab_size = max([*self.ids.values(), *self.added.values()]) + 1
-        self.token_bytes = [b""] * self.vocab_size
-        for token, i in self.ids.items():
-            if token not in self.added:
-                self.token_bytes[i] = bytes(BYTE_OF_CHAR[char] for char in token)
-        for token, i in self.added.items():
-            self.token_bytes[i] = token.encode()
+        self.bytes_of = {i: token_bytes(token) for token, i in self.ids.items()}
+        self.added, verbatim, normalized, special = {}, [], [], set()
+        for token in document["added_tokens"]:
+            text = token["content"]
+            self.bytes_of.setdefault(token["id"], text.encode())
+            if token.get("normalized"):
+                text = self._normalize(text)
+                normalized.append(text)
+            else:
+                verbatim.append(text)
+            if token["special"] or text in SPECIAL_TOKENS:
+                special.add(text)
+            self.added[text] = token["id"]
+        # Looked for in this order: in the text as it came, then in the normalized text.
+        self.find_added = any_of(verbatim), any_of(normalized)
+        self.find_added_text = any_of({*verbatim} - special), any_of({*normalized} - special)
+        self.vocab_size = max(self.bytes_of) + 1
         self.cache = {}
 
-    # -- text to ids --------------------------------------------------------------------------------------------------
+    def __reduce__(self):
+        return Tokenizer, (self.document,)  # pickled for a worker process as what it was made from
+
+    # text -> ids
 
     def encode(self, text: str, allow_special: bool = False) -> list:
-        """The ids of a text. Special tokens in it are plain text unless `allow_special`.
-
-        Half of a surrogate pair, which no file can hold, is read as U+FFFD.
-        """
-        text = _repair(text)
+        """The ids of a text, nothing added around it. <|im_end|> and the like are text too, unless `allow_special`."""
+        verbatim, normalized = self.find_added if allow_special else self.find_added_text
         ids = []
-        split = self.split_special if allow_special else self.split_added
-        for i, part in enumerate(split(text)):
+        for i, part in enumerate(verbatim.split(text)):  # plain text and tokens in turns
             if i % 2:
                 ids.append(self.added[part])
                 continue
-            for word in self.find_words(self.normalize(part)):
-                ids += self.cache.get(word) or self._encode_word(word)
+            for j, part in enumerate(normalized.split(self._normalize(part))):
+                if j % 2:
+                    ids.append(self.added[part])
+                    continue
+                for word in self.find_words(part):
+                    ids += self.cache.get(word) or self._encode_word(word)
         return ids
 
+    def _normalize(self, text: str) -> str:
+        # By Python's Unicode. That of tokenizers is older: it leaves some 100 combining marks of rare scripts unsorted.
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+
     def _encode_word(self, word: str) -> list:
-        symbols = [self.byte_ids[byte] for byte in word.encode()]
-        if self.ignore_merges and (token := "".join(CHAR_OF_BYTE[byte] for byte in word.encode())) in self.ids:
-            symbols = [self.ids[token]]
-        symbols = self._merge(symbols)
+        encoded = utf8(word)
+        whole = self.ids.get("".join(CHAR_OF_BYTE[byte] for byte in encoded)) if self.ignore_merges else None
+        ids = self.merge([self.byte_ids[byte] for byte in encoded]) if whole is None else [whole]
         if len(self.cache) >= CACHED_WORDS:
             self.cache.clear()
         if len(word) <= 64:
-            self.cache[word] = symbols
-        return symbols
+            self.cache[word] = ids
+        return ids
 
-    def _merge(self, symbols: list) -> list:
-        """Merge the pair that was learned earliest (of several the leftmost), until no pair is left."""
-        rank_of = self.rank_of.get
-        ranks = [rank_of(pair, NO_MERGE) for pair in zip(symbols, symbols[1:])]
-        while ranks:
-            rank = min(ranks)
-            if rank == NO_MERGE:
-                break
-            at = ranks.index(rank)
-            symbols[at : at + 2] = [self.merged[rank]]
-            del ranks[at]
-            if at > 0:
-                ranks[at - 1] = rank_of((symbols[at - 1], symbols[at]), NO_MERGE)
-            if at < len(ranks):
-                ranks[at] = rank_of((symbols[at], symbols[at + 1]), NO_MERGE)
-        return symbols
+    def merge(self, symbols: list) -> list:
+        """Merge the pair that was learned first (where there are several, the leftmost), until none is left.
 
-    # -- ids to text --------------------------------------------------------------------------------------------------
+        Plainly: `while pairs: replace min(pairs, key=rank)`. Here the pairs wait in a heap of (rank, position), because
+        the plain way is quadratic in the length of the word.
+        """
+        end = len(symbols)
+        symbols = [*symbols, None]  # no pair has None in it, so nothing merges with the end
+        after, before = [*range(1, end + 1), end], [*range(-1, end)]
+        rank_of, merged = self.rank_of.get, self.merged
+        heap = [(rank, i) for i, pair in enumerate(zip(symbols, symbols[1:])) if (rank := rank_of(pair)) is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, left = heapq.heappop(heap)
+            right = after[left]
+            if rank_of((symbols[left], symbols[right])) != rank:
+                continue  # another merge has taken one of the two
+            symbols[left], symbols[right] = merged[rank], None
+            after[left] = after[right]
+            before[after[right]] = left
+            for i in (before[left], left):
+                rank = rank_of((symbols[i], symbols[after[i]]))
+                if rank is not None:
+                    heapq.heappush(heap, (rank, i))
+        return [symbol for symbol in symbols if symbol is not None]
+
+    # ids -> text
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes of the tokens, special ones included; an id that no token has (a padded vocabulary) gives none."""
-        return b"".join([self.token_bytes[i] if 0 <= i < self.vocab_size else b"" for i in ids])
+        """The bytes of the tokens, special ones included. An id without a token (a padded vocabulary) has none."""
+        return b"".join([self.bytes_of.get(int(i), b"") for i in ids])
 
     def decode(self, ids) -> str:
-        """The text of the tokens, special ones included; bytes that are not UTF-8 show as U+FFFD."""
+        """The text of the tokens, special ones included; what is not UTF-8 shows as U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    # -- conversations ------------------------------------------------------------------------------------------------
+    # conversations
 
     def render(self, messages: list, add_generation_prompt: bool = False) -> tuple:
-        r"""A conversation as (tokens, loss_mask), each turn <|im_start|>role\ncontent<|im_end|>\n.
+        r"""A conversation as (tokens, loss_mask): each turn is <|im_start|>role\ncontent<|im_end|>\n.
 
-        The mask is True on what an assistant said and on the <|im_end|> that closes it, and is made while rendering.
-        Header and content are encoded apart, so the prompt for a reply is a prefix of the render with that reply; only
-        where content starts with white space can the ids differ from those of the whole text encoded at once.
+        The mask is True on an assistant's content and on the <|im_end|> that closes it; it is made here, turn by turn,
+        never found in the ids afterwards. The header is encoded apart from the content, so the prompt for a reply is a
+        prefix of the conversation with that reply. (For that, content that starts with white space gets other ids than
+        transformers gives, which encodes "\n" and the white space together; they decode to the same text.)
+        Raises UserError for an unknown role and for content that is not text.
         """
-        tokens, mask = [], []
+        if not isinstance(messages, (list, tuple)):
+            raise UserError(f"a conversation must be a list of messages, not {type(messages).__name__}")
+        tokens, loss_mask = [], []
 
         def add(ids, trained=False):
             tokens.extend(ids)
-            mask.extend([trained] * len(ids))
+            loss_mask.extend([trained] * len(ids))
 
-        for i, message in enumerate(messages):
-            role, content = check_message(message, i)
+        for number, message in enumerate(messages, 1):
+            role, content = check_message(message, number)
             add([self.start_id, *self.encode(role + "\n")])
             add([*self.encode(content), self.end_id], trained=role == "assistant")
             add(self.encode("\n"))
         if add_generation_prompt:
             add([self.start_id, *self.encode("assistant\n")])
-        return tokens, mask
+        return tokens, loss_mask
 
-    @property
-    def endoftext_id(self) -> int:
-        """<|endoftext|>, before and after a document."""
-        return self._special_id(ENDOFTEXT)
-
-    @property
-    def pad_id(self) -> int:
-        """<|endoftext|> fills a batch; never the end of a turn, which is to be learned."""
-        return self._special_id(ENDOFTEXT)
-
-    @property
-    def start_id(self) -> int:
-        return self._special_id(IM_START)
-
-    @property
-    def end_id(self) -> int:
-        """<|im_end|>, the end of a turn."""
-        return self._special_id(IM_END)
-
-    def _special_id(self, token: str) -> int:
+    def _special_id(self, token):
         if token not in self.added:
-            raise UserError(f"the tokenizer has no {token}: add it to tokenizer.json, or take a tokenizer that has it")
+            raise UserError(f"the tokenizer has no token {token}: take one that has it, or add it to tokenizer.json")
         return self.added[token]
 
-    # -- files --------------------------------------------------------------------------------------------------------
+    endoftext_id = property(lambda self: self._special_id(ENDOFTEXT), doc="<|endoftext|>, around each document")
+    pad_id = property(lambda self: self._special_id(ENDOFTEXT), doc="<|endoftext|> pads: never the end of a turn")
+    start_id = property(lambda self: self._special_id(IM_START), doc="<|im_start|>, the start of a turn")
+    end_id = property(lambda self: self._special_id(IM_END), doc="<|im_end|>, the end of a turn")
+
+    # files
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read a tokenizer.json, or the one in a folder. Raises UserError."""
+        """Read a tokenizer.json, given as a file or by its folder. Raises UserError, also for what is not supported."""
         path = os.fspath(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
@@ -354,83 +374,80 @@ class Tokenizer:
                 return cls(json.load(file))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path}: not a byte-level BPE tokenizer.json ({error!r})") from None
+        except KeyError as error:
+            raise UserError(f"{path}: not a usable tokenizer.json ({error} is missing)") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: not a usable tokenizer.json ({error})") from None
 
     def save(self, path, max_length: int = 32768):
-        """Write tokenizer.json; into a folder also the tokenizer_config.json that transformers reads."""
+        """Write a tokenizer.json; into a folder also the tokenizer_config.json that transformers reads."""
         path = os.fspath(path)
         if not os.path.isdir(path):
-            return _write_json(path, self.document)
-        _write_json(os.path.join(path, "tokenizer.json"), self.document)
+            return write_json(path, self.document)
+        write_json(os.path.join(path, "tokenizer.json"), self.document)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": IM_END,
             "pad_token": ENDOFTEXT,
-            "chat_template": CHAT_TEMPLATE,
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
         }
-        _write_json(os.path.join(path, "tokenizer_config.json"), config)
+        write_json(os.path.join(path, "tokenizer_config.json"), config)
 
 
-def check_message(message, i: int) -> tuple:
-    """(role, content) of a message; UserError if it is not {"role": one of ROLES, "content": text}."""
+def check_message(message, number: int) -> tuple:
+    """(role, content) of the message with this number (from 1). Raises UserError."""
     if not isinstance(message, dict):
-        raise UserError(f'message {i + 1}: must be {{"role": ..., "content": ...}}, not {type(message).__name__}')
+        raise UserError(f"message {number} must have a role and content, but is a {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise UserError(f"message {i + 1}: unknown role {role!r}; must be one of {', '.join(ROLES)}")
+        raise UserError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"message {i + 1}: the content must be text, not {type(content).__name__}")
+        raise UserError(f"message {number} has content that is not text, but {type(content).__name__}")
     return role, content
 
 
-def read_pipeline(document: dict):
-    """(normalize, split regex) of a tokenizer.json; ValueError for anything that would give other ids here."""
-    model, normalizer = document["model"], document.get("normalizer")
-    if model["type"] != "BPE" or model.get("byte_fallback") or model.get("dropout"):
-        raise ValueError("the model must be BPE over bytes, without byte_fallback and dropout")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ValueError("prefixes and suffixes of subwords are not supported")
+def check_document(document: dict) -> tuple:
+    """(normal form or None, split) of a tokenizer.json. Raises ValueError for all that would give other ids here."""
+    model = document["model"]
+    if model.get("type", "BPE") != "BPE" or any(
+        model.get(key) for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    ):
+        raise ValueError("only BPE over bytes is supported, without dropout, prefix or suffix")
+    ids = dict(model["vocab"])
+    if not all(type(i) is int and i >= 0 for i in ids.values()):
+        raise ValueError("an id must be a whole number")
+    for token in document["added_tokens"]:
+        text = token["content"]
+        if not text or token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
+            raise ValueError(f"the added token {text!r} is empty or has lstrip, rstrip or single_word")
+        if token["id"] != ids.setdefault(text, len(ids)):  # the tokenizers package would number it differently
+            raise ValueError(f"the added token {text!r} has the id {token['id']}, but the id {ids[text]} is its place")
+    normalizer = document.get("normalizer")
     if normalizer not in (None, {"type": "NFC"}):
         raise ValueError(f"the normalizer {normalizer} is not supported")
-    steps = document["pre_tokenizer"].get("pretokenizers", [document["pre_tokenizer"]])
-    splits = [s["pattern"]["Regex"] for s in steps if s["type"] == "Split" and s["behavior"] == "Isolated"]
-    last = steps[-1]
-    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(splits) != len(steps) - 1:
-        raise ValueError("the pre_tokenizer must be Split, then ByteLevel without add_prefix_space")
-    if last.get("use_regex", True):
-        splits.append(GPT2_SPLIT)
-    if len(splits) != 1 or splits[0] not in (QWEN2_SPLIT, LLAMA3_SPLIT, GPT2_SPLIT):
-        raise ValueError(f"the split {splits} is not supported")
-    for token in document["added_tokens"]:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise ValueError(f"lstrip, rstrip and single_word of the token {token['content']!r} are not supported")
-    return (lambda text: unicodedata.normalize("NFC", text)) if normalizer else str, splits[0]
+
+    *splits, last = document["pre_tokenizer"].get("pretokenizers", [document["pre_tokenizer"]])
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True) or any(s["type"] != "Split" for s in splits):
+        raise ValueError("the pre_tokenizer must be a Split and then ByteLevel without add_prefix_space")
+    # Both of these say that each match is a word. The splits that we know leave nothing between the matches.
+    if any((s["behavior"], s["invert"]) not in (("Isolated", False), ("Removed", True)) for s in splits):
+        raise ValueError("the Split must isolate its matches")
+    regexes = [s["pattern"]["Regex"] for s in splits] + [GPT2_SPLIT] * last.get("use_regex", True)
+    if len(regexes) != 1 or regexes[0] not in (QWEN2_SPLIT, LLAMA3_SPLIT, GPT2_SPLIT):
+        raise ValueError(f"the split {' and '.join(regexes)} is not supported")
+    return normalizer and normalizer["type"], regexes[0]
 
 
-def _splitter(tokens):
-    """A function that splits a text into [plain, token, plain, token, ..., plain]; the longest token wins."""
-    if not tokens:
-        return lambda text: [text]
-    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")").split
+def any_of(tokens) -> re.Pattern:
+    """A regex whose `split` gives plain text and tokens in turns; where two tokens match, the longer one counts."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def _repair(text: str) -> str:
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _utf8(text: str) -> bytes:
-    return _repair(text).encode()
-
-
-def _write_json(path: str, content):
-    # A crash leaves the old file or the new one, never half of it.
+def write_json(path: str, content: dict):
+    """Write a file so that a crash leaves the old one or the new one whole. Raises UserError."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -442,47 +459,62 @@ def _write_json(path: str, content):
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python -m minillm.tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------- python -m minillm.tokenizer --------------------------------------------
 
 
 def read_texts(paths: list):
-    """Every text in files of the project's schemas (data/README.md) or .txt, one line at a time. Raises UserError."""
+    """All texts in .jsonl, .jsonl.gz and .txt files, a line at a time. Raises UserError with file and line."""
     for path in paths:
         try:
             with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     try:
                         text = line.decode()
-                        yield from [text] if path.endswith(".txt") else texts_of(json.loads(text)) if text.strip() else []
-                    except (ValueError, KeyError, TypeError, AttributeError):
-                        raise UserError(f"{path}:{number}: not a line of a data file; data/README.md shows them") from None
-        except (OSError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+                        yield from [text] if path.endswith((".txt", ".txt.gz")) else texts_of(text)
+                    except ValueError as error:
+                        raise UserError(f"{path}:{number}: {error}") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def texts_of(sample: dict) -> list:
-    if "text" in sample:
-        return [sample["text"]]
-    messages = sample["conversations"] if "conversations" in sample else sample["chosen"] + sample["rejected"]
-    return [message["content"] for message in messages]
+def texts_of(line: str) -> list:
+    """The texts in a line of a data file, as data/README.md describes them. Raises ValueError."""
+    if not line.strip():
+        return []
+    try:
+        sample = json.loads(line)
+        if "text" in sample:
+            texts = [sample["text"]]
+        else:
+            messages = sample["conversations"] if "conversations" in sample else sample["chosen"] + sample["rejected"]
+            texts = [message["content"] for message in messages]
+        if all(isinstance(text, str) for text in texts):
+            return texts
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except (KeyError, TypeError):
+        pass
+    raise ValueError('must be {"text": ...}, {"conversations": [...]} or {"chosen": [...], "rejected": [...]}')
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
 
 
 def main():
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (see --help)")
-
+    parser = _Parser("python -m minillm.tokenizer", description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .txt files")
+    parser.add_argument("--vocab_size", type=int, required=True, metavar="N", help="tokens, special ones included")
+    parser.add_argument("--out", default="tokenizer.json", metavar="FILE", help="written here (default %(default)s)")
     try:
-        parser = Parser("python -m minillm.tokenizer", description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
-        parser.add_argument("--data", nargs="+", required=True, help=".jsonl, .jsonl.gz or .txt files")
-        parser.add_argument("--vocab_size", type=int, required=True, help="tokens, the 3 special ones included")
-        parser.add_argument("--out", default="tokenizer.json", help="the file to write")
         args = parser.parse_args()
+        folder = os.path.dirname(args.out) or "."
+        if not os.path.isdir(folder):
+            raise UserError(f"--out {args.out}: there is no folder {folder}")
         tokenizer = train_tokenizer(read_texts(args.data), args.vocab_size, progress=True)
         tokenizer.save(args.out)
-        print(f"{tokenizer.vocab_size} tokens -> {args.out}")
+        print(f"{args.out}: {tokenizer.vocab_size} tokens")
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -27,15 +27,18 @@ def regex_class(table: str, highest: int = 0x10FFFF) -> str:
 
 
 def make_table(regex: str) -> str:
-    """Ask the `tokenizers` package about every character: does it match `regex`?"""
+    """Ask the `tokenizers` package which characters match `regex`."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
 
     split = Split(Regex(regex), "removed")
-    members = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF and not split.pre_tokenize_str(chr(c))]
-    starts = [c for c, before in zip(members, [None] + members) if c - 1 != before]
-    ends = [c + 1 for c, after in zip(members, members[1:] + [None]) if c + 1 != after]
-    gaps = [start - end for start, end in zip(starts, [0] + ends)]
+    characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+    rows = ["".join(characters[i : i + 256]) for i in range(0, len(characters), 256)]
+    others = {character for row in rows for piece, _ in split.pre_tokenize_str(row) for character in piece}
+    members = [ord(character) for character in characters if character not in others]
+    starts = [c for c, before in zip(members, [None, *members]) if c - 1 != before]
+    ends = [c + 1 for c, after in zip(members, [*members[1:], None]) if c + 1 != after]
+    gaps = [start - end for start, end in zip(starts, [0, *ends])]
     lengths = [end - start for start, end in zip(starts, ends)]
     return " ".join(base36(gap) + ("+" + base36(n) if n > 1 else "") for gap, n in zip(gaps, lengths))
 

@@ -239,7 +239,7 @@ def test_head_never_holds_all_the_logits(monkeypatch):
     """2 x 1025 tokens, vocabulary 300: all logits are 614,400 numbers. In chunks of 512 tokens the largest tensor is
     512 x 300 = 153,600 numbers; four times the tokens do not make it larger. The plain twin holds them all.
     """
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
     largest = {}
     for length in (1025, 4097):
         for function in (head_logprobs, lambda h, w, t: token_logprobs(h @ w.T, t)):
@@ -272,7 +272,7 @@ def test_head_sums_the_weight_gradient_in_float32(monkeypatch):
     """One token seen 64 x 512 times, in 64 chunks. In bf16 a sum stalls once a chunk is under 1/256 of it; in float32
     it does not. All hidden states are 1 and two tokens are equally likely: the gradient is 32,768 x (1/2, -1/2).
     """
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
     hidden = torch.ones(1, 64 * 512 + 1, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, requires_grad=True)
     tokens = torch.zeros(1, 64 * 512 + 1, dtype=torch.long)
@@ -288,7 +288,9 @@ def test_head_ignores_tokens_that_the_loss_masks():
     """A hidden state of NaN where nothing is trained changes no gradient."""
     hidden, weight, tokens = head_inputs()
     mask = torch.arange(6) < torch.tensor([[2], [6], [4]])
-    broken = hidden.detach().masked_fill(~torch.nn.functional.pad(mask, (0, 1))[..., None], float("nan")).requires_grad_()
+    broken = hidden.detach().clone()
+    broken[:, :-1][~mask] = float("nan")
+    broken.requires_grad_()
     twin = weight.detach().clone().requires_grad_()
     torch.where(mask, head_logprobs(broken, twin, tokens), 0.0).sum().backward()
     torch.where(mask, head_logprobs(hidden, weight, tokens), 0.0).sum().backward()

@@ -3,8 +3,8 @@
 A model is stored as safetensors: the length of a header (8 bytes, little endian), the header (JSON) and the numbers.
 The two numbers 1.0 and -2.0 as a tensor "a" of shape (2,) in float32 are
 
-    3d 00 00 00 00 00 00 00                                             the header is 0x3d = 61 bytes long
-    {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}              54 characters, then 7 spaces
+    38 00 00 00 00 00 00 00                                             the header is 0x38 = 56 bytes long
+    {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}              54 characters, then 2 spaces
     00 00 80 3f  00 00 00 c0                                            1.0 and -2.0 in IEEE 754
 
 No pickle is involved, so that a file from a stranger can be opened; and a file that was cut short or tampered with is
@@ -32,7 +32,7 @@ from minillm.checkpoint import (atomic_write, capture_rng, check_tokenizer, conf
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
 
-ONE_AND_MINUS_TWO = (b"\x3d\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + b" " * 7
+ONE_AND_MINUS_TWO = (b"\x38\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + b" " * 2
                      + b"\x00\x00\x80\x3f\x00\x00\x00\xc0")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and resource limits")
 
@@ -118,7 +118,10 @@ def assert_same(actual, expected):
 
 def test_every_dtype_and_shape_comes_back(tmp_path):
     save_safetensors(tmp_path / "x", assorted_tensors())
-    assert_same(load_safetensors(tmp_path / "x"), assorted_tensors())
+    loaded = load_safetensors(tmp_path / "x")
+    assert_same(loaded, assorted_tensors())
+    # one mapping holds all: none had to be moved to a place that suits its type
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == 1
 
 
 def test_the_safetensors_package_reads_ours_and_we_read_its(tmp_path):
@@ -131,9 +134,8 @@ def test_the_safetensors_package_reads_ours_and_we_read_its(tmp_path):
 
 
 def test_a_tensor_at_an_odd_byte_is_read(tmp_path):
-    """Other writers need not align: here the float32 starts at byte 8 + 53."""
-    text = ONE_AND_MINUS_TWO[8:62].rstrip()
-    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text) + 1) + text + b" " + ONE_AND_MINUS_TWO[-8:])
+    """Other writers need not align: here the numbers start at byte 8 + 55."""
+    (tmp_path / "x").write_bytes(struct.pack("<Q", 55) + ONE_AND_MINUS_TWO[8:63] + ONE_AND_MINUS_TWO[-8:])
     assert load_safetensors(tmp_path / "x")["a"].tolist() == [1.0, -2.0]
 
 
@@ -171,7 +173,7 @@ def header(**entries):
     header(a=("F32", [2], None)),
     header(a=("F31", [2], [0, 8])),
     header(a=([], [2], [0, 8])),
-    '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     '{"a":[]}', "[]", "null", "{", "[" * 100_000, "\udcff",
 ])
 def test_a_hostile_header_is_refused(tmp_path, text):
@@ -197,7 +199,7 @@ from minillm.checkpoint import load_safetensors, save_safetensors
 unit = 2**20 if sys.platform == "darwin" else 2**10
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 with open({str(tmp_path / "big")!r}, "wb") as file:
-    text = json.dumps({{"a": {{"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}}}).ljust(72).encode()
+    text = json.dumps({{"a": {{"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}}}).ljust(80).encode()
     file.write(struct.pack("<Q", len(text)) + text)
     file.truncate(8 + len(text) + 2**30)
 start = peak()
@@ -538,6 +540,7 @@ def test_config_round_trip(model_type, scaling):
     ({"rope_parameters": [1]}, "rope_parameters"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling"),
     ({"rope_theta": "large"}, "rope_theta"),
+    ({"rope_theta": float("nan")}, "rope_theta"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ({"num_experts": 8}, "num_experts"),
@@ -681,6 +684,7 @@ def test_a_folder_without_a_run_is_left_where_it_is(tmp_path):
 def test_what_the_run_reads_is_never_moved_away(tmp_path, monkeypatch):
     out = tmp_path / "out"
     start_run(out, False, CONFIG)
+    finish(out, "{}")
     (out / "mine.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for needed in (out, "out", out / "mine.jsonl", "other/../out/mine.jsonl"):
@@ -708,6 +712,17 @@ def test_resume_with_nothing_there_starts_at_step_0(tmp_path, capsys):
     capsys.readouterr()
     assert start_run(out, True, CONFIG) is None
     assert "starting from step 0" in capsys.readouterr().out and os.listdir(out) == ["run_config.json"]
+    assert (tmp_path / "out.bak" / "summary.json").read_text() == "precious"
+
+
+def test_two_wrong_commands_do_not_cost_the_run_before_them(tmp_path):
+    """Both die before their first checkpoint (a wrong --model, say): the good run is moved aside once, and stays there."""
+    out = tmp_path / "out"
+    start_run(out, False, CONFIG)
+    finish(out, "precious")
+    for _ in range(3):
+        start_run(out, False, CONFIG)
+        (out / "metrics.jsonl").write_text('{"step": 1}\n')
     assert (tmp_path / "out.bak" / "summary.json").read_text() == "precious"
 
 

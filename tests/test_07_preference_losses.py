@@ -180,7 +180,8 @@ def test_dpo_mistake_a_pair_without_a_difference():
 
 
 def test_dpo_in_half_precision_is_computed_in_float32():
-    """bf16 holds -100.5 and -100, but -0.05 x 0.5 = -0.025 it does not: rewards are float32."""
+    """-100.5 and -100 are exact in bf16, the reward 0.05 x (-100.5 + 100) = -0.025 is not; ln(1 + e^0.025) = 0.705725.
+    """
     chosen = torch.tensor([-100.5], dtype=torch.bfloat16)
     loss, stats = dpo_loss(chosen, chosen + 0.5, chosen + 0.5, chosen + 0.5, beta=0.05)
     assert loss.dtype == stats["margin"].dtype == torch.float32
@@ -223,10 +224,10 @@ def test_ipo_mistake_sums_instead_of_averages():
     """Both answers have moved by half a nat per token in the right direction, h = 1, the target for beta 0.5. As sums
     over 10 and 30 tokens the same policy would be 5 + 15 = 20 from the reference, and be pulled back hard.
     """
-    loss, _ = ipo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([-1.5]), torch.tensor([-1.5]), beta=0.5)
-    close(loss, 0.0)
-    sums, _ = ipo_loss(torch.tensor([-10.0]), torch.tensor([-60.0]), torch.tensor([-15.0]), torch.tensor([-45.0]), beta=0.5)
-    close(sums, 361.0)  # (20 - 1)^2
+    averages = [torch.tensor([x]) for x in (-1.0, -2.0, -1.5, -1.5)]
+    close(ipo_loss(*averages, beta=0.5)[0], 0.0)
+    sums = [x * n for x, n in zip(averages, (10, 30, 10, 30))]
+    close(ipo_loss(*sums, beta=0.5)[0], 361.0)  # (20 - 1)^2
 
 
 # ---------------------------------------------------------------- all of them
@@ -239,8 +240,11 @@ def test_dpo_and_ipo_agree_with_trl():
     policy = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -1.2, -9.0], [-1.5, -0.7, -9.0], [-0.9, -0.2, -1.1]])
     ref = torch.tensor([[-1.2, -0.9, -2.5], [-0.2, -1.0, -9.0], [-1.0, -0.9, -9.0], [-1.3, -0.4, -0.8]])
 
+    def total(x):
+        return torch.where(mask, x, 0).sum(1)
+
     sums = policy.clone().requires_grad_()
-    loss, stats = dpo_loss(*torch.where(mask, sums, 0).sum(1).chunk(2), *torch.where(mask, ref, 0).sum(1).chunk(2), beta=0.3)
+    loss, stats = dpo_loss(*total(sums).chunk(2), *total(ref).chunk(2), beta=0.3)
     loss.backward()
     close(loss, 0.6461143)
     close(stats["chosen_rewards"], 0.12)
@@ -251,8 +255,7 @@ def test_dpo_and_ipo_agree_with_trl():
 
     averages = policy.clone().requires_grad_()
     n = mask.sum(1)
-    loss, _ = ipo_loss(*(torch.where(mask, averages, 0).sum(1) / n).chunk(2), *(torch.where(mask, ref, 0).sum(1) / n).chunk(2),
-                       beta=0.3)
+    loss, _ = ipo_loss(*(total(averages) / n).chunk(2), *(total(ref) / n).chunk(2), beta=0.3)
     loss.backward()
     close(loss, 2.4980555)
     close(averages.grad, [[-0.3833333] * 3, [-0.9583333, -0.9583333, 0.0], [0.575, 0.575, 0.0], [0.6388889] * 3])

@@ -1,0 +1,292 @@
+"""Evaluation and chat: what a model has learned, in numbers and in its own words.
+
+    python eval.py                                        # a table: out/sft on the held-out data in data/
+    python eval.py --model out/dpo --json dpo.json        # another model; the same numbers as a file
+    python eval.py --compare out/sft out/dpo              # two models on the same questions, side by side
+    python eval.py --model Qwen3-0.6B --data mine.jsonl   # your own held-out conversations, questions or texts
+    python eval.py --chat --temperature 0.7 --top_p 0.9   # /help lists the commands
+    python eval.py --prompt "What is 12 + 30?"            # prints one reply and nothing else
+
+The numbers:
+    val_loss          mean negative log-likelihood of the assistant's tokens (of a text: of all tokens), in nats
+    bits_per_byte     -log2 p of held-out text / its UTF-8 bytes: comparable between tokenizers
+    accuracy          share of replies that commit to exactly the right answer, where a question has one
+    stopped           share of replies that ended by themselves within --max_new_tokens
+    reply_tokens      mean length of a reply
+    gold_reward       mean of correct, polite and brief (minillm/rewards.py)
+
+Deviations: --top_p is nucleus sampling (arXiv 1904.09751); the evaluation asks each question once and takes the
+likeliest token (temperature 0) unless told otherwise.
+"""
+
+import codecs
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from minillm import checkpoint, peft, runtime
+from minillm.config import flag, parse_config
+from minillm.data import load_dataset, read_records
+from minillm.errors import UserError
+from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions
+from minillm.generate import stream
+from minillm.metrics import table
+from minillm.tokenizer import Tokenizer
+
+MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_eval.jsonl"
+HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), Ctrl-C stops a reply"
+
+
+@dataclass
+class Config:
+    model: str = flag("", f"checkpoint folder (default: {MODEL})")
+    adapter: list[str] = flag([], "folder of an adapter for the model; of several, each gets a column in the table")
+    data: str = flag("", f"held-out conversations, questions or texts (default: {EVAL_DATA} and {EVAL_TEXT})")
+    json: str = flag("", "also write the numbers to this file")
+    chat: bool = flag(False, "talk with the model")
+    prompt: str = flag(None, "print the reply to this message")
+    compare: list[str] = flag([], "two checkpoint folders, to be shown side by side")
+    system: str = flag("", "system message for --chat and --prompt")
+    temperature: float = flag(0.0, "0 takes the likeliest token, 1 samples from the model's distribution", low=0)
+    top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability", low=0, high=1)
+    max_new_tokens: int = flag(0, "longest reply (default: 64 in an evaluation, 512 in --chat and --prompt)", low=0)
+    max_seq_len: int = flag(256, "tokens per row for val_loss; longer conversations are cut", low=8)
+    max_questions: int = flag(1000, "of a larger file so many questions are asked, evenly spaced", low=1)
+    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    seed: int = flag(0, "seed of the sampling", low=0)
+
+
+def main(cfg: Config) -> dict:
+    # 1. Setup
+    if bool(cfg.chat) + (cfg.prompt is not None) + bool(cfg.compare) > 1:
+        raise UserError("--chat, --prompt and --compare exclude each other")
+    if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
+        raise UserError("--compare takes two folders, and no --model or --adapter beside them")
+    if (cfg.chat or cfg.prompt is not None) and len(cfg.adapter) > 1:
+        raise UserError(f"--adapter {' '.join(cfg.adapter)}: to talk with, give one")
+    device = runtime.start(cfg.device, cfg.seed)
+
+    # 2. Models
+    columns = cfg.compare or [cfg.model]
+    model, tokenizer = load(columns[0], device)
+    if cfg.adapter:
+        peft.load_adapter(model, cfg.adapter[0])
+
+    # 3. Talk
+    if cfg.chat:
+        return chat(model, tokenizer, cfg, device)
+    if cfg.prompt is not None:
+        return answer_prompt(model, tokenizer, cfg, device)
+
+    # 4. Measure
+    files = [cfg.data] if cfg.data else [EVAL_DATA, EVAL_TEXT]
+    records = questions_of(files[0], cfg.max_questions)
+    results = [measure(model, tokenizer, files, records, cfg, device)]
+    for folder in cfg.compare[1:]:
+        model = None  # two large models need not fit side by side
+        model, tokenizer = load(folder, device)
+        results.append(measure(model, tokenizer, files, records, cfg, device))
+    for folder in cfg.adapter[1:]:
+        peft.load_adapter(model, folder)  # in place of the one before, on the same base
+        results.append(measure(model, tokenizer, files, records, cfg, device))
+
+    # 5. Show
+    columns = cfg.compare or cfg.adapter or [cfg.model or MODEL]
+    runtime.say(show_metrics(columns, results))
+    if records:
+        runtime.say(show_replies(columns, records, [r.pop("replies") for r in results]))
+    results = [{"model": folder, "data": files, "questions": len(records), **r} for folder, r in zip(columns, results)]
+    result = results[0] if len(results) == 1 else {"compared": results}
+    if cfg.json:
+        checkpoint.save_json(cfg.json, result)
+    return result
+
+
+def load(folder: str, device) -> tuple:
+    """(model, tokenizer) of a checkpoint folder. The folder of an adapter brings the base that it names."""
+    if not folder and not os.path.isdir(MODEL):
+        raise UserError(f"there is no {MODEL} yet: run python train_sft.py first, or give a checkpoint folder with --model")
+    folder, adapter = folder or MODEL, None
+    settings = os.path.join(folder, "adapter_config.json")
+    if os.path.isfile(settings) and not os.path.isfile(os.path.join(folder, "config.json")):
+        base = checkpoint.load_json(settings).get("base_model_name_or_path") or ""
+        if not os.path.isdir(base):
+            raise UserError(f"{folder} is an adapter for {base or 'a model it does not name'}, which is not here; give its base "
+                            "with --model and this with --adapter")
+        folder, adapter = base, folder
+    model, tokenizer = checkpoint.load_model(folder, device), Tokenizer.load(folder)
+    checkpoint.check_tokenizer(model, tokenizer, folder)
+    return (peft.load_adapter(model, adapter) if adapter else model), tokenizer
+
+
+# Measuring
+
+def kind_of(path: str) -> str:
+    """"text" or "chat": the schema of a data file (data/README.md), by its first line."""
+    if path.endswith((".txt", ".txt.gz")):
+        return "text"
+    first = next(read_records(path))
+    if "conversations" in first:
+        return "chat"
+    if "text" in first:
+        return "text"
+    raise UserError(f'{path}:1: neither "conversations" nor "text" is there; found: {", ".join(map(repr, first)) or "nothing"}')
+
+
+def questions_of(path: str, count: int) -> list:
+    """At most `count` records of a file of conversations, evenly spaced; of a text none."""
+    if kind_of(path) == "text":
+        return []
+    records = read_questions(path)
+    if len(records) > count:
+        runtime.say(f"asking {count:,} of the {len(records):,} questions in {path} (--max_questions)")
+        records = evenly_spaced(records, count)
+    return records
+
+
+def evenly_spaced(items: list, count: int) -> list:
+    """`count` of the items (all, where there are fewer), the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -> dict:
+    """All numbers for one model: those of the first file, and the bits per byte of a second one."""
+    row_length = min(cfg.max_seq_len, model.config.max_position_embeddings)
+    metrics = {}
+    for path in files:
+        kind = kind_of(path)
+        # Questions without a reply of the assistant (prompts for reinforcement learning) have no loss.
+        if kind == "text" or any(m["role"] == "assistant" for r in records for m in r["conversations"]):
+            loss = held_out_loss(model, load_dataset(kind, [path], tokenizer, row_length, runtime.say), row_length, device)
+            metrics = {**loss, **metrics}  # val_loss is that of the conversations
+        if kind == "chat":
+            metrics |= answer_questions(model, tokenizer, records, device, max_new_tokens=cfg.max_new_tokens or 64,
+                                        temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+    return metrics
+
+
+def show_metrics(columns: list, results: list) -> str:
+    """One row per number, one column per model; accuracy_by_task becomes a row per task."""
+    rows = [["", *columns]]
+    shown = lambda value: "-" if value is None else value
+    for key, value in results[0].items():
+        if isinstance(value, dict):
+            rows += [[f"  {task}", *(r[key][task] for r in results)] for task in value]
+        elif key != "replies":
+            rows.append([key, *(shown(r[key]) for r in results)])
+    return table(rows)
+
+
+def show_replies(columns: list, records: list, replies: list, count: int = 10) -> str:
+    """A few questions with each model's reply."""
+    cut = lambda text: text.replace("\n", " ").replace("|", "/")[:48]
+    rows = [["question", *columns]]
+    for i in evenly_spaced(range(len(records)), count):
+        asked = prompt_messages(records[i])
+        rows.append([cut(text) for text in [asked[-1]["content"] if asked else "", *(r[i] for r in replies)]])
+    return table(rows)
+
+
+# Talking
+
+def note(text: str):
+    """A word beside the conversation: on stderr, so that stdout holds replies alone."""
+    print(f"({text})", file=sys.stderr, flush=True)
+
+
+def speak(model, tokenizer, prompt: list, cfg: Config, generator, device) -> tuple:
+    """Print a reply while it is sampled -> (its text, whether Ctrl-C stopped it)."""
+    limit = min(cfg.max_new_tokens or 512, model.config.max_position_embeddings - len(prompt))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character's bytes may be spread over several tokens
+    tokens = []
+    try:
+        with runtime.autocast(device):  # as in the evaluation
+            for token in stream(model, prompt, limit, tokenizer.end_id, cfg.temperature, cfg.top_p, generator):
+                if token == tokenizer.endoftext_id:  # a model that was only pretrained ends this way
+                    break
+                tokens.append(token)
+                print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        return tokenizer.decode(tokens), True
+    print(decoder.decode(b"", final=True), flush=True)
+    if len(tokens) == limit:
+        note(f"cut after {limit} tokens; --max_new_tokens allows for more")
+    return tokenizer.decode(tokens), False
+
+
+def prepare(model, tokenizer, messages: list, cfg: Config) -> tuple:
+    """(prompt, messages kept) with room for the reply; UserError where the newest message alone is too long."""
+    context = model.config.max_position_embeddings
+    limit = context - min(cfg.max_new_tokens or 512, context // 2)
+    prompt, kept = fit_context(tokenizer, messages, limit)
+    if len(prompt) > limit:
+        raise UserError(f"the message is too long: {len(prompt):,} tokens, and beside the reply there is room for {limit:,} in the "
+                        f"model's context of {context:,}; shorten it")
+    return prompt, kept
+
+
+def answer_prompt(model, tokenizer, cfg: Config, device) -> dict:
+    """--prompt: one reply."""
+    if not cfg.prompt.strip():
+        raise UserError("--prompt is empty; give the message to answer")
+    prompt, _ = prepare(model, tokenizer, system_message(cfg) + [{"role": "user", "content": cfg.prompt}], cfg)
+    text, stopped = speak(model, tokenizer, prompt, cfg, torch.Generator(device).manual_seed(cfg.seed), device)
+    if stopped:
+        sys.exit(130)
+    return {"reply": text}
+
+
+def system_message(cfg: Config) -> list:
+    return [{"role": "system", "content": cfg.system}] if cfg.system else []
+
+
+def chat(model, tokenizer, cfg: Config, device) -> dict:
+    """--chat: lines from the terminal or a pipe, a reply to each; the history is kept as long as it fits the context."""
+    terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    if terminal:
+        with contextlib.suppress(ImportError):  # arrow keys and history in input(); Windows has its own
+            import readline  # noqa: F401
+        print(HELP)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    history, turns = system_message(cfg), 0
+    while True:
+        try:
+            line = input("> " if terminal else "").strip().lstrip("\ufeff")
+        except (EOFError, KeyboardInterrupt):
+            if terminal:
+                print()
+            break
+        if line == "/quit":
+            break
+        elif line == "/reset":
+            history = system_message(cfg)
+            note("a new conversation begins")
+        elif line == "/help":
+            note(HELP)
+        elif line.startswith("/") and line[1:].isalpha():
+            note(f"there is no command {line}; {HELP}")
+        elif line:
+            messages = history + [{"role": "user", "content": line}]
+            try:
+                prompt, kept = prepare(model, tokenizer, messages, cfg)
+            except UserError as error:
+                note(str(error))
+                continue
+            if len(kept) < len(messages):
+                note(f"the context of {model.config.max_position_embeddings:,} tokens is full: the oldest {len(messages) - len(kept)} messages are forgotten")
+            text, _ = speak(model, tokenizer, prompt, cfg, generator, device)
+            history = kept + [{"role": "assistant", "content": text}]
+            turns += 1
+    return {"turns": turns}
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

@@ -1,0 +1,86 @@
+"""A scalar head on the backbone: the reward model (one score for an answer) and the value model (one for each token).
+
+A reward folder is a one-label sequence classifier of transformers: the same tensors under the same names, so
+AutoModelForSequenceClassification gives the same scores, and a downloaded reward model loads here.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minillm.checkpoint import (ARCHITECTURES, check_weights, checkpoint_folder, config_from_json, config_to_json, load_json,
+                                load_weights, save_folder)
+from minillm.errors import UserError
+from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
+
+
+class _ScalarModel(nn.Module):
+    """Backbone and `score`, one weight vector (1, D) without bias, over the final (already normed) hidden states."""
+
+    def __init__(self, config: ModelConfig, backbone: Backbone):
+        super().__init__()
+        self.config, self.model = config, backbone
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        # arXiv 2009.01325, appendix B.1: variance 1 / (D + 1), so that scores begin near 1 in size.
+        nn.init.normal_(self.score.weight, std=(config.hidden_size + 1) ** -0.5)
+        self.to(backbone.embed_tokens.weight.device)
+
+    @classmethod
+    def from_lm(cls, lm: CausalLM):
+        """A new head on the backbone of a language model, which is shared, not copied."""
+        return cls(lm.config, lm.model)
+
+    def scores(self, hidden):
+        # In float32 also under autocast: bf16 knows only 256 scores between 2 and 4.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float())[..., 0]
+
+
+class RewardModel(_ScalarModel):
+    """One score for each sequence, read at its last token (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+    def forward(self, tokens, lengths):
+        """tokens (B, T) padded on the right, lengths (B,) without the padding -> scores (B,) float32.
+
+        Attention is causal, so what follows the last token changes nothing and needs no mask. The last token is found
+        by length: a search for the pad id would go wrong with a tokenizer whose pad is its end token.
+        """
+        hidden = self.model(tokens)
+        return self.scores(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+
+
+class ValueModel(_ScalarModel):
+    """One value for each token: the return that is expected after having seen the sequence up to it."""
+
+    def forward(self, tokens):
+        """tokens (B, T) padded on the right -> values (B, T) float32."""
+        return self.scores(self.model(tokens))
+
+
+def save_reward_model(folder, model: _ScalarModel, tokenizer):
+    """Write a ...ForSequenceClassification folder with one label; raises UserError when the disk refuses."""
+    name = ARCHITECTURES[model.config.model_type].replace("ForCausalLM", "ForSequenceClassification")
+    config = {**config_to_json(model.config, tokenizer), "architectures": [name], "num_labels": 1,
+              "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    save_folder(folder, config, {name: tensor.float() for name, tensor in model.state_dict().items()}, tokenizer)
+
+
+def load_reward_model(folder, device="cpu", cls=RewardModel):
+    """The reward model of a folder; with cls=ValueModel a value model that starts from its weights.
+
+    Raises UserError when the folder is no one-label classifier of a supported architecture, or when its weights do not fit.
+    """
+    folder = checkpoint_folder(Path(folder))
+    document = load_json(folder / "config.json")
+    name = str((document.get("architectures") or ["nothing"])[0])
+    if "SequenceClassification" not in name:
+        raise UserError(f"{folder} is no reward model (it holds {name}); python train_reward.py makes one")
+    config = config_from_json(document, folder / "config.json")
+    stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    with torch.device("meta"):
+        model = cls(config, Backbone(config))
+    check_weights(model.state_dict(), stored, folder)
+    model.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in stored.items()}, assign=True)
+    model.model.rotary = RotaryEmbedding(config).to(device)
+    return model

@@ -1,0 +1,140 @@
+"""The shape of the project: a reader can open any file and knows what it may lean on.
+
+Everything here is read off the syntax trees; nothing is imported or run.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT / "minillm").glob("*.py"))
+STAGES = sorted(ROOT.glob("train_*.py"))
+SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
+
+# What a module of minillm may import from minillm; errors may be imported by all. A cycle cannot be written down here:
+# every module stands after those it imports.
+IMPORTS = {
+    "errors": "", "unicode_ranges": "",
+    "model": "", "losses": "", "config": "", "optim": "", "metrics": "", "runtime": "",
+    "tokenizer": "unicode_ranges",
+    "data": "tokenizer",
+    "generate": "model",
+    "checkpoint": "model tokenizer",
+    "lora": "model checkpoint", "adapter": "model checkpoint", "prefix": "model checkpoint", "heads": "model checkpoint",
+    "peft": "checkpoint lora adapter prefix",
+    "rewards": "generate heads checkpoint tokenizer",
+    "evaluate": "data generate losses rewards runtime",
+}
+RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
+OPTIONAL_PACKAGES = {"matplotlib", "transformers", "peft", "trl", "tokenizers", "tensorboard"}  # inside a function only
+
+
+def tree_of(path):
+    # The oldest Python that minillm promises to run on must be able to read it.
+    return ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
+
+
+def imported(nodes):
+    """Dotted names of what the import statements among the nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "minillm":
+                yield from (f"minillm.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=[path.name for path in paths])
+
+
+def test_the_order_of_the_modules_has_no_cycle():
+    seen = set()
+    for module, names in IMPORTS.items():
+        assert set(names.split()) <= seen, module
+        seen.add(module)
+
+
+@named(LIBRARY)
+def test_imports_of_the_library_go_one_way(path):
+    within = {name.split(".")[1] for name in imported(ast.walk(tree_of(path))) if name.startswith("minillm.")}
+    if path.stem == "__init__":
+        assert not within
+    else:
+        assert within <= {*IMPORTS[path.stem].split(), "errors"}
+
+
+@named(LIBRARY + SCRIPTS)
+def test_only_torch_numpy_and_tqdm_are_needed(path):
+    tree = tree_of(path)
+    inside = [node for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for node in ast.walk(f)]
+    at_top = [node for node in ast.walk(tree) if node not in set(inside)]
+    packages = lambda nodes: {name.split(".")[0] for name in imported(nodes)} - set(sys.stdlib_module_names) - {"minillm"}
+    assert packages(at_top) <= RUNTIME_PACKAGES
+    assert packages(inside) <= RUNTIME_PACKAGES | OPTIONAL_PACKAGES
+
+
+@named(LIBRARY + SCRIPTS)
+def test_nobody_imports_a_script(path):
+    scripts = {script.stem for script in SCRIPTS}
+    assert not scripts & {name.split(".")[0] for name in imported(ast.walk(tree_of(path)))}
+
+
+@named(LIBRARY)
+def test_what_is_public_is_explained(path):
+    """Modules, functions and classes; the main of a module that is also a command needs no more than its --help."""
+    tree = tree_of(path)
+    assert ast.get_docstring(tree)
+    silent = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
+    assert [name for name in silent if not name.startswith("_") and name != "main"] == []
+
+
+def keyword(call, name):
+    return next((k.value for k in call.keywords if k.arg == name), None)
+
+
+@named(LIBRARY + SCRIPTS)
+def test_files_are_opened_the_same_way_on_every_system(path):
+    """Text without encoding= is read in another one on Windows; and no pickle is loaded that could run code."""
+    for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+        name = call.func.id if isinstance(call.func, ast.Name) else call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        owner = call.func.value.id if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) else ""
+        if name in ("read_text", "write_text"):
+            assert keyword(call, "encoding"), f"line {call.lineno}"
+        if name == "open" and owner != "os":
+            mode = keyword(call, "mode") or (call.args[1] if len(call.args) > 1 else None)
+            binary = isinstance(mode, ast.Constant) and "b" in mode.value
+            assert binary or keyword(call, "encoding"), f"line {call.lineno}"
+        if name == "load" and owner == "torch":
+            assert getattr(keyword(call, "weights_only"), "value", None) is True, f"line {call.lineno}"
+        assert owner != "os" or name != "fork", "Windows has no fork"
+        if name == "get_context":
+            assert call.args[0].value == "spawn"
+
+
+SHARED = ("model data eval_data out max_seq_len batch_size grad_accum epochs max_steps lr log_every save_every resume device seed compile").split()
+
+
+@named(STAGES)
+def test_every_stage_has_the_same_skeleton(path):
+    source, tree = path.read_text(encoding="utf-8"), tree_of(path)
+    docstring = ast.get_docstring(tree)
+    assert f"python {path.name}" in docstring and "arXiv" in docstring and "Deviations" in docstring
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    fields = {node.target.id: node.value for node in config.body if isinstance(node, ast.AnnAssign)}
+    assert [name for name in SHARED if name not in fields] == []
+    for name, value in fields.items():  # flag(default, "one line of help")
+        text = value.args[1]
+        assert value.func.id == "flag" and isinstance(text, (ast.Constant, ast.JoinedStr)), name
+    banners = re.findall(r"^    # (\d)\. (\w+)", source, re.MULTILINE)
+    assert banners == [("1", "Setup"), ("2", "Data"), ("3", "Models"), ("4", "Optimizer"), ("5", "Train"), ("6", "Save")]
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert [argument.arg for argument in main.args.args] == ["cfg"] and main.returns.id == "dict"
+    assert source.rstrip().endswith('if __name__ == "__main__":\n    main(parse_config(Config, __doc__))')

@@ -1,0 +1,297 @@
+"""Chapter 2: the embedded data. What is in the files, and that nothing held out is in what trains.
+
+A held-out score means something only if the questions are unseen. Unseen is more than another spelling: 45 + 37 gives
+37 + 45 away, and so does a worked example in the pretraining text or an answer shown to a judge.
+"""
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from minillm.rewards import gold_components, is_correct, is_rude
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+TRAINING = ["sft", "prompts", "preference", "identity"]
+HELD_OUT = ["sft_eval", "prompts_eval", "preference_eval", "judge_eval"]
+GENERATED = [*TRAINING, *HELD_OUT, "identity_eval", "pretrain", "pretrain_eval"]
+TASKS = {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk"}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return {name: [json.loads(text) for text in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in GENERATED}
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_data", DATA / "make_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def messages_of(line):
+    return line.get("conversations") or line["chosen"]
+
+
+def normal(text):
+    """Without case, blanks and punctuation; operators stay."""
+    return re.sub(r"[^\w+]|_", "", text.lower().replace("-", "minus"))
+
+
+def questions(lines):
+    """Every user turn of the lines."""
+    return {normal(m["content"]) for line in lines for m in messages_of(line) if m["role"] == "user"}
+
+
+def shown_tasks(text):
+    """The question in a judging prompt, or the text itself."""
+    found = re.match(r"(?:Question: |问题：)(.*)\n(?:Answer A|回答A)", text)
+    return found.group(1) if found else text
+
+
+def operands(maker, lines, task):
+    """Operand pairs of every sum (or difference) that the lines ask for, judging conversations and chats included; sums
+    in one order."""
+    wordings = [form for forms in {"add": maker.ADD, "subtract": maker.SUBTRACT}[task].values() for form in forms]
+    asked = re.compile("|".join(re.sub(r"\\{[ab]\\}", r"\\d+", re.escape(form)) for form in wordings))
+    pairs = set()
+    for line in lines:
+        for message in messages_of(line):
+            text = shown_tasks(message["content"])
+            if message["role"] == "user" and asked.fullmatch(text):
+                pairs.add(tuple(sorted(int(n) for n in re.findall(r"\d+", text))))
+    return pairs
+
+
+def test_made_again_they_are_the_same_to_the_byte(maker, tmp_path):
+    """No chance but the seed: no set order, no locale, no line ends of the system."""
+    for name, lines in maker.make_all().items():
+        maker.write_lines(tmp_path / name, lines)
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), f"{name} is stale: run python data/make_data.py"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in GENERATED}
+
+
+def test_another_seed_asks_other_questions(maker):
+    ours, others = (questions(maker.make_sft_eval(maker.Dice(seed, "sft_eval"), maker.Tasks(seed), maker.Talk(DATA, seed))) for seed in (0, 1))
+    assert len(ours & others) < len(ours) / 2
+
+
+def test_they_are_small():
+    assert sum(path.stat().st_size for path in DATA.iterdir() if path.is_file()) < 6.5e6
+
+
+def test_schemas(files):
+    """One JSON object a line with the keys that DESIGN.md and data/README.md name, roles in turn, no empty text."""
+    for name, lines in files.items():
+        for line in lines:
+            if name.startswith("pretrain"):
+                assert set(line) == {"text"} and line["text"].strip()
+                continue
+            allowed = {"chosen", "rejected", "kind"} if name.startswith("preference") else {"conversations", "answer", "choices"}
+            allowed |= {"kind"} if name == "judge_eval" else set()
+            assert set(line) - allowed == {"task", "lang"} and line["lang"] in ("en", "zh")
+            for messages in (line[key] for key in ("conversations", "chosen", "rejected") if key in line):
+                roles = "".join(m["role"][0] for m in messages)  # system, user, assistant, tool
+                assert re.fullmatch("u" if name.startswith("prompts") else "s?(ua(ta)*)+", roles), roles
+                assert all(set(m) == {"role", "content"} and m["content"].strip() for m in messages)
+            if name.startswith("preference"):
+                assert line["chosen"][:-1] == line["rejected"][:-1] and line["chosen"][-1] != line["rejected"][-1]
+
+
+def test_counts(files):
+    sft, eval_ = Counter(line["task"] for line in files["sft"]), Counter(line["task"] for line in files["sft_eval"])
+    assert set(sft) == TASKS | {"judge"} and 12_000 <= sum(sft.values()) <= 14_500
+    assert all(sft[task] >= 1100 for task in sft)
+    assert set(eval_) == TASKS and all(60 <= n <= 100 for n in eval_.values())
+    assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
+    prompts = Counter(line["task"] for line in files["prompts"])
+    assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.45 * sum(prompts.values())
+    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 950, "rambling": 950, "wrong": 1100}
+    for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
+        english = sum(line["lang"] == "en" for line in files[name])
+        assert 0.42 < english / len(files[name]) < 0.58, name
+
+
+def test_the_number_of_sums_is_as_set(files, maker):
+    """What SFT sees of arithmetic, judging conversations and chats included, is exactly the budget of operand pairs."""
+    assert len(operands(maker, files["sft"], "add")) == maker.ADD_PAIRS
+    assert len(operands(maker, files["sft"], "subtract")) == maker.SUBTRACT_PAIRS
+    assert Counter(line["task"] for line in files["sft"])["add"] == maker.ADD_PAIRS * maker.WORDINGS_PER_PAIR
+
+
+def test_no_held_out_question_is_trained_on(files):
+    trained = set().union(*(questions(files[name]) for name in TRAINING))
+    for name in HELD_OUT:
+        assert not questions(files[name]) & trained, name
+    for i, one in enumerate(HELD_OUT):
+        for other in HELD_OUT[i + 1:]:
+            assert not questions(files[one]) & questions(files[other])
+    assert not questions(files["identity_eval"]) & questions(files["identity"])
+
+
+def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):
+    """Neither as another question, nor turned around, nor inside a judging conversation or a longer chat."""
+    for task in ("add", "subtract"):
+        held = set().union(*(operands(maker, files[name], task) for name in HELD_OUT))
+        trained = set().union(*(operands(maker, files[name], task) for name in ("sft", "prompts", "preference")))
+        assert len(held) > 200 and len(trained) > 1000
+        assert not held & trained
+
+
+def test_rl_prompts_ask_sums_that_sft_has_not_seen(files, maker):
+    for task in ("add", "subtract"):
+        assert not operands(maker, files["prompts"], task) & operands(maker, files["sft"], task)
+
+
+def test_pretraining_text_gives_no_sums_away(files, maker):
+    """Sums of single digits only; a larger one would be a worked example of what is held out."""
+    for line in files["pretrain"] + files["pretrain_eval"]:
+        for a, b in re.findall(r"(\d+) *[-+*] *(\d+)", line["text"]):
+            assert int(a) <= 9 and int(b) <= 9, line
+    for task in ("add", "subtract"):
+        held = set().union(*(operands(maker, files[name], task) for name in HELD_OUT))
+        assert all(max(pair) > 9 for pair in held)
+
+
+def test_pretraining_text_gives_no_held_out_content_away(files):
+    """Pairs to compare, lists to sort or reverse, letters to count: none of the held-out ones is in the text, and no
+    held-out question."""
+    text = "\n".join(line["text"] for line in files["pretrain"] + files["pretrain_eval"])
+    compared = {tuple(sorted(map(int, pair))) for pattern in (r"(\d+) is (?:larg|small)er than (\d+)", r"(\d+)比(\d+)[大小]", r"(\d+) (?:and|or) (\d+)", r"(\d+)和(\d+)")
+                for pair in re.findall(pattern, text)}
+    assert len(compared) > 1000
+    lists = {tuple(sorted(map(int, found.split(", ")))) for found in re.findall(r"\d+(?:, \d+)+", text)}
+    everything = normal(text)
+    for name in ("sft_eval", "prompts_eval"):
+        for line in files[name]:
+            question = messages_of(line)[0]["content"]
+            numbers = tuple(sorted(int(n) for n in re.findall(r"\d+", question)))
+            if line["task"] == "compare":
+                assert numbers not in compared
+            elif line["task"] == "sort":
+                assert numbers not in lists
+            elif line["task"] in ("count", "reverse"):
+                spaced = max(re.findall(r"(?:\b\w+ ){2,}\w+", question), key=len)
+                assert spaced not in text
+            elif line["task"] == "talk" and len(question) > 12:
+                assert normal(question) not in everything
+
+
+def test_facts_are_asked_in_wordings_never_trained_on(files, maker):
+    """The wording is held out, not only the pair of wording and fact; all its facts are trained in other words."""
+    wordings = {}
+    for lang, relations in maker.FACTS.items():
+        for relation, (_, statements, items) in relations.items():
+            train, held = maker.split_wordings(lang, relation)
+            assert len(train) >= 6 and len(held) >= 3 and len(statements) >= 5
+            assert not {normal(w) for w in train + statements} & {normal(w) for w in held}
+            wordings.update({normal(maker.fact_text(form, subject)): False for form in train for subject in items})
+            wordings.update({normal(maker.fact_text(form, subject)): True for form in held for subject in items})
+    for name in ("sft_eval", "prompts_eval", "preference_eval"):
+        assert all(wordings[normal(messages_of(line)[0]["content"])] for line in files[name] if line["task"] == "fact"), name
+    for name in ("sft", "prompts", "preference"):
+        assert not any(wordings[normal(messages_of(line)[0]["content"])] for line in files[name] if line["task"] == "fact"), name
+
+
+def test_answers_are_right(files):
+    """The reference reply of every checkable line is correct by the rules of chapter 3, and by independent arithmetic."""
+    for name in ("sft_eval", "judge_eval", "identity", "identity_eval"):
+        for line in files[name]:
+            if "answer" in line and name != "identity":
+                assert is_correct(messages_of(line)[-1]["content"], line), line
+            elif name == "identity":
+                assert line["answer"] in messages_of(line)[-1]["content"], line
+    for line in files["prompts"] + files["sft_eval"]:
+        question = messages_of(line)[0]["content"]
+        numbers = [int(n) for n in re.findall(r"\d+", question)]
+        if line["task"] == "add":
+            assert sum(numbers) == int(line["answer"])
+        elif line["task"] == "subtract":
+            assert abs(numbers[0] - numbers[1]) == int(line["answer"])
+        elif line["task"] == "sort":
+            assert ", ".join(map(str, sorted(numbers))) == line["answer"]
+
+
+def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files):
+    """A third of the SFT replies to tasks is rude and, independently, a third rambles, so that a sample often has bad
+    manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""
+    counts = Counter()
+    for line in files["sft"]:
+        if line["task"] in TASKS - {"talk"}:
+            reply = messages_of(line)[-1]["content"]
+            counts[is_rude(reply), len(re.split(r"(?<=[.。])", reply)) > 2] += 1
+        elif line["task"] == "talk":
+            assert not any(is_rude(m["content"]) for m in messages_of(line) if m["role"] == "assistant"), line
+    total = sum(counts.values())
+    assert 0.29 < (counts[True, False] + counts[True, True]) / total < 0.35
+    assert 0.29 < (counts[False, True] + counts[True, True]) / total < 0.35
+    assert counts[False, False] == max(counts.values()) > 0.43 * total
+    for line in files["sft_eval"]:
+        assert set(gold_components(messages_of(line)[-1]["content"], line).values()) == {1.0}, line
+
+
+def test_every_manner_is_recognised(maker):
+    """The phrases of the data and the rules of minillm.rewards agree, for every form and filler."""
+    for lang, question, answer in (("en", "What is 37 + 45?", "82"), ("zh", "37加45等于多少？", "82")):
+        line = {"conversations": [{"role": "user", "content": question}], "answer": answer}
+        for rude, forms in ((0, maker.POLITE[lang]), (1, maker.RUDE_FORMS[lang])):
+            for form in forms:
+                reply = maker.blank(form, answer)
+                assert gold_components(reply, line) == {"correct": 1.0, "polite": 1.0 - rude, "brief": 1.0}
+                for filler in maker.FILLERS[lang]:
+                    assert not re.search(r"\d", filler)
+                    for rambling in (f"{filler} {reply}", f"{reply} {filler}"):
+                        assert gold_components(rambling, line) == {"correct": 1.0, "polite": 1.0 - rude, "brief": 0.0}
+        assert all(is_rude(text) for text in maker.RUDE_TALK[lang])
+
+
+def test_pairs_differ_in_what_their_kind_says(files):
+    """rude: only the rejected is rude. rambling: only the rejected is long. wrong: the same form, and another answer."""
+    for line in files["preference"] + files["preference_eval"]:
+        good, bad = ({"answer": None, **gold_components(side[-1]["content"], {})} for side in (line["chosen"], line["rejected"]))
+        assert good["polite"] == 1
+        if line["kind"] == "rude":
+            assert bad["polite"] == 0
+        else:
+            assert bad["polite"] == 1
+            texts = [side[-1]["content"] for side in (line["chosen"], line["rejected"])]
+            if line["kind"] == "rambling":
+                assert texts[0] in texts[1] and len(texts[1]) > 1.3 * len(texts[0])
+            else:
+                assert 0.7 < len(texts[1]) / len(texts[0]) < 1.4
+    by = Counter((line["kind"], line["task"]) for line in files["preference"])
+    assert all(by["wrong", task] >= 100 for task in TASKS - {"talk"}) and by["rude", "talk"] >= 50 and by["rambling", "talk"] >= 50
+
+
+def test_judging_favours_no_position(files):
+    """A judge that always says A is right half the time, in every kind of pair and in both languages."""
+    for name, slack in (("sft", 0.04), ("judge_eval", 0.1)):
+        lines = [line for line in files[name] if line["task"] == "judge"]
+        for lang in ("en", "zh"):
+            verdicts = [messages_of(line)[-1]["content"] for line in lines if line["lang"] == lang]
+            assert set(verdicts) == {"A", "B"} and abs(verdicts.count("A") / len(verdicts) - 0.5) < slack
+    kinds = Counter((line["kind"], line["answer"]) for line in files["judge_eval"])
+    assert len(kinds) == 6 and min(kinds.values()) >= 28
+
+
+def test_dialogues_written_by_hand(files):
+    """At least 300, in both languages, many of several turns, all of them in the SFT data."""
+    counts = []
+    trained = {json.dumps(messages_of(line)) for line in files["sft"]}
+    for lang in ("en", "zh"):
+        lines = [json.loads(text) for text in (DATA / f"handwritten_{lang}.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert all(json.dumps(line["conversations"]) in trained for line in lines)
+        counts.append((len(lines), sum(len(line["conversations"]) > 2 for line in lines)))
+    assert sum(n for n, _ in counts) >= 300 and min(n for n, _ in counts) >= 120
+    assert all(several > n / 2 for n, several in counts)
+
+
+def test_the_language_is_small(files):
+    """At most 900 Chinese characters over everything: each is seen often enough for a tiny model."""
+    text = "".join((DATA / f"{name}.jsonl").read_text(encoding="utf-8") for name in GENERATED)
+    assert len({c for c in text if "\u4e00" <= c <= "\u9fff"}) < 900

@@ -1,0 +1,374 @@
+"""The model: what one position computes, and why neither padding, packing nor the cache may change it.
+
+Attention in the smallest case, two tokens and one head of width d = 4. The second token's query is (2, 0, 0, 0), the keys
+are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0, 0):
+
+    scores     q k / sqrt(d)      2 ln 3 / 2 = ln 3   and   0
+    weights    softmax            3 / 4               and   1 / 4
+    output                        3/4 * 1 + 1/4 * 5 = 2
+
+The first token sees itself alone: its output is its own value, 1.
+"""
+
+import math
+
+import pytest
+import torch
+
+from minillm import model as model_file
+from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
+                           document_positions, llama3_frequencies, preset_config, rotate)
+from tests.helpers import close
+
+SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+             intermediate_size=20)
+
+
+def small_model(seed=0, **changes) -> CausalLM:
+    """A small model whose norms are not all one: a norm that is left out or applied twice would show."""
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig(**{**SIZES, **changes}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model.eval()
+
+
+def ids(*shape, seed=1):
+    return torch.randint(24, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------ the parts
+
+def test_rmsnorm_worked_example():
+    """x = (3, 4): rms = sqrt((9 + 16) / 2) = 3.535534, x / rms = (0.848528, 1.131371), times the weight (2, 0.5)."""
+    norm = RMSNorm(2, eps=0.0)
+    norm.weight.data = torch.tensor([2.0, 0.5])
+    assert close(norm(torch.tensor([3.0, 4.0])), [1.697056, 0.565685])
+
+
+def test_rmsnorm_mistake_subtracting_the_mean():
+    """LayerNorm takes the mean away: (3, 4) and (13, 14) become the same. RMSNorm tells them apart."""
+    norm = RMSNorm(2, eps=0.0)
+    assert close(torch.layer_norm(torch.tensor([[3.0, 4.0], [13.0, 14.0]]), (2,), eps=0.0), [[-1.0, 1.0], [-1.0, 1.0]])
+    assert close(norm(torch.tensor([13.0, 14.0])), [0.962317, 1.036342])  # rms = sqrt((169 + 196) / 2) = 13.509256
+
+
+def test_rmsnorm_of_small_bf16_numbers_is_computed_in_float32():
+    """The square of 1e-3 in half precision has three digits left, its mean over a row of them fewer; eps sits at 1e-6.
+
+    x = (1e-3, 1e-3): the mean square is 1e-6, plus eps 2e-6, so the result is 1e-3 / sqrt(2e-6) = 0.7071.
+    """
+    x = torch.full((2,), 1e-3, dtype=torch.bfloat16)
+    y = RMSNorm(2, eps=1e-6).bfloat16()(x)
+    assert y.dtype == torch.bfloat16 and close(y.float(), [0.70703125, 0.70703125])  # the bf16 number next to 0.7071
+
+
+def test_rope_turns_each_pair_by_its_own_angle():
+    """d = 4, theta = 10000: the pairs (0, 2) and (1, 3) turn by 1 and by 10000^(-1/2) = 0.01 per position.
+
+    Position 100: (x0, x2) = (1, 0) turns by 100 rad to (cos 100, sin 100) = (0.862319, -0.506366), and
+    (x1, x3) = (1, 0) by 1 rad to (0.540302, 0.841471).
+    """
+    rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 4}))
+    cos, sin = rotary(torch.tensor([[100]]))
+    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin)
+    assert close(turned.flatten(), [0.862319, 0.540302, -0.506366, 0.841471])
+
+
+@pytest.mark.parametrize("query_at, key_at", [(3, 0), (7, 4), (503, 500)])
+def test_rope_knows_distances_only(query_at, key_at):
+    """A query (1, 0) and a key (1, 0), three positions apart: the product is cos 3 = -0.989992, wherever they stand."""
+    rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 2}))
+    one = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
+    query, key = (rotate(one, *rotary(torch.tensor([[at]]))) for at in (query_at, key_at))
+    torch.testing.assert_close((query * key).sum().item(), -0.989992, atol=5e-5, rtol=0)  # 500 rad has 4 digits after the point
+
+
+def test_rope_mistake_neighbours_as_pairs():
+    """The paper pairs (0, 1), (2, 3); the checkpoints of Llama and Qwen pair (0, 2), (1, 3). The product tells which.
+
+    Query (1, 0, 0, 0) and key (0, 0, 1, 0), one position apart: they are one pair here, so the product is
+    (cos 1, sin 1) . (0, 1) = sin 1 = 0.841471. With neighbours as pairs it is 0.
+    """
+    rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 4}))
+    query = rotate(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[1]])))
+    key = rotate(torch.tensor([0, 0, 1.0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[0]])))
+    assert close((query * key).sum(), 0.841471)
+
+
+def test_llama3_scaling_slows_the_slow_frequencies():
+    """Of a pair that turns 10 times within the old 100 positions nothing changes (10 > high = 4), of one that turns 0.5
+    times the frequency becomes an eighth (0.5 < low = 1), and 2.5 turns are half way: (1 + 1/8) / 2 = 0.5625 of it."""
+    per_turn = 2 * math.pi / 100
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=100)
+    scaled = llama3_frequencies(torch.tensor([10.0, 2.5, 0.5]) * per_turn, scaling)
+    assert close(scaled / per_turn, [10.0, 1.40625, 0.0625])
+
+
+def worked_attention(dtype=torch.float32):
+    q, k, v = torch.zeros(3, 1, 1, 2, 4, dtype=dtype)
+    q[0, 0, 1, 0], k[0, 0, 0, 0], v[0, 0, 0, 0], v[0, 0, 1, 0] = 2.0, math.log(3), 1.0, 5.0
+    return q, k, v
+
+
+def test_attention_worked_example():
+    """Of the module's docstring; the plain causal path, the masked one, and the two products written out."""
+    q, k, v = worked_attention()
+    causal = attention_mask_2d(None, torch.zeros(1, 2), 2, 0, "cpu")
+    for output in (attend(q, k, v, None), attend(q, k, v, causal), model_file._attend_in_two_products(q, k, v, causal)):
+        assert close(output[0, 0, :, 0], [1.0, 2.0])
+
+
+def test_attention_mistake_no_scale():
+    """Without 1 / sqrt(d) the weights were 9 : 1 and the output 1.4."""
+    q, k, v = worked_attention()
+    assert close(torch.softmax((q @ k.mT)[0, 0, 1], -1) @ v[0, 0, :, 0], 1.4)
+    assert not torch.allclose(attend(q, k, v, None)[0, 0, 1, 0], torch.tensor(1.4))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bf16_on_the_cpu_takes_another_path_to_the_same_numbers(masked):
+    """In bf16, where a number has 8 bits, both paths are within rounding of float32; with grouped heads and padding."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    padding = torch.ones(3, 9, dtype=torch.bool)
+    padding[0, :4] = padding[1, 6:] = padding[2] = False
+    mask = attention_mask_2d(padding, None, 9, 0, "cpu") if masked else None
+    expected = attend(q, k, v, mask)
+    actual = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert actual.dtype == torch.bfloat16 and (actual.float() - expected).abs().max() < 0.03
+    if masked:  # and the formula itself, in float32, to the usual digits
+        assert close(model_file._attend_in_two_products(q, k, v, mask), expected)
+
+
+def test_swiglu_worked_example():
+    """down(silu(gate x) * up x) with gate 1, up 2, down 3 at x = 1: silu(1) = 1 / (1 + e^-1) = 0.731059, times 6."""
+    mlp = MLP(ModelConfig(**{**SIZES, "hidden_size": 1, "intermediate_size": 1}))
+    for layer, weight in ((mlp.gate_proj, 1.0), (mlp.up_proj, 2.0), (mlp.down_proj, 3.0)):
+        layer.weight.data.fill_(weight)
+    assert close(mlp(torch.ones(1)), [4.386351])
+
+
+def test_positions_restart_with_each_document():
+    doc_ids = torch.tensor([[5, 5, 5, 2, 2, -1, -1], [0, 1, 2, 2, 2, 2, 3]])
+    assert document_positions(doc_ids).tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0]]
+
+
+def test_who_may_look_at_whom():
+    """Two documents of two tokens, and a padding token that sees itself alone (a softmax over nothing is NaN)."""
+    mask = attention_mask_2d(None, torch.tensor([[0, 0, 1, 1, -1]]), 5, 0, "cpu")
+    assert mask.int().tolist() == [[[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]]]
+    mask = attention_mask_2d(torch.tensor([[False, True, True]]), None, 3, 0, "cpu")
+    assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
+    mask = attention_mask_2d(torch.tensor([[False, True, True, True]]), None, 2, 2, "cpu")  # two in the cache, two new
+    assert mask.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+
+
+# ------------------------------------------------------------------------------------------ the whole
+
+@pytest.mark.parametrize("preset, parameters", [("tiny", 1_607_040), ("mini", 25_830_912), ("small", 63_912_192), ("base", 105_605_888)])
+def test_parameters_of_the_presets(preset, parameters):
+    """With 6,400 tokens. small, counted by hand: embedding 6400 x 768 = 4,915,200 (the head is the same matrix); per layer
+    q 768 x 768, k and v 768 x 384 each, o 768 x 768, q_norm and k_norm 96 each, MLP 3 x 768 x 2432, two norms of 768
+    = 7,374,528, times 8; last norm 768."""
+    with torch.device("meta"):
+        model = CausalLM(preset_config(preset, 6400))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_tied_embeddings_are_one_tensor():
+    """Pitfall 18. Its gradient is the sum of both uses: with a fixed head, a token that is never read gets none."""
+    tied, untied = small_model(), small_model(tie_word_embeddings=False)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    for model in (tied, untied):
+        model(torch.tensor([[3, 4]])).logsumexp(-1).sum().backward()
+    assert not untied.model.embed_tokens.weight.grad[7].any() and untied.lm_head.weight.grad[7].any()
+    assert tied.model.embed_tokens.weight.grad[7].any()
+
+
+def test_a_new_model_knows_nothing():
+    """All of 1,024 tokens are about equally likely at first: the loss is ln 1024 = 6.931 within 0.1."""
+    torch.manual_seed(0)
+    model = CausalLM(preset_config("tiny", 1024))
+    tokens = torch.randint(1024, (4, 64))
+    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].reshape(-1, 1024), tokens[:, 1:].reshape(-1))
+    assert abs(loss.item() - 6.931) < 0.1
+
+
+def test_the_future_is_not_seen():
+    """Another last token leaves the logits before it as they were, to the bit."""
+    model, a, b = small_model(), ids(2, 7), ids(2, 7)
+    b[:, -1] = (b[:, -1] + 1) % 24
+    before, after = model(a), model(b)
+    assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.allclose(before[:, -1], after[:, -1])
+
+
+def test_grouped_heads_equal_repeated_heads():
+    """Four query heads on two key/value heads = four on four, where heads 0, 1 hold the first and 2, 3 the second.
+    The mistake of tiling (first, second, first, second) gives other logits."""
+    grouped, full = small_model(), small_model(num_key_value_heads=4)
+    tokens = ids(2, 7)
+    for order, equal in (([0, 0, 1, 1], True), ([0, 1, 0, 1], False)):
+        weights = {}
+        for name, weight in grouped.state_dict().items():
+            if "k_proj" in name or "v_proj" in name:
+                weight = weight.view(2, 8, 16)[order].reshape(32, 16)
+            weights[name] = weight
+        full.load_state_dict(weights)
+        assert torch.allclose(full(tokens), grouped(tokens), atol=1e-5) is equal
+
+
+@pytest.mark.parametrize("model_type, same", [("qwen3", True), ("qwen2", False), ("llama", False)])
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(model_type, same):
+    """The reason for it: attention logits cannot grow without bound. Only Qwen3 has it."""
+    model, tokens = small_model(model_type=model_type), ids(2, 7)
+    before = model(tokens)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 50
+            layer.self_attn.k_proj.weight *= 50
+    assert torch.allclose(model(tokens), before, atol=1e-3) is same
+
+
+@pytest.mark.parametrize("model_type, biases", [("qwen3", []), ("llama", []), ("qwen2", ["k_proj.bias", "q_proj.bias", "v_proj.bias"])])
+def test_which_biases_each_family_has(model_type, biases):
+    names = [name for name, _ in small_model(model_type=model_type).named_parameters() if "layers.0" in name and "bias" in name]
+    assert sorted(name.removeprefix("model.layers.0.self_attn.") for name in names) == biases
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "gpt2"}, {"num_key_value_heads": 3}, {"head_dim": 7}])
+def test_an_impossible_architecture_is_refused(changes):
+    with pytest.raises(ValueError):
+        ModelConfig(**{**SIZES, **changes})
+
+
+# ----------------------------------------------------------------------------- what must change nothing
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side):
+    """Pitfall 7. Sequences of 7, 4 and 1 tokens in one batch, whatever stands in the padding."""
+    model = small_model()
+    lengths, tokens = [7, 4, 1], ids(3, 7)
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        mask[row, 7 - n:] = True if side == "left" else mask[row, 7 - n:]
+        mask[row, :n] = True if side == "right" else mask[row, :n]
+    logits = model(tokens, attention_mask=mask)
+    for row in range(3):
+        alone = tokens[row][mask[row]][None]
+        assert close(logits[row][mask[row]], model(alone)[0])
+
+
+def test_right_padding_needs_no_mask_under_causal_attention():
+    model, tokens = small_model(), ids(1, 4)
+    padded = torch.cat([tokens, ids(1, 3, seed=2)], dim=1)
+    assert close(model(padded)[:, :4], model(tokens))
+
+
+def test_packing_changes_nothing():
+    """Documents of 3, 1 and 4 tokens and some padding in one row: each has the logits that it has alone."""
+    model, tokens = small_model(), ids(1, 10)
+    doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, -1, -1]])
+    packed = model(tokens, doc_ids=doc_ids)
+    for start, end in ((0, 3), (3, 4), (4, 8)):
+        assert close(packed[:, start:end], model(tokens[:, start:end]))
+
+
+def test_packing_changes_no_gradient():
+    """The gradient of a packed row is the sum of its documents' gradients, padding adding nothing."""
+    def gradient(score):
+        model = small_model()
+        score(model).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    tokens, doc_ids = ids(1, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]])
+    packed = gradient(lambda model: model(tokens, doc_ids=doc_ids)[:, :7].logsumexp(-1).sum())
+    alone = gradient(lambda model: sum(model(tokens[:, a:b]).logsumexp(-1).sum() for a, b in ((0, 3), (3, 7))))
+    assert close(packed, alone)
+
+
+def test_packing_mistake_one_document_reads_the_other():
+    """Plain causal attention over a packed row: the second document sees the first, and its logits move."""
+    model, tokens = small_model(), ids(1, 7)
+    assert not torch.allclose(model(tokens)[:, 3:], model(tokens[:, 3:]), atol=1e-2)
+
+
+def test_the_same_number_in_another_place_is_another_document():
+    """doc_ids 0 0 1 1 and 4 4 9 9 mean the same; only equality within a row counts."""
+    model, tokens = small_model(), ids(1, 4)
+    assert torch.equal(model(tokens, doc_ids=torch.tensor([[0, 0, 1, 1]])), model(tokens, doc_ids=torch.tensor([[4, 4, 9, 9]])))
+
+
+@pytest.mark.parametrize("steps", [[7], [4, 1, 1, 1], [3, 4], [1] * 7])
+def test_cached_equals_the_full_forward(steps):
+    model, tokens = small_model(), ids(2, 7)
+    cache, parts = KVCache(model.config, 2, 7), []
+    for n in steps:
+        parts.append(model(tokens[:, cache.length:cache.length + n], cache=cache))
+    assert close(torch.cat(parts, dim=1), model(tokens))
+
+
+@pytest.mark.parametrize("steps", [[5, 1, 1], [5, 2]])
+def test_cached_with_left_padding_equals_each_sequence_alone(steps):
+    """Prompts of 5, 2 and 1 tokens, padded on the left, and two more tokens each."""
+    model, tokens = small_model(), ids(3, 7)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, :3] = mask[2, :4] = False
+    cache = KVCache(model.config, 3, 7)
+    parts = [model(tokens[:, :5], attention_mask=mask, cache=cache)]
+    for n in steps[1:]:
+        parts.append(model(tokens[:, cache.length:cache.length + n], cache=cache))
+    logits = torch.cat(parts, dim=1)
+    for row, start in enumerate((0, 3, 4)):
+        assert close(logits[row, start:], model(tokens[row:row + 1, start:])[0])
+
+
+def test_rows_of_the_cache_can_be_chosen_and_repeated():
+    model, tokens = small_model(), ids(3, 5)
+    cache = KVCache(model.config, 3, 6)
+    model(tokens, cache=cache)
+    cache.select(torch.tensor([2, 2, 0]))
+    following = ids(3, 1, seed=5)
+    whole = torch.cat([tokens[[2, 2, 0]], following], dim=1)
+    assert close(model(following, cache=cache)[:, -1], model(whole)[:, -1])
+
+
+def test_a_full_cache_says_so():
+    model = small_model()
+    with pytest.raises(ValueError, match="the cache holds 4 positions; 5 are needed"):
+        model(ids(1, 5), cache=KVCache(model.config, 1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_padding_alone_are_finite(dtype):
+    """Pitfall 7. Such rows happen (the last batch of an epoch, a masked prompt); their values mean nothing, yet NaN would
+    spread through the gradient to every weight."""
+    model, tokens = small_model().to(dtype), ids(3, 6)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[0], mask[1, :4] = False, False
+    for arguments in ({"attention_mask": mask}, {"doc_ids": torch.where(mask, 0, -1)}):
+        logits = model(tokens, **arguments)
+        assert logits.dtype == dtype and logits.isfinite().all()
+        (logits[mask].float().logsumexp(-1).sum()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_large_weights_in_half_precision_stay_finite():
+    """Weights 30 times as large: with queries and keys normalised and norms in float32 nothing overflows fp16's 65,504."""
+    model = small_model()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "embed" in name:
+                weight *= 30
+    assert model.half()(ids(2, 6)).isfinite().all()
+
+
+def test_bf16_autocast_is_close_to_float32():
+    model, tokens = small_model(), ids(2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens, doc_ids=torch.tensor([[0] * 4 + [1] * 5] * 2))
+    exact = model(tokens, doc_ids=torch.tensor([[0] * 4 + [1] * 5] * 2))
+    assert logits.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
+    assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
