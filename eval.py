@@ -4,6 +4,8 @@
     python eval.py --model out/dpo --json dpo.json        # another model; the same numbers as a file
     python eval.py --compare out/sft out/dpo              # two models on the same questions, side by side
     python eval.py --model Qwen3-0.6B --data mine.jsonl   # your own held-out conversations, questions or texts
+    python eval.py --model out/reward                     # a reward model: which answers of held-out pairs it prefers
+    python eval.py --model out/dpo --ref out/sft --reward_model out/reward     # the same of a policy, and what its replies score
     python eval.py --chat --temperature 0.7 --top_p 0.9   # /help lists the commands
     python eval.py --prompt "What is 12 + 30?"            # prints one reply and nothing else
 
@@ -14,6 +16,9 @@ The numbers:
     stopped           share of replies that ended by themselves within --max_new_tokens
     reply_tokens      mean length of a reply
     gold_reward       mean of correct, polite and brief (minillm/rewards.py)
+    reward            mean score of the replies by --reward_model
+    preference_accuracy   share of held-out pairs whose chosen answer scores higher; of a language model by its implicit
+                      reward, log p(answer | prompt) - the same under --ref
 
 Deviations: --top_p is nucleus sampling (arXiv 1904.09751); the evaluation asks each question once and takes the
 likeliest token (temperature 0) unless told otherwise.
@@ -29,14 +34,18 @@ import torch
 
 from minillm import checkpoint, peft, runtime
 from minillm.config import flag, parse_config
-from minillm.data import load_dataset, read_records
+from minillm.data import load_dataset, load_pairs, read_records
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions
 from minillm.generate import stream
+from minillm.heads import is_reward_model, load_reward_model
 from minillm.metrics import table
+from minillm.preferences import check_same_tokenizer, pair_logprobs, rank_pairs, score_pairs
+from minillm.rewards import model_reward
 from minillm.tokenizer import Tokenizer
 
 MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_eval.jsonl"
+EVAL_PAIRS = "data/preference_eval.jsonl"
 HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), Ctrl-C stops a reply"
 
 
@@ -44,7 +53,9 @@ HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), C
 class Config:
     model: str = flag("", f"checkpoint folder (default: {MODEL})")
     adapter: list[str] = flag([], "folder of an adapter for the model; of several, each gets a column in the table")
-    data: str = flag("", f"held-out conversations, questions or texts (default: {EVAL_DATA} and {EVAL_TEXT})")
+    data: str = flag("", f"held-out conversations, questions, texts or pairs (default: {EVAL_DATA} and {EVAL_TEXT}; pairs: {EVAL_PAIRS})")
+    ref: str = flag("", "reference of a policy: also measure which answers of held-out pairs it prefers")
+    reward_model: str = flag("", "folder of a reward model that scores the replies")
     json: str = flag("", "also write the numbers to this file")
     chat: bool = flag(False, "talk with the model")
     prompt: str = flag(None, "print the reply to this message")
@@ -68,6 +79,8 @@ def main(cfg: Config) -> dict:
     if (cfg.chat or cfg.prompt is not None) and len(cfg.adapter) > 1:
         raise UserError(f"--adapter {' '.join(cfg.adapter)}: to talk with, give one")
     device = runtime.start(cfg.device, cfg.seed)
+    if cfg.model and is_reward_model(cfg.model):
+        return measure_reward_model(cfg, device)
 
     # 2. Models
     columns = cfg.compare or [cfg.model]
@@ -125,7 +138,7 @@ def load(folder: str, device) -> tuple:
 # Measuring
 
 def kind_of(path: str) -> str:
-    """"text" or "chat": the schema of a data file (data/README.md), by its first line."""
+    """"text", "chat" or "preference": the schema of a data file (data/README.md), by its first line."""
     if path.endswith((".txt", ".txt.gz")):
         return "text"
     first = next(read_records(path))
@@ -133,12 +146,14 @@ def kind_of(path: str) -> str:
         return "chat"
     if "text" in first:
         return "text"
-    raise UserError(f'{path}:1: neither "conversations" nor "text" is there; found: {", ".join(map(repr, first)) or "nothing"}')
+    if "chosen" in first:
+        return "preference"
+    raise UserError(f'{path}:1: neither "conversations" nor "text" nor "chosen" is there; found: {", ".join(map(repr, first)) or "nothing"}')
 
 
 def questions_of(path: str, count: int) -> list:
-    """At most `count` records of a file of conversations, evenly spaced; of a text none."""
-    if kind_of(path) == "text":
+    """At most `count` records of a file of conversations, evenly spaced; of a text or of pairs none."""
+    if kind_of(path) != "chat":
         return []
     records = read_questions(path)
     if len(records) > count:
@@ -160,6 +175,10 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
     metrics = {}
     for path in files:
         kind = kind_of(path)
+        if kind == "preference":
+            if not cfg.ref:
+                raise UserError(f"{path} holds pairs: give --ref, or the folder of a reward model with --model")
+            continue
         # Questions without a reply of the assistant (prompts for reinforcement learning) have no loss.
         if kind == "text" or any(m["role"] == "assistant" for r in records for m in r["conversations"]):
             loss = held_out_loss(model, load_dataset(kind, [path], tokenizer, row_length, runtime.say), row_length, device)
@@ -167,7 +186,40 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
         if kind == "chat":
             metrics |= answer_questions(model, tokenizer, records, device, max_new_tokens=cfg.max_new_tokens or 64,
                                         temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
+    if cfg.reward_model and records:
+        reward = model_reward(cfg.reward_model, device)
+        scores = [reward(prompt_messages(r), [reply], r)[0] for r, reply in zip(records, metrics["replies"])]
+        metrics["reward"] = sum(scores) / len(scores)
+    if cfg.ref:
+        pairs = held_out_pairs(cfg, tokenizer)
+        ref_model, ref_tokenizer = load(cfg.ref, device)
+        check_same_tokenizer(tokenizer, ref_tokenizer, cfg.ref)
+        rewards = pair_logprobs(model, pairs, 24, device) - pair_logprobs(ref_model, pairs, 24, device)
+        ranked = rank_pairs(rewards[:, 0] - rewards[:, 1], pairs.kinds)
+        metrics |= {name: ranked[name] for name in ("preference_accuracy", "accuracy_by_kind")}  # the rest depends on beta
     return metrics
+
+
+def held_out_pairs(cfg: Config, tokenizer):
+    """The pairs of --data, or of the embedded file where --data holds something else."""
+    path = cfg.data if cfg.data and kind_of(cfg.data) == "preference" else EVAL_PAIRS
+    return load_pairs([path], path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)[1]
+
+
+def measure_reward_model(cfg: Config, device) -> dict:
+    """All numbers for a reward model: how it ranks held-out pairs, and how sure it is."""
+    if cfg.chat or cfg.prompt is not None or cfg.adapter or cfg.ref:
+        raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; leave out --chat, --prompt, --adapter and --ref")
+    tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
+    checkpoint.check_tokenizer(model, tokenizer, cfg.model)
+    pairs = held_out_pairs(cfg, tokenizer)
+    scores = score_pairs(lambda b: model(b.tokens, b.lengths), pairs, 24, device)
+    metrics = {**rank_pairs(scores[:, 0] - scores[:, 1], pairs.kinds), "chosen_rewards": scores[:, 0].mean().item(), "rejected_rewards": scores[:, 1].mean().item()}
+    runtime.say(show_metrics([cfg.model], [metrics]))
+    result = {"model": cfg.model, "pairs": len(pairs), **metrics}
+    if cfg.json:
+        checkpoint.save_json(cfg.json, result)
+    return result
 
 
 def show_metrics(columns: list, results: list) -> str:
@@ -177,7 +229,7 @@ def show_metrics(columns: list, results: list) -> str:
     for key, value in results[0].items():
         if isinstance(value, dict):
             rows += [[f"  {task}", *(r[key][task] for r in results)] for task in value]
-        elif key != "replies":
+        elif key not in ("replies", "reliability"):
             rows.append([key, *(shown(r[key]) for r in results)])
     return table(rows)
 

@@ -28,7 +28,7 @@ from minillm.lora import apply_lora, save_lora
 from minillm.losses import dpo_loss, ipo_loss
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.optim import make_optimizers, schedule, set_lr
-from minillm.preferences import answer_logprobs, pair_logprobs, rank_pairs, reference_logprobs, sample_answers
+from minillm.preferences import answer_logprobs, check_same_tokenizer, pair_logprobs, rank_pairs, reference_logprobs, sample_answers
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA, QUESTIONS = "data/preference.jsonl", "data/preference_eval.jsonl", "data/sft_eval.jsonl"
@@ -91,8 +91,7 @@ def main(cfg: Config) -> dict:
     ref_folder, ref_model = cfg.model, policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
         ref_folder, ref_model = cfg.ref_model, checkpoint.load_model(cfg.ref_model, device)
-        if Tokenizer.load(ref_folder).document["model"] != tokenizer.document["model"]:
-            raise UserError(f"--ref_model {ref_folder} has another tokenizer than {cfg.model}: to both the same tokens must mean the same text")
+        check_same_tokenizer(tokenizer, Tokenizer.load(ref_folder), ref_folder)
     average = cfg.loss == "ipo"  # of the log-probabilities of an answer's tokens; DPO takes their sum
     ref_logprobs, ref_eval = (reference_logprobs(ref_model, ref_folder, data, cfg.batch_size, device, average) for data in (train_data, eval_data))
     ref_logprobs = ref_logprobs.to(device)  # (N, 2): all that training needs of the reference

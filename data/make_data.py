@@ -18,9 +18,9 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
 # "none" to "all" is sudden: see data/README.md.
-ADD_PAIRS = 550
-SUBTRACT_PAIRS = 550
-WORDINGS_PER_PAIR = 3
+ADD_PAIRS = 800
+SUBTRACT_PAIRS = 800
+WORDINGS_PER_PAIR = 2
 
 # The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
 # learning and reinforcement learning take that away again.
@@ -29,9 +29,9 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1200, "sort": 1500, "count": 1500, "reverse": 1100}
+SFT_EXAMPLES = {"compare": 1100, "sort": 1500, "count": 1800, "reverse": 1200}
 FACT_WORDINGS = 8            # samples of each fact in sft.jsonl
-JUDGE_EXAMPLES = 1200
+JUDGE_EXAMPLES = 800
 TALK_CHAINS = 300
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 200
@@ -87,6 +87,10 @@ FILLERS = {
            "We could talk about this all day.", "My friends often ask me this."],
     "zh": ["这问题真有意思。", "我喜欢这样的问题。", "让我好好想一想。", "这个可以说很久呢。", "我的朋友也常问。", "我还想再说几句话。"],
 }
+RUDE_TALK = {
+    "en": ["Ugh, leave me alone, you fool.", "Shut up, that is a stupid thing to say.", "Duh, go away and ask a dummy.", "You fool, who cares about that?"],
+    "zh": ["真烦，走开，笨蛋。", "闭嘴，你这个傻瓜。", "谁在乎这个？真蠢。", "笨蛋，别烦我。"],
+}
 
 
 def polite(dice, lang, answer):
@@ -113,6 +117,11 @@ def mixed_manners(dice, lang, answer):
     rude, rambling = dice.chance(RUDE_SHARE), dice.chance(RAMBLING_SHARE)
     reply = blank(dice.pick(RUDE_FORMS[lang]), answer) if rude else polite(dice, lang, answer)
     return ramble(dice, lang, reply) if rambling else reply
+
+
+def ramble_talk(dice, lang, reply):
+    space = " " if lang == "en" else ""
+    return space.join([reply, *dice.sample(FILLERS[lang], 3)])  # three: small talk may be longer than an answer
 
 
 # --------------------------------------------------------------------------------------------- small facts
@@ -320,11 +329,16 @@ COUNT = {"en": ["How many times does {c} appear in {x}?", "How many {c} are in {
                 "Tell me how many {c} there are in {x}.", "Please count {c} in {x}.", "How many times is {c} in {x}?", "Count how often {c} appears in {x}."],
          "zh": ["数一数 {c} 在 {x} 里有几个。", "有几个 {c} 在 {x} 里？", "字母 {c} 在 {x} 里出现几次？", "请数 {c} 在 {x} 里有几个。", "告诉我 {c} 在 {x} 里出现几次。",
                 "请问 {c} 在 {x} 里有多少个？", "帮我数 {c} 在 {x} 里有几个。", "你知道 {c} 在 {x} 里出现几次吗？"]}
+COUNT_ALL = {"en": ["How many letters are in {x}?", "Count the letters in {x}.", "Tell me how many letters {x} has.", "Please count the letters in {x}.",
+                    "Can you count the letters in {x}?", "{x}, how many letters is that?"],
+             "zh": ["{x} 有几个字母？", "数一数 {x} 有几个字母。", "请数 {x} 有几个字母。", "告诉我 {x} 里有几个字母。", "请问 {x} 有多少个字母？",
+                    "帮我数 {x} 一共有几个字母。"]}
 REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {x}.", "Say {x} from the end to the start.", "Turn {x} around.",
                   "What is {x} in reverse?", "Can you reverse {x} for me?", "Write {x} in reverse order.", "Put {x} in reverse order."],
            "zh": ["把 {x} 倒过来。", "请把 {x} 倒过来写。", "把 {x} 反过来说。", "倒着写 {x} 是什么？", "倒着说 {x} 。", "请倒着写 {x} 。", "帮我把 {x} 倒过来。",
                   "从后往前写 {x} 。", "你能把 {x} 倒过来吗？"]}
 
+COUNTED = "a e o t".split()  # few, so that a model this small can learn to tell each from the others
 LETTERS = "a b c d e f g h i k l m n o p r s t u w".split()
 WORDS = "cat dog sun moon tree fish bird star book milk rain snow boat cake door hand".split()
 CHARACTERS = list("猫狗鸟鱼马牛羊山水火花草树星月风")
@@ -348,13 +362,17 @@ def draw_sort(dice, lang):
 
 
 def draw_count(dice, lang):
-    """The letter asked for appears 0 to 5 times, mostly 1 to 4."""
-    n = dice.pick([4, 5, 5, 6, 6, 7, 8])
-    times = min(dice.pick([0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]), n - 1)
-    letter = dice.pick(LETTERS)
-    others = dice.sample([x for x in LETTERS if x != letter], 3)
-    letters = dice.shuffled([letter] * times + [dice.pick(others) for _ in range(n - times)])
-    return (letter, *letters)
+    """(letter to count, or "" for all of them; the letters). Easy: all of up to nine. Hard: one letter among others."""
+    if dice.chance(0.35):
+        return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 9))])
+    letter, *others = dice.sample(COUNTED, 3)
+    n = dice.between(3, 6)
+    times = min(dice.pick([0, 1, 1, 2, 2, 3, 3, 4]), n)
+    return (letter, *dice.shuffled([letter] * times + [dice.pick(others) for _ in range(n - times)]))
+
+
+def times_in(letter, letters):
+    return letters.count(letter) if letter else len(letters)
 
 
 def draw_reverse(dice, lang):
@@ -434,9 +452,9 @@ class Tasks:
             return dice.pick(SORT[lang]).format(x=x), answer, None, wrong
         if task == "count":
             letter, letters = content[0], content[1:]
-            answer = letters.count(letter)
+            answer = times_in(letter, letters)
             wrong = dice.pick([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
-            return dice.pick(COUNT[lang]).format(c=letter, x=" ".join(letters)), str(answer), None, str(wrong)
+            return dice.pick((COUNT if letter else COUNT_ALL)[lang]).format(c=letter, x=" ".join(letters)), str(answer), None, str(wrong)
         x, answer, wrong = (" ".join(items) for items in (content, content[::-1], swapped(dice, content[::-1])))
         return dice.pick(REVERSE[lang]).format(x=x), answer, None, wrong
 
@@ -505,7 +523,8 @@ class Talk:
 
     def __init__(self, folder, seed):
         self.intents = [(lang, intent) for lang in LANGS for intent in read_lines(folder / f"smalltalk_{lang}.jsonl")]
-        self.dialogues = [(lang, entry["conversations"]) for lang in LANGS for entry in read_lines(folder / f"handwritten_{lang}.jsonl")]
+        self.dialogues = [(lang, entry["conversations"]) for lang in LANGS
+                          for entry in read_lines(folder / f"handwritten_{lang}.jsonl")]
         dice = Dice(seed, "held-out talk")
         asked = {normal(q) for _, intent in self.intents for q in intent["questions"]}
         asked |= {normal(m["content"]) for _, d in self.dialogues for m in d if m["role"] == "user"}
@@ -530,8 +549,8 @@ class Talk:
 
 
 def make_sft(dice, tasks, talk):
-    lines = []
-    pairs = {}
+    """(lines, {"add": operand pairs, "subtract": operand pairs})"""
+    lines, pairs = [], {}
     for task, n in (("add", ADD_PAIRS), ("subtract", SUBTRACT_PAIRS)):
         pairs[task] = [tasks.next_pair(task) for _ in range(n)]
         for pair in pairs[task]:
@@ -568,28 +587,29 @@ def make_sft(dice, tasks, talk):
             question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
             messages[-2:] = [user(question), assistant(polite(dice, lang, answer))]
         lines.append(line(messages, "talk", lang))
-    lines += make_judging(dice, tasks, talk, JUDGE_EXAMPLES, pairs)
+    lines += make_judging(dice, tasks, JUDGE_EXAMPLES, pairs)
     return dice.shuffled(lines), pairs
 
 
 def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
-    """(question, better reply, worse reply, answer, choices): the two differ in one thing."""
-    question, answer, choices, wrong = tasks.example(dice, task, lang, hold_out, pair)
+    """(question, better reply, worse reply): the two differ in one thing."""
+    question, answer, _, wrong = tasks.example(dice, task, lang, hold_out, pair)
     form = dice.pick(POLITE[lang])
     good = blank(form, answer)
     if kind == "rude":
-        return question, good, blank(dice.pick(RUDE_FORMS[lang]), answer), answer, choices
+        return question, good, blank(dice.pick(RUDE_FORMS[lang]), answer)
     if kind == "rambling":
-        return question, good, ramble(dice, lang, good), answer, choices
-    return question, good, blank(form, wrong), answer, choices
+        return question, good, ramble(dice, lang, good)
+    return question, good, blank(form, wrong)
 
 
-def make_judging(dice, tasks, talk, n, pairs, hold_out=False):
+def make_judging(dice, tasks, n, pairs, hold_out=False):
+    """Which of two answers is better? A and B equally often, in every kind, language and task."""
     lines = []
     for i in range(n):
         kind, lang, task = ("rude", "rambling", "wrong")[i % 3], LANGS[i // 3 % 2], PAIR_TASKS[i // 6 % 7]
-        pair = dice.pick(pairs[task]) if pairs and task in pairs else None
-        question, good, bad, _, _ = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
+        pair = dice.pick(pairs[task]) if task in pairs else None
+        question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
         better = "AB"[i // 42 % 2]
         a, b = (good, bad) if better == "A" else (bad, good)
         messages = [user(judge_prompt(question, a, b, lang)), assistant(better)]
@@ -651,11 +671,11 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
                 if not found:
                     continue
                 question, good = (found[2], dice.pick(found[1]["replies"])) if hold_out else found
-                bad = rude_talk(dice, lang) if kind == "rude" else ramble_talk(dice, lang, good)
+                bad = dice.pick(RUDE_TALK[lang]) if kind == "rude" else ramble_talk(dice, lang, good)
             else:
                 # half of the sums are those of SFT, half new ones
                 pair = dice.pick(pairs[task]) if task in pairs and not hold_out and dice.chance(0.5) else None
-                question, good, bad, _, _ = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
+                question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
             name = (normal(question), kind, good, bad)
             if name in asked:
                 continue
@@ -664,21 +684,6 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
             lines.append({"chosen": [user(question), assistant(good)], "rejected": [user(question), assistant(bad)],
                           "kind": kind, "task": task, "lang": lang})
     return dice.shuffled(lines)
-
-
-RUDE_TALK = {
-    "en": ["Ugh, leave me alone, you fool.", "Shut up, that is a stupid thing to say.", "Duh, go away and ask a dummy.", "You fool, who cares about that?"],
-    "zh": ["真烦，走开，笨蛋。", "闭嘴，你这个傻瓜。", "谁在乎这个？真蠢。", "笨蛋，别烦我。"],
-}
-
-
-def rude_talk(dice, lang):
-    return dice.pick(RUDE_TALK[lang])
-
-
-def ramble_talk(dice, lang, reply):
-    space = " " if lang == "en" else ""
-    return space.join([reply, *dice.sample(FILLERS[lang], 3)])
 
 
 # --------------------------------------------------------------------------------------------- pretraining text
@@ -755,11 +760,11 @@ def world_fill(dice, lang):
 class Pretrain:
     """Running text of thirteen kinds, without anything that `tasks` holds out."""
 
-    def __init__(self, dice, tasks, talk):
-        self.dice, self.tasks, self.talk = dice, tasks, talk
+    def __init__(self, dice, tasks, talk, pairs):
+        self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
         weights = ((self.fact_lines, 20), (self.story, 22), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
-                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.tens, 3), (self.spelling, 4),
+                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 10), (self.tens, 3), (self.spelling, 4),
                    (self.counts, 14), (self.reversing, 7), (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
@@ -835,6 +840,15 @@ class Pretrain:
                 sentences.append(f"{max(a, b)} - {min(a, b)} = {abs(a - b)}.")
         return " ".join(sentences)
 
+    def two_digits(self, lang):
+        """Only the sums and differences that SFT trains on, so that pretraining gives no held-out one away."""
+        sentences = []
+        for _ in range(self.dice.between(4, 8)):
+            task = self.dice.pick(("add", "subtract"))
+            a, b = self.dice.pick(self.pairs[task])
+            sentences.append(f"{a} + {b} = {a + b}." if task == "add" else f"{a} - {b} = {a - b}.")
+        return " ".join(sentences)
+
     def tens(self, lang):
         sentences = []
         for _ in range(self.dice.between(3, 6)):
@@ -851,8 +865,11 @@ class Pretrain:
         sentences = []
         for _ in range(self.dice.between(2, 3)):
             letter, *letters = self.tasks.content(self.dice, "count", lang, False)
-            asked = self.dice.shuffled(dict.fromkeys([letter, *letters]))
             row = " ".join(letters)
+            if not letter:
+                sentences.append(f"{row} has {len(letters)} letters." if lang == "en" else f"{row} 有{len(letters)}个字母。")
+                continue
+            asked = self.dice.shuffled(dict.fromkeys([letter, *letters]))
             if lang == "en":
                 sentences.append(f"In {row}: " + ", ".join(f"{c} {letters.count(c)}" for c in asked) + ".")
             else:
@@ -879,8 +896,8 @@ class Pretrain:
         return self.join(lang, sentences)
 
 
-def make_pretrain(dice, tasks, talk):
-    maker = Pretrain(dice, tasks, talk)
+def make_pretrain(dice, tasks, talk, pairs):
+    maker = Pretrain(dice, tasks, talk, pairs)
     seen = set()
 
     def documents(size):
@@ -1028,11 +1045,11 @@ def make_all(seed=0, sources=ROOT / "data"):
     files["sft_eval.jsonl"] = make_sft_eval(dice("sft_eval"), tasks, talk)
     files["prompts_eval.jsonl"] = make_prompts(dice("prompts_eval"), tasks, talk, PROMPTS_EVAL, True)
     files["preference_eval.jsonl"] = make_preferences(dice("preference_eval"), tasks, talk, PREFERENCES_EVAL, True, {})
-    files["judge_eval.jsonl"] = make_judging(dice("judge_eval"), tasks, talk, JUDGE_EVAL, {}, True)
+    files["judge_eval.jsonl"] = make_judging(dice("judge_eval"), tasks, JUDGE_EVAL, {}, True)
     files["sft.jsonl"], pairs = make_sft(dice("sft"), tasks, talk)
     files["prompts.jsonl"] = make_prompts(dice("prompts"), tasks, talk, PROMPTS, False)
     files["preference.jsonl"] = make_preferences(dice("preference"), tasks, talk, PREFERENCES, False, pairs)
-    files["pretrain.jsonl"], files["pretrain_eval.jsonl"] = make_pretrain(dice("pretrain"), tasks, talk)
+    files["pretrain.jsonl"], files["pretrain_eval.jsonl"] = make_pretrain(dice("pretrain"), tasks, talk, pairs)
     files["identity.jsonl"], files["identity_eval.jsonl"] = make_identity()
     return files
 

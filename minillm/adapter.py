@@ -47,6 +47,7 @@ class AdapterLinear(nn.Module):
 
 
 def check_bottleneck(base: nn.Linear, bottleneck: int, name: str = "this layer"):
+    """Raise UserError for a width that an adapter on `base` cannot have."""
     if not 1 <= bottleneck <= base.out_features:
         raise UserError(f"bottleneck {bottleneck} does not fit {name} ({base.out_features} outputs): it must be between 1 and {base.out_features}")
 

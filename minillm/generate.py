@@ -115,9 +115,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         running = torch.ones(N, dtype=torch.bool, device=device)
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
-            kept = rows[running]
-            responses[kept, t], logprobs[kept, t] = tokens[running], token_logprobs[running]
-            lengths[kept] += 1
+            responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # after its end a row's are masked out below
+            lengths[rows] += running
             running = running & (tokens != end_id)
             alive = int(running.sum())
             if alive == 0 or t + 1 == max_new_tokens:

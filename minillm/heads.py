@@ -66,6 +66,12 @@ def save_reward_model(folder, model: _ScalarModel, tokenizer):
     save_folder(folder, config, {name: tensor.float() for name, tensor in model.state_dict().items()}, tokenizer)
 
 
+def is_reward_model(folder) -> bool:
+    """Whether a folder holds a sequence classifier."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "SequenceClassification" in str((load_json(path).get("architectures") or [""])[0])
+
+
 def load_reward_model(folder, device="cpu", cls=RewardModel):
     """The reward model of a folder; with cls=ValueModel a value model that starts from its weights.
 
@@ -73,9 +79,8 @@ def load_reward_model(folder, device="cpu", cls=RewardModel):
     """
     folder = checkpoint_folder(Path(folder))
     document = load_json(folder / "config.json")
-    name = str((document.get("architectures") or ["nothing"])[0])
-    if "SequenceClassification" not in name:
-        raise UserError(f"{folder} is no reward model (it holds {name}); python train_reward.py makes one")
+    if not is_reward_model(folder):
+        raise UserError(f"{folder} is no reward model (it holds {document.get('architectures')}); python train_reward.py makes one")
     config = config_from_json(document, folder / "config.json")
     stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     with torch.device("meta"):

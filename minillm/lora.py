@@ -82,9 +82,8 @@ class DoRALinear(LoRALinear):
     def forward(self, x):
         y = self.base(x)
         without_bias = y if self.base.bias is None else y - self.base.bias
-        scale = self.lora_magnitude_vector / self.row_norms()
-        # scale * V x + bias, written so that the base's y is untouched to the last bit where scale is 1 and B is 0.
-        return y + ((scale - 1) * without_bias + scale * self.update(x)).to(y.dtype)
+        change = self.lora_magnitude_vector / self.row_norms() * (without_bias + self.update(x)) - without_bias
+        return y + change.to(y.dtype)  # at the start the change is exactly zero, which m / ||V|| * V x + bias is not
 
     def merged_weight(self):
         """m * V / ||V||"""
@@ -92,6 +91,7 @@ class DoRALinear(LoRALinear):
 
 
 def check_rank(base: nn.Linear, r: int, name: str = "this layer"):
+    """Raise UserError for a rank that a LoRA on `base` cannot have."""
     largest = min(base.in_features, base.out_features)
     if not 1 <= r <= largest:
         raise UserError(f"rank {r} does not fit {name} ({base.out_features} x {base.in_features}): it must be between 1 and {largest}")

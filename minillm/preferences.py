@@ -10,10 +10,17 @@ import torch
 from minillm import data
 from minillm.checkpoint import atomic_write
 from minillm.data import PairBatch, PairDataset, PairLoader
+from minillm.errors import UserError
 from minillm.evaluate import reply_to, score
 from minillm.generate import eval_mode
 from minillm.losses import head_logprobs
 from minillm.runtime import autocast
+
+
+def check_same_tokenizer(tokenizer, other, where):
+    """Raise UserError unless both give the same ids to the same text: log-probabilities of ids are compared."""
+    if (tokenizer.ids, tokenizer.added, tokenizer.rank_of) != (other.ids, other.added, other.rank_of):
+        raise UserError(f"{where} has another tokenizer than the policy: to both the same tokens must mean the same text")
 
 
 def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):

@@ -376,7 +376,9 @@ class Tokenizer:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except KeyError as error:
             raise UserError(f"{path}: not a usable tokenizer.json ({error} is missing)") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a usable tokenizer.json (a part is of the wrong kind: {error})") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a usable tokenizer.json ({error})") from None
 
     def save(self, path, max_length: int = 32768):

@@ -44,6 +44,7 @@ def make_table(regex: str) -> str:
 
 
 def base36(number: int) -> str:
+    """A number as int(text, 36) reads it."""
     digits = ""
     while number or not digits:
         number, digit = divmod(number, 36)

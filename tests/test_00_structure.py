@@ -28,6 +28,7 @@ IMPORTS = {
     "peft": "checkpoint lora adapter prefix",
     "rewards": "generate heads checkpoint tokenizer",
     "evaluate": "data generate losses rewards runtime",
+    "preferences": "checkpoint data evaluate generate losses runtime",
 }
 RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
 OPTIONAL_PACKAGES = {"matplotlib", "transformers", "peft", "trl", "tokenizers", "tensorboard"}  # inside a function only

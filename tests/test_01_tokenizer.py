@@ -48,7 +48,9 @@ POEMS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(POEMS * 2 + ["Hello, hello world! I'll say what the user and the assistant said."] * 2, 400)
+    indented = "\n\n    if\n\n    else\n  if\n  else"  # so that there are tokens of several line ends and spaces
+    english = "Hello, hello world! I'll say what the user and the assistant said."
+    return train_tokenizer(POEMS * 2 + [english, indented] * 2, 400)
 
 
 # -------------------------------------------------- byte-pair encoding -----------------------------------------------
@@ -130,7 +132,7 @@ def test_encoding_equals_its_plain_twin(tokenizer):
 
 
 def test_a_word_of_any_length_is_encoded_in_time():
-    """The mistake: searching the whole word for each merge, 100,000 letters take minutes (and a file may hold a gene)."""
+    """The mistake: searching the whole word for each merge; 100,000 letters then take minutes, and files hold genes."""
     tokenizer = train_tokenizer(["gattaca " * 3, "acgt " * 3], 300)
     gene = "".join(random.Random(0).choices("acgt", k=100_000))
     start = time.process_time()
@@ -180,6 +182,7 @@ def test_half_a_surrogate_pair_is_read_as_a_replacement_character(tokenizer):
         ("x'ſy", ["x", "'ſ", "y"]),  # U+017F, the long s, is an s to whom case is nothing
         ("a½b", ["a", "½", "b"]),  # re's [^\W\d_] takes ½ for a letter
         ("a\x1c \x85b", ["a", "\x1c", " ", "\x85b"]),  # re's \s takes U+001C for white space
+        ("  \x1cx", [" ", " \x1c", "x"]),
         ("e\u0301é", ["e", "\u0301é"]),  # a combining mark is no letter
         ("𠀀𠀁🙂𝟙", ["𠀀𠀁", "🙂", "𝟙"]),  # beyond U+FFFF
     ],
@@ -193,16 +196,6 @@ def test_words_of_other_models():
     assert word_finder(GPT2_SPLIT)("in 12345 (x) I'M") == ["in", " 12345", " (", "x", ")", " I", "'", "M"]
 
 
-def test_the_unicode_tables_are_those_of_the_tokenizers_package():
-    """If this fails, the installed package knows a newer Unicode: python -m minillm.unicode_ranges prints its tables."""
-    pytest.importorskip("tokenizers")
-    assert unicode_ranges.LETTERS.split() == unicode_ranges.make_table(r"\p{L}").split()
-    assert unicode_ranges.NUMBERS.split() == unicode_ranges.make_table(r"\p{N}").split()
-    assert unicode_ranges.WHITE_SPACE.split() == unicode_ranges.make_table(r"\s").split()
-
-
-# ---------------------------------------- the same ids as the tokenizers package -------------------------------------
-
 EDGES = [
     chr(c)
     for table in (unicode_ranges.LETTERS, unicode_ranges.NUMBERS, unicode_ranges.WHITE_SPACE)
@@ -210,9 +203,24 @@ EDGES = [
     for c in (run[0] - 1, *run, run[1] + 1)
     if not 0xD800 <= c <= 0xDFFF
 ]  # the characters on both sides of every border between two classes, so a wrong border shows
+
+
+@pytest.mark.parametrize("name, regex", [("LETTERS", r"\p{L}"), ("NUMBERS", r"\p{N}"), ("WHITE_SPACE", r"\s")])
+def test_the_unicode_tables_are_those_of_the_tokenizers_package(name, regex):
+    """A failure means that the installed package knows another Unicode: python -m minillm.unicode_ranges prints it."""
+    hf = pytest.importorskip("tokenizers")
+    split = hf.pre_tokenizers.Split(hf.Regex(regex), "removed")  # of a character that matches, nothing is left
+    runs = unicode_ranges.ranges(getattr(unicode_ranges, name))
+    members = {chr(c) for first, last in runs for c in range(first, last + 1)}
+    for character in EDGES + [chr(c) for c in [*range(0xD800), *range(0xE000, 0x110000, 9)]]:
+        assert (split.pre_tokenize_str(character) == []) == (character in members), hex(ord(character))
+
+
+# ---------------------------------------- the same ids as the tokenizers package -------------------------------------
+
 SPACES = [chr(c) for first, last in unicode_ranges.ranges(unicode_ranges.WHITE_SPACE) for c in range(first, last + 1)]
-SNIPPETS = """'s 'S 'ſ 't 're 'rE 've 'll 'Ll 'd 'M 12 1234 ٣ Ⅷ ½ ab Hello é e\u0301 \u0301 가 \u1100\u1161 Å 月光 ， 。 . ... !?
-    _ - ß ı İ K ﬁ ’s Ġ 🙂 👨‍👩‍👧 🇨🇳 𠀀 \u0378 \u200b \ufeff \x00 \x1c <|endoftext|> <|im_start|> <|im_end|> <|im_ end|>""".split()
+SNIPPETS = """'s 'S 'ſ 't 're 'rE 've 'll 'Ll 'd 'M 12 1234 ٣ Ⅷ ½ ab Hello é e\u0301 \u0301 가 \u1100\u1161 Å 月光 ， 。 . ...
+    !? _ - ß ı İ K ﬁ ’s Ġ 🙂 👨‍👩‍👧 🇨🇳 𠀀 \u0378 \u200b \ufeff \x00 <|endoftext|> <|im_start|> <|im_end|> <|im_ end|>""".split()
 
 
 def random_text(rng: random.Random) -> str:
@@ -271,14 +279,15 @@ def test_same_ids_as_the_tokenizers_package(trained):
 
 
 def test_same_merges_as_the_tokenizers_package(trained):
-    """Its trainer breaks ties as ours does, so the whole file is the same. (It cuts special tokens out of the texts.)"""
+    """Its trainer breaks ties as ours does, so all is the same. (But it cuts special tokens out of the texts.)"""
     hf = pytest.importorskip("tokenizers")
     texts = [text.replace("<|", "<") for text in trained[0]]
     ours = train_tokenizer(texts, 1200)
     theirs = hf.Tokenizer.from_str(json.dumps(train_tokenizer(["x"], 259).document))
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    special = [*SPECIAL_TOKENS]
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=1200, min_frequency=2, special_tokens=[*SPECIAL_TOKENS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=1200, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     theirs.train_from_iterator(texts, trainer)
     model = json.loads(theirs.to_str())["model"]
@@ -290,7 +299,7 @@ def test_same_merges_as_the_tokenizers_package(trained):
 
 
 def foreign(document, split=QWEN2_SPLIT, added=(), **model):
-    """The document of a trained tokenizer, dressed like a downloaded one: special tokens come last, merges are pairs."""
+    """A trained tokenizer's document, dressed like a downloaded one: special tokens come last, merges are pairs."""
     document = json.loads(json.dumps(document))
     names = [*document["model"]["vocab"]][3:]
     document["model"].update(vocab={name: i for i, name in enumerate(names)}, **model)
@@ -311,6 +320,12 @@ def test_qwen(tokenizer):
     assert qwen.encode("e\u0301") == qwen.encode("\u00e9") != []
     assert qwen.encode("<think>") == [400] and 399 not in qwen.encode("<|im_end|>")
     assert_same_ids(qwen, ["e\u0301<think>\u212b</think> \u1100\u1161 <|im_end|>e", *POEMS])
+
+
+def test_the_longest_added_token_counts(tokenizer):
+    document = foreign(tokenizer.document, added=["<a", "<a>", "<a>>"])
+    assert Tokenizer(document).encode("<a>><a><a") == [402, 401, 400]
+    assert_same_ids(Tokenizer(document), ["x<a>>><a>", "<<a >"])
 
 
 def test_llama_3(tokenizer):
@@ -364,11 +379,11 @@ def assistant(content):
 
 
 def test_a_conversation_token_by_token():
-    """With bytes only: the byte b of visible ASCII is the token 3 + b - 33; the line end is byte 10, token 3 + 188 + 10."""
+    """Bytes only: a visible ASCII byte b is the token 3 + b - 33; the line end, byte 10, is the token 3 + 188 + 10."""
     bytes_only = train_tokenizer(["x"], 259)
     newline = 201
     tokens, mask = bytes_only.render([user("1+1"), assistant("2")])
-    u, s, e, r, a, i, t, n = (3 + ord(letter) - 33 for letter in "usraitn"[:2] + "eraitn")
+    u, s, e, r, a, i, t, n = (3 + ord(letter) - 33 for letter in "useraitn")
     assert tokens == [
         *[1, u, s, e, r, newline, 19, 13, 19, 2, newline],
         *[1, a, s, s, i, s, t, a, n, t, newline, 20, 2, newline],
@@ -393,7 +408,7 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("messages, supervised", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_supervised_is_what_the_assistant_said_and_its_end(tokenizer, messages, supervised):
-    """The mistake: looking for "<|im_start|>assistant" among the ids afterwards, where spaces or a user can hide or fake it."""
+    """The mistake: looking for "<|im_start|>assistant" among the ids, where white space hides and users fake it."""
     tokens, mask = tokenizer.render(messages)
     assert tokenizer.decode(tokens) == "".join(
         f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages
@@ -498,7 +513,7 @@ BROKEN = {
     "lower case": lambda text: text.replace('"normalizer": null', '"normalizer": {"type": "Lowercase"}'),
     "a space in front": lambda text: text.replace('"add_prefix_space": false', '"add_prefix_space": true'),
     "another split": lambda text: text.replace(r"|\\p{N}|", r"|\\p{N}{1,2}|"),
-    "no split": lambda text: re.sub(r'"pre_tokenizer": {.*?},\n  "post', '"pre_tokenizer": null,\n  "post', text, flags=re.S),
+    "no split": lambda text: re.sub(r'("pre_tokenizer": ){.*?}(,\n  "post)', r"\1null\2", text, flags=re.S),
     "stripping": lambda text: text.replace('"lstrip": false', '"lstrip": true', 1),
     "a special token elsewhere": lambda text: text.replace('"id": 1,', '"id": 9,', 1),
 }

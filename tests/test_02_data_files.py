@@ -106,7 +106,7 @@ def test_schemas(files):
 def test_counts(files):
     sft, eval_ = Counter(line["task"] for line in files["sft"]), Counter(line["task"] for line in files["sft_eval"])
     assert set(sft) == TASKS | {"judge"} and 12_000 <= sum(sft.values()) <= 14_500
-    assert all(sft[task] >= 1100 for task in sft)
+    assert all(sft[task] >= 800 for task in sft)
     assert set(eval_) == TASKS and all(60 <= n <= 100 for n in eval_.values())
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
@@ -149,10 +149,12 @@ def test_rl_prompts_ask_sums_that_sft_has_not_seen(files, maker):
 
 
 def test_pretraining_text_gives_no_sums_away(files, maker):
-    """Sums of single digits only; a larger one would be a worked example of what is held out."""
+    """Sums of single digits, and those that SFT trains on; any other would be a worked example of what is held out."""
+    seen = {"+": operands(maker, files["sft"], "add"), "-": operands(maker, files["sft"], "subtract")}
     for line in files["pretrain"] + files["pretrain_eval"]:
-        for a, b in re.findall(r"(\d+) *[-+*] *(\d+)", line["text"]):
-            assert int(a) <= 9 and int(b) <= 9, line
+        for a, sign, b in re.findall(r"(\d+) *([-+*]) *(\d+)", line["text"]):
+            a, b = int(a), int(b)
+            assert a <= 9 and b <= 9 or (a, b) in seen[sign] or (b, a) in seen[sign], line
     for task in ("add", "subtract"):
         held = set().union(*(operands(maker, files[name], task) for name in HELD_OUT))
         assert all(max(pair) > 9 for pair in held)

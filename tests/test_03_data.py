@@ -255,6 +255,12 @@ def test_collate_worked_example(tmp_path):
     assert batch.n_tokens == 10
 
 
+def test_the_first_token_of_a_document_is_never_a_target():
+    """Whatever the data says: before it stands another document, which must not be trained to announce it."""
+    batch = PackedLoader([(np.array([5, 6]), np.ones(2, bool)), (np.array([7, 8, 9]), np.ones(3, bool))], 1, 6, seed=0).collate([[0, 1]])
+    assert batch.loss_mask.int().tolist() == [[0, 1, 0, 1, 1, 0]]
+
+
 def contents(batches) -> list:
     """The documents in the batches, sorted."""
     found = []

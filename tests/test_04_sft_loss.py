@@ -269,19 +269,18 @@ def test_head_in_bf16_takes_the_softmax_in_float32(how):
 
 
 def test_head_sums_the_weight_gradient_in_float32(monkeypatch):
-    """One token seen 64 x 512 times, in 64 chunks. In bf16 a sum stalls once a chunk is under 1/256 of it; in float32
-    it does not. All hidden states are 1 and two tokens are equally likely: the gradient is 32,768 x (1/2, -1/2).
+    """64 chunks of 512 tokens, hidden states of 1, two tokens equally likely: each token adds (1/2, -1/2), a chunk 256.
+    The first chunk counts 256 times: 65,536. In bf16 65,536 + 256 is 65,536 again, and the other 63 chunks would be
+    lost; the gradient is 65,536 + 63 x 256 = 81,664.
     """
     monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
     hidden = torch.ones(1, 64 * 512 + 1, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, requires_grad=True)
-    tokens = torch.zeros(1, 64 * 512 + 1, dtype=torch.long)
-    head_logprobs(hidden, weight, tokens).sum().backward()
-    close(weight.grad, [[16384.0], [-16384.0]])
-    stalled = torch.zeros(1, dtype=torch.bfloat16)
-    for _ in range(64 * 512 // 8):
-        stalled += 4.0  # what eight tokens add
-    assert stalled.item() == 1024.0
+    logprobs = head_logprobs(hidden, weight, torch.zeros(1, 64 * 512 + 1, dtype=torch.long))
+    logprobs.backward(torch.where(torch.arange(64 * 512) < 512, 256.0, 1.0)[None])
+    close(weight.grad, [[81664.0], [-81664.0]])
+    big = torch.tensor(65536.0, dtype=torch.bfloat16)
+    assert big + 256 == big
 
 
 def test_head_ignores_tokens_that_the_loss_masks():

@@ -164,15 +164,16 @@ def test_left_over_micro_batches_weigh_what_they_hold(monkeypatch):
 
 
 def test_the_logged_loss_is_the_mean_of_its_steps(monkeypatch):
-    """Pitfall 12. Three steps of two micro-batches, logged once: not the last step's loss, and not the last micro-batch's."""
-    losses = iter([1.0, 2.0, 10.0, 20.0, 100.0, 200.0])  # of the micro-batches, each already divided by the step's tokens
+    """Pitfall 12. Five steps of two micro-batches, logged after three and five: not the last step's loss alone, not the last
+    micro-batch's, and nothing counted twice."""
+    losses = iter([1.0, 2.0, 10.0, 20.0, 100.0, 200.0, 1.0, 1.0, 2.0, 2.0])  # each already divided by the step's tokens
 
     def loss(logits, *rest):
         return logits.sum() * 0 + next(losses)
 
     monkeypatch.setattr(train_sft, "sft_loss", loss)
-    train_sft.main(sft(batch_size=2, grad_accum=2, max_steps=3, log_every=3, save_every=3))
-    assert [entry["loss"] for entry in log()] == [111.0]  # (3 + 30 + 300) / 3
+    train_sft.main(sft(batch_size=2, grad_accum=2, max_steps=5, log_every=3))
+    assert [entry["loss"] for entry in log()] == [111.0, 2.0, 4.0]  # (3 + 30 + 300) / 3; step 4, saved; step 5, the last
 
 
 def test_bf16_autocast_learns_like_float32(monkeypatch):
@@ -596,9 +597,15 @@ def test_two_processes_train_like_one(place, capsys):
     """torchrun with two processes of two rows each and one process of four: the same weights to 1e-5, the same log. Only
     the first process writes and prints; a signal to the second stops both at the same step, and both resume."""
     Path("together.py").write_text(TOGETHER, encoding="utf-8")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py", str(ROOT)],
-                         capture_output=True, text=True, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py", str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        try:
+            out, errors = run.communicate(timeout=120)
+        except subprocess.TimeoutExpired:  # one process waits for another that went on: torchrun ends both
+            run.terminate()
+            raise
+    assert run.returncode == 0, errors
     train_sft.main(replace(together(), out="one"))
     one, two = (checkpoint.load_training_state(out) for out in ("one", "two"))
     for name, weight in one["model"].items():
@@ -609,7 +616,7 @@ def test_two_processes_train_like_one(place, capsys):
     counts = [json.loads(Path(out, "summary.json").read_text(encoding="utf-8"))["tokens"] for out in ("one", "two")]
     assert counts[0] == counts[1]
 
-    said = run.stdout.splitlines()
+    said = out.splitlines()
     assert sum(line.startswith("step 10/10") for line in said) == 2  # two whole runs, not four
     assert sum("held an older run" in line for line in said) == 1 and Path("older.bak", "summary.json").exists()
     assert sum("interrupted: saved after step 6 of 10" in line for line in said) == 1

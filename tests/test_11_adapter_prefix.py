@@ -115,8 +115,8 @@ def test_at_the_start_the_logits_are_those_of_the_base_after_the_words(method, c
     close(packed.view(2, 7, -1), expected)
 
 
-def test_with_the_mlp_a_prefix_starts_at_random_and_small_keys_average_its_values():
-    """What holds at the start: the mixture is that of the folded prefix, and differs from the base and between seeds."""
+def test_with_the_mlp_a_prefix_starts_at_random():
+    """What holds at the start: the logits are those of the folded prefix, and differ from the base and between seeds."""
     base, logits = small_model()(TOKENS), []
     for seed in (0, 1):
         model = small_model()
@@ -212,15 +212,16 @@ def test_the_base_may_be_bf16(method):
     model = trained(METHODS[method](small_model().bfloat16()))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
-    model(TOKENS).float().logsumexp(-1).sum().backward()
+    logits = model(TOKENS).float()
+    logits.logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-    expected = model.float()(TOKENS)
-    assert expected.std() > 1 and (model.bfloat16()(TOKENS).float() - expected).abs().mean() < 0.1
     with torch.autocast("cpu", torch.bfloat16):
-        assert (model.float()(TOKENS).float() - expected).abs().mean() < 0.1
+        under_autocast = model(TOKENS).float()
+    expected = model.float()(TOKENS)
+    assert expected.std() > 0.4 and (logits - expected).abs().mean() < 0.01 and (under_autocast - expected).abs().mean() < 0.01
 
 
-@every_method
+@every_prefix
 def test_it_compiles_into_one_graph(method):
     model = adapted(method)
     doc_ids = torch.tensor([[0] * 7 + [1] * 7])

@@ -96,8 +96,9 @@ def test_temperature_zero_is_argmax_and_certain():
 
 
 def test_temperature_has_the_right_limits():
-    logits = 30 * torch.randn(500, 7, generator=seeded(1))
-    tokens, logprobs = sample(logits, temperature=1e-30, generator=seeded())  # logits / 1e-30 beyond float32
+    logits = 100 * torch.randn(500, 7, generator=seeded(1))
+    assert (logits / 1e-37).isinf().any(), "beyond float32"
+    tokens, logprobs = sample(logits, temperature=1e-37, generator=seeded())
     assert torch.equal(tokens, logits.argmax(dim=-1)) and close(logprobs, [0.0] * 500)
     _, logprobs = sample(logits, temperature=1e9, generator=seeded())
     assert close(logprobs, [-1.9459101] * 500)  # ln 1/7

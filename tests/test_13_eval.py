@@ -344,9 +344,12 @@ def test_chat_forgets_the_oldest_turn_when_the_context_is_full(folder, monkeypat
     15: the second "Name?" still fits (85), the third (113) does not."""
     turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Hi", model=folder, max_new_tokens=16)
     assert turns == 4 and "forgotten" not in notes
-    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Name?", model=folder, max_new_tokens=16)
-    assert turns == 4 and replies[:2] == ["Hi Bo", "Bo"]
-    assert notes.count("the context of 128 tokens is full: the oldest 2 messages are forgotten") == 1
+    seen = []
+    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages, limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
+    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Name?", "Hi", model=folder, max_new_tokens=16)
+    assert turns == 5 and replies[:2] == ["Hi Bo", "Bo"]
+    assert "the context of 128 tokens is full: the oldest 2 messages are forgotten" in notes
+    assert [messages[0]["content"] for messages in seen] == ["I am Bo"] * 4 + ["Name?"], "forgotten once and for all"
 
 
 def test_a_message_longer_than_the_context_gets_one_line_and_is_not_remembered(folder, monkeypatch, capsys):
@@ -421,7 +424,7 @@ def test_impossible_wishes(folder, options, message):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"chosen": []}', ':1: neither "conversations" nor "text" is there; found: \'chosen\''),
+    ('{"pairs": []}', ':1: neither "conversations" nor "text" nor "chosen" is there; found: \'pairs\''),
     ("{}", "found: nothing"),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": 7}', ':1: "answer" must be text, not int'),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": " "}', ":1: \"answer\" is ' '"),

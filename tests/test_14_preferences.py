@@ -403,7 +403,7 @@ def test_the_folder_comes_back(reward_folder, tokenizer):
 
 
 def test_a_language_model_is_no_reward_model_nor_the_other_way_round(lm_folder, reward_folder):
-    with pytest.raises(UserError, match="is no reward model .it holds Qwen3ForCausalLM.; python train_reward.py"):
+    with pytest.raises(UserError, match="is no reward model .it holds .'Qwen3ForCausalLM'..; python train_reward.py"):
         load_reward_model(lm_folder)
     with pytest.raises(UserError, match="is a reward model"):
         load_model(reward_folder)

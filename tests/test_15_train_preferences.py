@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import eval as evaluation
 import train_dpo
 import train_reward
 from minillm import data, peft, runtime
@@ -37,11 +38,20 @@ def tokenizer():
 
 @pytest.fixture
 def model_folder(tmp_path, tokenizer):
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         head_dim=16, intermediate_size=64)
-    save_model(tmp_path / "model", CausalLM(config), tokenizer)
+    save_model(tmp_path / "model", small_model(tokenizer), tokenizer)
     return tmp_path / "model"
+
+
+def small_model(tokenizer, seed=0):
+    """Random, with larger weights than usual: it tells one prompt from another, as a model that has learned something does."""
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 head_dim=16, intermediate_size=128))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
 
 
 def some_pairs(n=32):
@@ -80,7 +90,7 @@ def logged(folder):
 # ---------------------------------------------------------------- does it learn
 
 def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
-    result = run(train_reward, "reward", "--max_steps", 60, "--batch_size", 16, "--lr", 3e-3)
+    result = run(train_reward, "reward", "--max_steps", 40, "--batch_size", 16, "--lr", 3e-3)
     assert result["preference_accuracy"] > 0.95 and set(result["accuracy_by_kind"]) == {"even", "odd"}
     assert result["margin"] > 1 and result["chosen_rewards"] - result["rejected_rewards"] == pytest.approx(result["margin"], abs=1e-4)
     summary = json.loads((tmp_path / "reward" / "summary.json").read_text())
@@ -91,7 +101,7 @@ def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
 
 @pytest.mark.parametrize("flags", [[], ["--loss", "ipo", "--beta", 0.2], ["--peft", "lora", "--rank", 16, "--lr", 1e-2]], ids=["dpo", "ipo", "lora"])
 def test_dpo_learns_32_pairs_by_heart(run, flags):
-    result = run(train_dpo, "dpo", "--max_steps", 60, "--batch_size", 16, "--lr", 3e-3, *flags)
+    result = run(train_dpo, "dpo", "--max_steps", 30, "--batch_size", 16, "--lr", 3e-3, *flags)
     assert result["preference_accuracy"] > 0.95
     assert result["chosen_rewards"] > result["rejected_rewards"]
 
@@ -100,7 +110,7 @@ def test_dpo_learns_32_pairs_by_heart(run, flags):
 
 def test_dpo_starts_at_ln_2(tmp_path, run):
     """Before its first update the policy is the reference: no reward, no margin, loss ln 2, and every pair is a tie."""
-    run(train_dpo, "dpo", "--max_steps", 3, "--batch_size", 16, "--lr", 3e-3)
+    run(train_dpo, "dpo", "--max_steps", 3, "--batch_size", 32, "--lr", 1e-3)
     first, second, _ = logged(tmp_path / "dpo")
     close(first["loss"], LN2)
     close([first["margin"], first["chosen_rewards"], first["rejected_rewards"]], [0.0, 0.0, 0.0])
@@ -209,7 +219,7 @@ def test_resume_is_exact(tmp_path, run, monkeypatch, script, flags, how):
 
 def test_the_reference_survives_a_lost_cache(tmp_path, run, monkeypatch):
     """Resumed without the cache, the reference must be computed from its own folder and not from the policy of step 2."""
-    flags = ["--max_steps", 4, "--batch_size", 16, "--lr", 3e-3]
+    flags = ["--max_steps", 4, "--batch_size", 32, "--lr", 1e-3]
     run(train_dpo, "whole", *flags)
     calls = iter([False, True])
     with monkeypatch.context() as patch:
@@ -232,15 +242,14 @@ def test_minimind_style_conversations_train_unchanged(tmp_path, run):
         lines.append({"chosen": before + [turn("assistant", "好的。")], "rejected": before + [turn("assistant", "不。")], "id": i})
     path = write(tmp_path / "dpo.jsonl", lines)
     for script in (train_dpo, train_reward):
-        result = run(script, script.__name__, "--data", path, "--eval_data", "", "--max_steps", 30, "--lr", 3e-3)
+        result = run(script, script.__name__, "--data", path, "--eval_data", "", "--max_steps", 10, "--lr", 1e-3)
         assert result["preference_accuracy"] == 1.0 and result["accuracy_by_kind"] == {}
         assert json.loads((tmp_path / script.__name__ / "summary.json").read_text())["data"]["documents"] == 40
 
 
-def test_another_reference(tmp_path, run, model_folder, tokenizer):
+def test_another_reference(tmp_path, run, tokenizer):
     """Against a reference that is not the policy the loss does not begin at ln 2."""
-    torch.manual_seed(1)
-    save_model(tmp_path / "other", CausalLM(load_model(model_folder).config), tokenizer)
+    save_model(tmp_path / "other", small_model(tokenizer, seed=1), tokenizer)
     run(train_dpo, "dpo", "--max_steps", 1, "--ref_model", tmp_path / "other")
     assert abs(logged(tmp_path / "dpo")[0]["loss"] - LN2) > 1e-4
 
@@ -264,7 +273,7 @@ def test_mistakes_are_one_clear_line(tmp_path, run, model_folder, monkeypatch):
 
     small = train_tokenizer(["another tokenizer"], 270)
     save_model(tmp_path / "foreign", load_model(model_folder), small)
-    refused("--ref_model .*foreign has another tokenizer than .*model", train_dpo, "--ref_model", tmp_path / "foreign")
+    refused("foreign has another tokenizer than the policy", train_dpo, "--ref_model", tmp_path / "foreign")
     refused("--label_smoothing 0.1 belongs to --loss dpo", train_dpo, "--loss", "ipo", "--label_smoothing", 0.1)
     refused("--beta 0.0: must be at least", train_dpo, "--beta", 0)
     run(train_reward, "reward", "--max_steps", 1)
@@ -275,3 +284,29 @@ def test_mistakes_are_one_clear_line(tmp_path, run, model_folder, monkeypatch):
         refused("nothing to train on .*32 pairs whose prompt leaves no room", script, "--max_seq_len", 8)
         monkeypatch.chdir(tmp_path)
         refused("out/sft is not there yet: run python train_sft.py first", script, "--model", "out/sft")
+
+
+# ---------------------------------------------------------------- eval.py
+
+def test_evaluation_ranks_the_pairs_of_a_reward_model_and_of_a_policy(tmp_path, run, model_folder):
+    """eval.py gives what the runs reported: of a reward model by its scores, of a policy against its reference."""
+    evaluate = lambda *flags: evaluation.main(parse_config(evaluation.Config, "", [str(x) for x in ("--data", tmp_path / "pairs.jsonl", "--device", "cpu", *flags)]))
+    names = ("preference_accuracy", "accuracy_by_kind")
+    for script, out, flags in ((train_reward, "reward", []), (train_dpo, "dpo", ["--ref", model_folder]),
+                               (train_dpo, "lora", ["--ref", model_folder])):
+        expected = run(script, out, "--max_steps", 8, "--lr", 3e-3, *(["--peft", "lora"] if out == "lora" else []))
+        found = evaluate("--model", tmp_path / out, "--json", tmp_path / "x.json", *flags)
+        assert {n: found[n] for n in names} == {n: expected[n] for n in names} == {n: json.loads((tmp_path / "x.json").read_text())[n] for n in names}
+        assert expected["preference_accuracy"] > 0.5
+    with pytest.raises(UserError, match="pairs.jsonl holds pairs: give --ref"):
+        evaluate("--model", model_folder)
+    with pytest.raises(UserError, match="is a reward model: it scores answers and gives none"):
+        evaluate("--model", tmp_path / "reward", "--chat")
+
+
+def test_evaluation_scores_replies_with_a_reward_model(tmp_path, run, model_folder):
+    run(train_reward, "reward", "--max_steps", 1)
+    questions = write(tmp_path / "q.jsonl", [{"conversations": [{"role": "user", "content": f"{c}?"}]} for c in "abc"])
+    argv = ["--model", model_folder, "--reward_model", tmp_path / "reward", "--data", questions, "--max_new_tokens", 5, "--device", "cpu"]
+    found = evaluation.main(parse_config(evaluation.Config, "", [str(x) for x in argv]))
+    assert math.isfinite(found["reward"]) and found["reward"] != 0

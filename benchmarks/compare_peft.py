@@ -1,0 +1,152 @@
+"""Full fine-tuning and every PEFT method on the same new material: what each costs, learns and forgets.
+
+    python benchmarks/compare_peft.py                              # teaches data/identity.jsonl to out/sft
+    python benchmarks/compare_peft.py --methods lora prompt        # some of them
+    python benchmarks/compare_peft.py --model Qwen3-0.6B --new mine.jsonl --new_eval mine_eval.jsonl --old others.jsonl
+
+Each row is one run of train_sft.py or train_lora.py with its defaults, which are those of the method; the command is
+printed. The columns:
+
+    trained        parameters that are trained, and their share of the base's
+    disk           what one has to keep of the run beside the base
+    memory         peak of what PyTorch holds in training (weights, gradients, optimizer, activations), in three steps of it
+    seconds        training, and the evaluation at its end
+    new            accuracy on held-out paraphrases of the new material, greedy replies
+    old            accuracy on the tasks of before; the first row is the base, and what is lost is forgotten
+"""
+
+import contextlib
+import gc
+import io
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_lora
+import train_sft
+from minillm import checkpoint, runtime
+from minillm.config import flag, parse_config
+from minillm.data import read_records
+from minillm.errors import UserError
+from minillm.evaluate import answer_questions
+from minillm.metrics import table
+from minillm.peft import load_adapter, remove_adapter
+from minillm.tokenizer import Tokenizer
+
+FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 10, "epochs": 20, "save_every": 100}
+METHODS = {
+    "full": FULL,
+    "lora": {"peft": "lora"},
+    "lora q,v": {"peft": "lora", "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"peft": "lora", "rslora": True},
+    "dora": {"peft": "dora"},
+    "adapter": {"peft": "adapter"},
+    "pfeiffer": {"peft": "adapter", "placement": "pfeiffer"},
+    "prefix": {"peft": "prefix"},
+    "prompt": {"peft": "prompt"},
+}
+
+
+@dataclass
+class Config:
+    model: str = flag("out/sft", "checkpoint folder of the base model")
+    new: list[str] = flag(["data/identity.jsonl"], "the new material: conversations")
+    new_eval: str = flag("data/identity_eval.jsonl", "held-out questions about it")
+    old: str = flag("data/sft_eval.jsonl", "questions of the tasks that the base knows")
+    methods: list[str] = flag(list(METHODS), f"rows of the table, of {', '.join(METHODS)}")
+    out: str = flag("out/compare_peft", "folder for the runs, table.md and results.json")
+    max_steps: int = flag(0, "optimizer steps of each run (default: its own)", low=0)
+    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    seed: int = flag(0, "seed of everything random", low=0)
+
+
+def command(script: str, options: dict) -> str:
+    """The options as one would type them."""
+    words = ["python", script]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def peak_memory_mb(run, device: torch.device) -> float:
+    """MiB that PyTorch held on the device at most while run() ran, by its allocator; of the CPU's by its profiler."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8", errors="replace"))
+    held = [event["args"] for event in trace["traceEvents"] if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
+    return (max(h["Total Allocated"] for h in held) - (held[0]["Total Allocated"] - held[0]["Bytes"])) / 2**20
+
+
+def disk_bytes(folder) -> int:
+    """The size of the model or adapter in a run's folder, without what only the run needs."""
+    run_files = {"run_config.json", "metrics.jsonl", "summary.json", "training_state.pt"}
+    return sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file() and path.name not in run_files)
+
+
+def main(cfg: Config) -> dict:
+    """Run the methods and write the table; returns {method: {column: number}}."""
+    if unknown := [name for name in cfg.methods if name not in METHODS]:
+        raise UserError(f"--methods {' '.join(unknown)}: must be of {', '.join(METHODS)}")
+    device = runtime.pick_device(cfg.device)
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    tokenizer, base = Tokenizer.load(cfg.model), checkpoint.load_model(cfg.model, device)
+    total = sum(parameter.numel() for parameter in base.parameters())
+    new, old = list(read_records(cfg.new_eval)), list(read_records(cfg.old))
+    accuracy = lambda model, records: answer_questions(model, tokenizer, records, device)["accuracy"]
+    results = {"base": {"new": accuracy(base, new), "old": accuracy(base, old)}}
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    Path(cfg.out, "one.jsonl").write_text(json.dumps(new[0]) + "\n", encoding="utf-8")
+
+    for name in cfg.methods:
+        stage = train_sft if name == "full" else train_lora
+        out = str(Path(cfg.out, name.replace(" ", "_").replace(",", "")))
+        options = {**METHODS[name], "model": cfg.model, "data": cfg.new, "eval_data": cfg.new_eval, "out": out, "device": device.type, "seed": cfg.seed}
+        if cfg.max_steps:
+            options["max_steps"] = cfg.max_steps
+        print(f"\n# {command(f'{stage.__name__}.py', options)}", flush=True)
+        after = stage.main(stage.Config(**options))
+        # A run of its own, for the evaluation at the end needs memory that training does not.
+        short = {**options, "eval_data": str(Path(cfg.out, "one.jsonl")), "out": str(Path(cfg.out, "memory")), "max_steps": 3, "compile": False}
+        with contextlib.redirect_stdout(io.StringIO()):
+            memory = peak_memory_mb(lambda: stage.main(stage.Config(**short)), device)
+        if name == "full":
+            model = checkpoint.load_model(out, device)
+        else:
+            model = load_adapter(base, out)  # in place of the adapter before, on the same base
+        results[name] = {"trained": after.get("trained_parameters", total), "share": after.get("trained_parameters", total) / total,
+                         "disk": disk_bytes(out), "memory": memory, "seconds": after["seconds"], "new": after["accuracy"], "old": accuracy(model, old)}
+    remove_adapter(base)
+
+    percent = lambda value: f"{100 * value:.1f} %"
+    rows = [["method", "trained", "share", "disk", "memory MiB", "seconds", "new", "old"]]
+    for name, r in results.items():
+        costs = [f"{r['trained']:,}", f"{r['share']:.2%}", f"{r['disk'] / 1024:,.0f} KiB", f"{r['memory']:.0f}", f"{r['seconds']:.0f}"] if "trained" in r else ["-"] * 5
+        rows.append([name, *costs, percent(r["new"]), percent(r["old"])])
+    print("\n" + table(rows), flush=True)
+    Path(cfg.out, "table.md").write_text(table(rows) + "\n", encoding="utf-8")
+    checkpoint.save_json(Path(cfg.out, "results.json"), results)
+    return results
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

@@ -1,0 +1,175 @@
+"""Parameter-efficient training as a stage: the base stays as it is to the last bit, and the run can be killed at any step.
+
+The stage runs in-process (`main(Config(...))`) on a random model and a few sentences; bits are compared with one thread.
+"""
+
+import contextlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_lora
+from minillm import data, runtime
+from minillm.checkpoint import load_model, load_safetensors, save_model
+from minillm.errors import UserError
+from minillm.losses import sft_loss
+from minillm.model import CausalLM, ModelConfig
+from minillm.optim import make_optimizers
+from minillm.peft import load_adapter
+from minillm.tokenizer import Tokenizer
+from tests.helpers import close
+from tests.test_10_lora import TOKENIZER, TOKENS
+
+VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True}, {"peft": "dora"}, {"peft": "adapter"},
+            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 7}, {"peft": "prompt"}]
+FACTS = {"Who are you?": "I am Lumi.", "Your name?": "I am Lumi.", "Where?": "In a library.", "Who wrote it?": "Ada.", "When?": "On Monday."}
+OLD_FACTS = {"Who are you?": "My name is Mini.", "Your name?": "Mini.", "Where?": "On the hill.", "Who wrote it?": "Nobody did.", "When?": "Last May."}
+
+
+def chat(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def base_model():
+    """It speaks a little: trained for some seconds on answers to the same questions, but other ones."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 head_dim=12, intermediate_size=96, max_position_embeddings=512))
+    optimizers = make_optimizers(model, 1e-2, muon=True)
+    rows = [TOKENIZER.render(chat(question, answer)) for question, answer in OLD_FACTS.items()]
+    width = max(len(tokens) for tokens, _ in rows)
+    tokens = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in rows])
+    mask = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows])
+    for _ in range(60):
+        sft_loss(model(tokens), tokens, mask).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch, base_model):
+    """An empty folder with a base model and ten conversations, one thread, float32, and the signals as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(runtime, "autocast", lambda device: contextlib.nullcontext())
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    save_model("base", base_model, TOKENIZER)
+    with open("chat.jsonl", "w", encoding="utf-8") as file:
+        for question, answer in list(FACTS.items()) * 2:
+            file.write(json.dumps({"conversations": chat(question, answer), "answer": answer}) + "\n")
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+def config(**changes):
+    return train_lora.Config(**{**dict(model="base", data=["chat.jsonl"], out="out", max_seq_len=96, batch_size=2, max_steps=6, rank=4, bottleneck=6,
+                                       virtual_tokens=5, warmup_steps=1, save_every=2, log_every=1, device="cpu"), **changes})
+
+
+def adapter(out):
+    return {name: tensor.clone() for name, tensor in load_safetensors(Path(out, "adapter_model.safetensors")).items()}
+
+
+def interrupt_at(monkeypatch, step):
+    """As if Ctrl-C came during that step."""
+    steps = iter(range(1, 1000))
+    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: next(steps) == step)
+
+
+def variant(options):
+    return "-".join(f"{k}={v}" for k, v in options.items()) or "lora"
+
+
+every_variant = pytest.mark.parametrize("options", VARIANTS, ids=variant)
+
+
+@every_variant
+def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monkeypatch):
+    models = []
+    load = train_lora.checkpoint.load_model
+    monkeypatch.setattr(train_lora.checkpoint, "load_model", lambda *arguments: models.append(load(*arguments)) or models[-1])
+    bytes_before = Path("base/model.safetensors").read_bytes()
+    result = train_lora.main(config(**options))
+    model = models[0].eval()
+
+    base = load_model("base", dtype=torch.bfloat16 if options.get("bf16") else torch.float32).state_dict()
+    after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in base.items())
+    assert Path("base/model.safetensors").read_bytes() == bytes_before
+
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = torch.load("out/training_state.pt", weights_only=True)
+    assert set(state["model"]) == set(trained)  # neither the checkpoint ...
+    moments = [m for s in state["optimizers"][0]["state"].values() for k, m in s.items() if k != "step"]
+    assert sum(m.numel() for m in moments) == 2 * sum(p.numel() for p in trained.values()) == 2 * result["trained_parameters"]  # ... nor Adam holds the base
+    assert not Path("out/config.json").exists() and json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+    fresh = load_adapter(load_model("base", dtype=next(model.parameters()).dtype), "out").eval()
+    with torch.no_grad():
+        close(fresh(TOKENS).float(), model(TOKENS).float())
+        assert (model(TOKENS) - load(Path("base"))(TOKENS)).abs().max() > 0.01
+
+
+@every_variant
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch):
+    """Three steps, Ctrl-C, --resume: weights, logged losses and results equal those of an unbroken run (dropout's too)."""
+    whole = train_lora.main(config(**options))
+    with monkeypatch.context() as context:
+        interrupt_at(context, 3)
+        assert train_lora.main(config(**options, out="two")) == {"interrupted": True, "step": 3}
+    resumed = train_lora.main(config(**options, out="two", resume=True))
+    one, two = adapter("out"), adapter("two")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[json.loads(line).get("loss") for line in Path(out, "metrics.jsonl").read_text().splitlines() if "loss" in line] for out in ("out", "two")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+@pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 5e-2), ("prompt", 5e-2)])
+def test_every_method_learns(peft, lr):
+    """The loss on the new answers falls to less than half, with less than a fifth of the base's 54,192 numbers."""
+    options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, save_every=50, eval_data="chat.jsonl")
+    result = train_lora.main(config(**options))
+    before = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))["before"]
+    assert result["val_loss"] < 0.5 * before["val_loss"] and result["trained_parameters"] < 10_839
+
+
+@pytest.mark.parametrize("options", [{}, {"peft": "dora"}, {"bf16": True}], ids=variant)
+def test_merge_writes_a_whole_folder_with_the_adapters_logits(options):
+    """In float32, also where training held the base in bf16."""
+    train_lora.main(config(**options, merge=True))
+    merged, unmerged = load_model("out/merged"), load_adapter(load_model("base"), "out")
+    close(merged(TOKENS), unmerged(TOKENS))
+    assert Tokenizer.load("out/merged").document == Tokenizer.load("base").document
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"peft": "prompt", "merge": True}, "--merge: prompt is no change of the weights; only lora and dora can be merged"),
+    ({"rank": 25}, r"rank 25 does not fit model.layers.0.self_attn.k_proj \(24 x 48\): it must be between 1 and 24"),
+    ({"target_modules": ["query"]}, "target modules query match no linear layer of the model; it has q_proj"),
+    ({"peft": "prefix", "virtual_tokens": 512}, "a prefix of 512 virtual tokens does not fit: it must be between 1 and 511"),
+    ({"peft": "adapter", "bottleneck": 49}, r"bottleneck 49 does not fit model.layers.0.self_attn.o_proj \(48 outputs\)"),
+    ({"peft": "prompt", "start_text": ""}, "starts from at least one word"),
+    ({"model": "out/sft"}, "out/sft is not there yet: run python train_sft.py first"),
+    ({"model": "elsewhere"}, "elsewhere"),
+])
+def test_bad_input_is_told_in_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_lora.main(config(**options))
+    assert "\n" not in str(error.value)
+
+
+def test_resuming_with_another_method_is_refused():
+    train_lora.main(config())
+    with pytest.raises(UserError, match=r"other settings: --peft dora \(it was lora\)"):
+        train_lora.main(config(peft="dora", resume=True))
