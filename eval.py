@@ -110,7 +110,7 @@ def main(cfg: Config) -> dict:
     columns = cfg.compare or cfg.adapter or [cfg.model or MODEL]
     runtime.say(show_metrics(columns, results))
     if records:
-        runtime.say(show_replies(columns, records, [r.pop("replies") for r in results]))
+        runtime.say("\n" + show_replies(columns, records, [r.pop("replies") for r in results]))
     results = [{"model": folder, "data": files, "questions": len(records), **r} for folder, r in zip(columns, results)]
     result = results[0] if len(results) == 1 else {"compared": results}
     if cfg.json:
@@ -236,7 +236,7 @@ def show_metrics(columns: list, results: list) -> str:
 
 def show_replies(columns: list, records: list, replies: list, count: int = 10) -> str:
     """A few questions with each model's reply."""
-    cut = lambda text: text.replace("\n", " ").replace("|", "/")[:48]
+    cut = lambda text: "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
     rows = [["question", *columns]]
     for i in evenly_spaced(range(len(records)), count):
         asked = prompt_messages(records[i])

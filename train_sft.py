@@ -41,7 +41,7 @@ class Config:
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
     batch_size: int = flag(8, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(8, "passes over the data", low=1)
+    epochs: int = flag(6, "passes over the data", low=1)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"])
     lr: float = flag(2e-3, "peak learning rate", low=0)

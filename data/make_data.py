@@ -29,10 +29,10 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1100, "sort": 1500, "count": 1800, "reverse": 1200}
+SFT_EXAMPLES = {"compare": 1000, "sort": 1500, "count": 1700, "reverse": 1600}
 FACT_WORDINGS = 8            # samples of each fact in sft.jsonl
-JUDGE_EXAMPLES = 800
-TALK_CHAINS = 300
+JUDGE_EXAMPLES = 700
+TALK_CHAINS = 200
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 200
 PREFERENCES = {"rude": 950, "rambling": 950, "wrong": 1100}
@@ -354,16 +354,16 @@ def draw_compare(dice, lang):
 
 
 def draw_sort(dice, lang):
-    n = 3 if dice.chance(0.65) else 4
+    n = 3 if dice.chance(0.7) else 4
     while True:
-        numbers = [dice.between(0, 9) if dice.chance(0.12) else dice.between(10, 99) for _ in range(n)]
+        numbers = [dice.between(0, 9) if dice.chance(0.05) else dice.between(10, 99) for _ in range(n)]
         if len(dict.fromkeys(numbers)) == n and numbers != sorted(numbers):
             return tuple(numbers)
 
 
 def draw_count(dice, lang):
     """(letter to count, or "" for all of them; the letters). Easy: all of up to nine. Hard: one letter among others."""
-    if dice.chance(0.35):
+    if dice.chance(0.5):
         return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 9))])
     letter, *others = dice.sample(COUNTED, 3)
     n = dice.between(3, 6)
@@ -376,7 +376,7 @@ def times_in(letter, letters):
 
 
 def draw_reverse(dice, lang):
-    n = dice.between(3, 5)
+    n = dice.pick([3, 3, 3, 4, 4, 4, 5])
     if dice.chance(0.5):
         return tuple(dice.sample(LETTERS, n))
     return tuple(dice.sample(WORDS if lang == "en" else CHARACTERS, n))
@@ -763,9 +763,9 @@ class Pretrain:
     def __init__(self, dice, tasks, talk, pairs):
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
-        weights = ((self.fact_lines, 20), (self.story, 22), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
-                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 10), (self.tens, 3), (self.spelling, 4),
-                   (self.counts, 14), (self.reversing, 7), (self.translation, 3))
+        weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
+                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 14), (self.tens, 3), (self.spelling, 4),
+                   (self.counts, 14), (self.reversing, 14), (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
     def document(self):

@@ -25,6 +25,12 @@ class Rollout:
     response_mask: torch.Tensor
     logprobs: torch.Tensor
 
+    @property
+    def lengths(self):
+        """(B,): tokens of prompt and response together."""
+        places = torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)
+        return (places * self.response_mask).amax(dim=1)
+
     def responses(self) -> list:
         """The response of each row as a list of token ids, the end token included."""
         return [row[mask].tolist() for row, mask in zip(self.tokens, self.response_mask)]

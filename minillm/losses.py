@@ -147,6 +147,25 @@ class _HeadLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None, None
 
 
+@torch.no_grad()
+def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean entropy, in nats, of the distributions that the masked tokens were drawn from.
+
+    entropy = -sum_v p_v log p_v, with p = softmax(hidden[b, t] @ weight.T / temperature) for a token at t + 1
+
+    hidden (B, T, D), weight (V, D), temperature: as in head_logprobs, and in chunks as there.  mask (B, T - 1) bool, as
+    beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
+    Raises ValueError for shapes that do not fit or a mask that is not bool. From whole distributions: a mean of
+    -logprob over sampled tokens is a noisy estimate of it, and after an update not even that.
+    """
+    _check("B, T", mask=mask, hidden=hidden[:, :-1, 0])
+    states, total = hidden[:, :-1][mask], torch.zeros((), device=hidden.device)
+    for rows in _HeadLogprobs.chunks(states, weight):
+        logprobs = (_fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
+        total = total - (logprobs.exp() * logprobs).sum()
+    return total / max(len(states), 1)
+
+
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
     """Cross-entropy on the tokens that are supervised: pretraining (all of them) and SFT (what the assistant says).
 

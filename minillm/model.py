@@ -74,7 +74,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # Statistics in float32 also under autocast: the squares of bf16 values lose too many digits.
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        device = x.device.type  # under autocast the matrices that follow want bf16: cast once here, not once for each
+        return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
 class RotaryEmbedding(nn.Module):

@@ -9,7 +9,11 @@ A reward function takes `(messages, answers, example)`: the prompt's messages, t
 of the data file that they came from; it returns one float for each reply.
 """
 
+import importlib.util
+import math
+import os
 import re
+import traceback
 
 import torch
 
@@ -331,11 +335,23 @@ def model_reward(folder, device="cpu"):
     check_tokenizer(model, tokenizer, folder)
 
     @torch.no_grad()
-    def reward(messages, answers, example):
-        prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
-        sequences = [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
-        return model(*_padded(sequences, device)).tolist()
+    def batch(asked, batch_size=128):
+        sequences = []
+        for messages, answers, _ in asked:
+            prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
+            sequences += [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
+        parts = [sequences[i:i + batch_size] for i in range(0, len(sequences), batch_size)]
+        return [score for part in parts for score in model(*_padded(part, device)).tolist()]
 
+    return _one_prompt_at_a_time(batch)
+
+
+def _one_prompt_at_a_time(batch):
+    """A reward function of batch([(messages, answers, example), ...]) -> one flat list, which it carries as `.batch`."""
+    def reward(messages, answers, example):
+        return batch([(messages, answers, example)])
+
+    reward.batch = batch
     return reward
 
 
@@ -390,13 +406,122 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
     """
     judge, own = Judge(folder, device), {}
 
-    def reward(messages, answers, example):
-        prompt = tuple(judge.tokenizer.render(messages, add_generation_prompt=True)[0])
-        if prompt not in own:
-            end = judge.tokenizer.end_id
-            reply = generate(judge.model, [list(prompt)], max_new_tokens, end, temperature=0.0).responses()[0]
-            own[prompt] = judge.tokenizer.decode(reply[:-1] if reply[-1] == end else reply)
-        found = judge.compare([(messages, answer, own[prompt], example) for answer in answers])
+    def batch(asked):
+        prompts = [tuple(judge.tokenizer.render(messages, add_generation_prompt=True)[0]) for messages, _, _ in asked]
+        end = judge.tokenizer.end_id
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in own]:
+            replies = generate(judge.model, [list(prompt) for prompt in new], max_new_tokens, end, temperature=0.0).responses()
+            own.update({p: judge.tokenizer.decode(r[:-1] if r[-1] == end else r) for p, r in zip(new, replies)})
+        found = judge.compare([(messages, answer, own[prompt], example)
+                               for prompt, (messages, answers, example) in zip(prompts, asked) for answer in answers])
         return [sum(both) / 2 for both in found]
 
-    return reward
+    return _one_prompt_at_a_time(batch)
+
+
+# --------------------------------------------------------------------------------------------- --reward
+
+def load_rewards(specs, reward_model, judge, device="cpu"):
+    """{name: (weight, reward function)} of what --reward names: answer, model (the folder reward_model), judge (the folder
+    judge) or path/to/file.py:function; with a weight in front where their sum is wanted: "0.5*model".
+
+    Raises UserError for an unknown name, one that is given twice, and a file or function that cannot be loaded.
+    """
+    found = {}
+    for spec in specs:
+        weight, star, name = spec.rpartition("*")
+        try:
+            weight = float(weight) if star else 1.0
+        except ValueError:
+            raise UserError(f"--reward {spec}: {weight!r} is no weight; write 0.5*{name}") from None
+        if not math.isfinite(weight):
+            raise UserError(f"--reward {spec}: the weight must be a finite number")
+        path, colon, function = name.rpartition(":")
+        key = function if colon else name
+        if key in found:
+            raise UserError(f"--reward: {key} is given twice")
+        if name == "answer":
+            found[key] = weight, answer_reward
+        elif name == "model":
+            found[key] = weight, model_reward(reward_model, device)
+        elif name == "judge":
+            found[key] = weight, judge_reward(judge, device)
+        elif path.endswith(".py"):
+            found[key] = weight, _from_file(path, function)
+        else:
+            raise UserError(f"--reward {spec}: must be answer, model, judge or path/to/file.py:function")
+    return found
+
+
+def _from_file(path, name):
+    if not os.path.isfile(path):
+        raise UserError(f"--reward {path}:{name}: there is no such file")
+    spec = importlib.util.spec_from_file_location("reward_file", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--reward {path}:{name}: the file cannot be imported: {_what_and_where(error)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward {path}:{name}: the file defines no function {name}")
+    return function
+
+
+def _what_and_where(error):
+    """One line: what was raised, and the innermost line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + place
+
+
+def score_answers(rewards, asked):
+    """Scores of the answers to several prompts, asked = [(messages, answers, example), ...] with equally many answers each
+    -> (weighted sums, {name: that reward's own scores}), each a list of one list per prompt.
+
+    rewards: as load_rewards gives them. Raises UserError, with the name of the reward and the answer that caused it, for a
+    function that raises, or that returns another number of values, or something that is no finite number.
+    """
+    parts = {}
+    for name, (_, function) in rewards.items():
+        if hasattr(function, "batch"):
+            flat, parts[name] = iter(function.batch(asked)), []
+            for messages, answers, _ in asked:
+                parts[name].append(_checked(name, [next(flat) for _ in answers], messages, answers))
+        else:
+            parts[name] = [_checked(name, _call(name, function, *one), *one[:2]) for one in asked]
+    weights = {name: weight for name, (weight, _) in rewards.items()}
+    totals = [[sum(weights[name] * part[i][j] for name, part in parts.items()) for j in range(len(answers))]
+              for i, (_, answers, _) in enumerate(asked)]
+    return totals, parts
+
+
+def _call(name, function, messages, answers, example):
+    try:
+        return function(messages, list(answers), example)  # a copy: the caller's list stays what it is
+    except UserError:
+        raise
+    except Exception as error:
+        culprit, reason = answers[0], error
+        for answer in answers:
+            try:
+                function(messages, [answer], example)
+            except Exception as alone:
+                culprit, reason = answer, alone
+                break
+        raise UserError(f"reward {name} failed on the answer {culprit[:80]!r} to {_question(messages)[:80]!r}: {_what_and_where(reason)}") from None
+
+
+def _checked(name, values, messages, answers):
+    question = f"{_question(messages)[:80]!r}"
+    try:
+        values = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise UserError(f"reward {name} must return a list of one number per answer; for {len(answers)} answers to {question}, "
+                        f"the first {answers[0][:80]!r}, it returned {values!r:.80}") from None
+    if len(values) != len(answers):
+        raise UserError(f"reward {name} returned {len(values)} values for {len(answers)} answers to {question}, the first {answers[0][:80]!r}")
+    for value, answer in zip(values, answers):
+        if not math.isfinite(value):
+            raise UserError(f"reward {name} gave {value} for the answer {answer[:80]!r} to {question}")
+    return values

@@ -61,6 +61,12 @@ def say(*args):
         print(*args, flush=True)
 
 
+def generator(device, *numbers: int) -> torch.Generator:
+    """A random generator that the numbers (seed, step) and this process's rank decide: the same after a resume."""
+    seed = np.random.SeedSequence([*numbers, rank()]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed) % 2**63)
+
+
 def sum_over_processes(value: float) -> float:
     """The sum of a number over all processes."""
     if world_size() == 1:
@@ -75,7 +81,10 @@ def sum_gradients(parameters):
     """Add each gradient up over all processes, in one message."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    for p in (parameters := [p for p in parameters if p.requires_grad]):
+        if p.grad is None:  # a process without work of its own in this step adds zeros
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):

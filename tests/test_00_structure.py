@@ -29,6 +29,7 @@ IMPORTS = {
     "rewards": "generate heads checkpoint tokenizer",
     "evaluate": "data generate losses rewards runtime",
     "preferences": "checkpoint data evaluate generate losses runtime",
+    "rollouts": "data evaluate generate rewards runtime",
 }
 RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
 OPTIONAL_PACKAGES = {"matplotlib", "transformers", "peft", "trl", "tokenizers", "tensorboard"}  # inside a function only

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_lora
+from benchmarks import compare_peft
 from minillm import data, runtime
 from minillm.checkpoint import load_model, load_safetensors, save_model
 from minillm.errors import UserError
@@ -173,3 +174,35 @@ def test_resuming_with_another_method_is_refused():
     train_lora.main(config())
     with pytest.raises(UserError, match=r"other settings: --peft dora \(it was lora\)"):
         train_lora.main(config(peft="dora", resume=True))
+
+
+# --------------------------------------------------------------------------------------------- the comparison of all methods
+
+def test_the_peak_of_memory_is_measured():
+    """4 MiB, then 1 MiB and 2 MiB together: the peak is 4 MiB. What is held already does not count."""
+    already = torch.ones(2**20)
+
+    def run():
+        large = torch.ones(2**20)
+        del large
+        return torch.ones(2**18), torch.ones(2**19)
+    assert 4 <= compare_peft.peak_memory_mb(run, torch.device("cpu")) < 4.1 and already.sum() == 2**20
+
+
+def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
+    results = compare_peft.main(compare_peft.Config(model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",
+                                                    methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
+    # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 16 virtual tokens of 48 numbers.
+    assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 768]
+    assert results["base"] == {"new": 0, "old": 0}
+    # Weights, gradients and two moments: 16 bytes for each trained number, 4 for a frozen one, and then activations.
+    assert results["full"]["memory"] > results["lora q,v"]["memory"] > results["prompt"]["memory"] > 54_192 * 4 / 2**20
+    assert results["full"]["disk"] > 54_192 * 4 and 768 * 4 < results["prompt"]["disk"] < 5_000
+    lines = Path("table/table.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split("|")[1].strip() for line in lines if not line.startswith("|-")] == ["method", "base", "full", "lora q,v", "prompt"]
+    assert "python train_lora.py --peft lora --target_modules q_proj v_proj --model base" in capsys.readouterr().out
+
+
+def test_the_comparison_names_the_methods_it_knows():
+    with pytest.raises(UserError, match="--methods ia3: must be of full, lora"):
+        compare_peft.main(compare_peft.Config(model="base", methods=["ia3"]))
