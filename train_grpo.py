@@ -86,7 +86,7 @@ def main(cfg: Config) -> dict:
     kinds = [name.rpartition("*")[2] for name in cfg.reward]
     if "model" in kinds:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py")
-    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[cfg.model, cfg.reward_model, *cfg.data, *cfg.sft_data])
+    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[cfg.model, cfg.reward_model, *[kind.rpartition(":")[0] for kind in kinds], *cfg.data, *cfg.sft_data])
     if run and run["finished"]:
         return run["metrics"]
 

@@ -25,9 +25,9 @@ import torch
 from minillm import checkpoint, runtime
 from minillm.adapter import apply_bottleneck, save_bottleneck
 from minillm.config import flag, parse_config
-from minillm.data import PackedLoader, load_split, read_records
+from minillm.data import PackedLoader, load_split
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, held_out_loss
+from minillm.evaluate import answer_questions, held_out_loss, read_questions
 from minillm.generate import eval_mode
 from minillm.lora import TARGETS, apply_lora, merge_lora, save_lora
 from minillm.losses import sft_loss
@@ -68,7 +68,7 @@ class Config:
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
     warmup_steps: int = flag(10, "optimizer steps of linear warm-up", low=0)
-    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
     log_every: int = flag(20, "optimizer steps between log lines", low=1)
     save_every: int = flag(100, "optimizer steps between checkpoints", low=1)
     resume: bool = flag(False, "continue the run in --out")
@@ -91,7 +91,7 @@ def main(cfg: Config) -> dict:
     tokenizer = Tokenizer.load(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_split("chat", cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)
-    questions = list(read_records(eval_path)) if eval_path else []
+    questions = read_questions(eval_path) if eval_path else []
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
     total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs)) // cfg.grad_accum)
 

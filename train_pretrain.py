@@ -37,7 +37,7 @@ class Config:
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
     max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8)
-    batch_size: int = flag(11, "rows per micro-batch", low=1)
+    batch_size: int = flag(8, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(7, "passes over the data", low=1)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)

@@ -19,8 +19,8 @@ import torch
 
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.data import PackedLoader, load_split, read_records
-from minillm.evaluate import answer_questions, held_out_loss
+from minillm.data import PackedLoader, load_split
+from minillm.evaluate import answer_questions, held_out_loss, read_questions
 from minillm.losses import sft_loss
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.model import PRESETS, CausalLM, preset_config
@@ -39,7 +39,7 @@ class Config:
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
-    batch_size: int = flag(8, "rows per micro-batch", low=1)
+    batch_size: int = flag(6, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(6, "passes over the data", low=1)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
@@ -69,7 +69,7 @@ def main(cfg: Config) -> dict:
     tokenizer = Tokenizer.load(source or cfg.tokenizer)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_split("chat", cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)
-    questions = list(read_records(eval_path)) if eval_path else []
+    questions = read_questions(eval_path) if eval_path else []
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
     total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs)) // cfg.grad_accum)
 

@@ -18,9 +18,9 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
 # "none" to "all" is sudden: see data/README.md.
-ADD_PAIRS = 800
-SUBTRACT_PAIRS = 800
-WORDINGS_PER_PAIR = 2
+ADD_PAIRS = 1600
+SUBTRACT_PAIRS = 1600
+WORDINGS_PER_PAIR = 1
 
 # The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
 # learning and reinforcement learning take that away again.
@@ -30,7 +30,7 @@ RAMBLING_SHARE = 0.32
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
 SFT_EXAMPLES = {"compare": 1000, "sort": 1500, "count": 1700, "reverse": 1600}
-FACT_WORDINGS = 8            # samples of each fact in sft.jsonl
+FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
 JUDGE_EXAMPLES = 700
 TALK_CHAINS = 200
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
@@ -567,7 +567,8 @@ def make_sft(dice, tasks, talk):
             question, answer, _, _ = tasks.example(dice, task, lang)
             lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
     for lang, relation, subject, answer in all_facts():
-        for form in dice.sample(split_wordings(lang, relation)[0], FACT_WORDINGS):
+        wordings = split_wordings(lang, relation)[0]
+        for form in dice.sample(wordings, FACT_WORDINGS) + dice.sample(wordings, FACT_WORDINGS // 2):
             messages = [user(fact_text(form, subject)), assistant(mixed_manners(dice, lang, answer))]
             lines.append(line(messages, "fact", lang))
     for lang, messages in talk.dialogues:

@@ -105,7 +105,8 @@ def before_after(before: dict, after: dict) -> str:
 
 def show_replies(records: list, before: list, after: list, count: int = 10) -> str:
     """A table of a few questions (evenly spaced over the file) with the replies before and after."""
-    picked = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(min(count, len(records)))]
+    count = min(count, len(records))
+    picked = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]
     cut = lambda text: text.replace("\n", " ").replace("|", "/")[:48]
     asked = lambda record: next((m["content"] for m in reversed(record["conversations"]) if m["role"] == "user"), "")
     return table([["question", "before", "after"]] + [[cut(asked(records[i])), cut(before[i]), cut(after[i])] for i in picked])
