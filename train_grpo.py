@@ -58,7 +58,7 @@ class Config:
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", low=0.01)
     inner_epochs: int = flag(1, "passes over a rollout", low=1)
     mini_batches: int = flag(2, "optimizer steps per pass", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
+    grad_accum: int = flag(4, "micro-batches per optimizer step", low=1)
     epochs: int = flag(3, "passes over the prompts", low=1)
     max_steps: int = flag(0, "rollouts; overrides --epochs", low=0)
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
@@ -86,7 +86,8 @@ def main(cfg: Config) -> dict:
     kinds = [name.rpartition("*")[2] for name in cfg.reward]
     if "model" in kinds:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py")
-    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[cfg.model, cfg.reward_model, *[kind.rpartition(":")[0] for kind in kinds], *cfg.data, *cfg.sft_data])
+    inputs = [cfg.model, cfg.reward_model, *[kind.rpartition(":")[0] for kind in kinds], *cfg.data, *cfg.sft_data]
+    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs)
     if run and run["finished"]:
         return run["metrics"]
 
@@ -94,16 +95,16 @@ def main(cfg: Config) -> dict:
     tokenizer = Tokenizer.load(cfg.model)
     embedded = cfg.data == [DATA]
     eval_path, tasks = cfg.eval_data or (EVAL_DATA if embedded else ""), cfg.tasks or (TASKS if embedded else [])
-    room = cfg.max_seq_len - cfg.max_new_tokens
-    train_prompts, eval_prompts, stats_in = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed, tasks, "answer" in kinds, runtime.say)
+    train_prompts, eval_prompts, stats_in = load_prompts(
+        cfg.data, eval_path, tokenizer, cfg.max_seq_len - cfg.max_new_tokens, cfg.seed, tasks, "answer" in kinds, runtime.say)
     trained_kind = select(eval_prompts, tasks, "answer" in kinds)
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed, runtime.rank(), runtime.world_size())
     total_steps = cfg.max_steps or sum(loader.batches(e) for e in range(cfg.epochs))
     loaders, replay = States(prompts=loader), None
     sft_data = cfg.sft_data or ([SFT_DATA] if embedded else [])
     if cfg.sft_coef and sft_data:
-        demonstrations = Conversations(sft_data, tokenizer, cfg.max_seq_len, without=tasks, say=runtime.say)
-        replay_loader = PackedLoader(demonstrations, cfg.sft_batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
+        others = Conversations(sft_data, tokenizer, cfg.max_seq_len, without=tasks, say=runtime.say)
+        replay_loader = PackedLoader(others, cfg.sft_batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
         loaders, replay = States(prompts=loader, replay=replay_loader), iter(replay_loader)
 
     # 3. Models
@@ -158,29 +159,29 @@ def main(cfg: Config) -> dict:
         advantages = rewards - rewards.mean(dim=1, keepdim=True) if cfg.loss == "dr_grpo" else group_advantages(rewards)
         signal = (rewards != rewards[:, :1]).any(dim=1)  # equal rewards: all advantages are 0
         advantages = advantages.flatten()  # (B,)
-        rows = torch.arange(len(texts), device=device)
-        rows = rows if cfg.beta else rows[signal.repeat_interleave(cfg.group_size)]
-        rows = rows[torch.randperm(len(rows), device=device, generator=runtime.generator(device, cfg.seed, step, 1))]
+        rows = torch.randperm(len(texts), device=device, generator=runtime.generator(device, cfg.seed, step, 1))
+        rows = rows if cfg.beta else rows[signal.repeat_interleave(cfg.group_size)[rows]]
         # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
-        mini_batches = [part[lengths[part].argsort()].tensor_split(cfg.grad_accum) for part in rows.tensor_split(cfg.mini_batches)]
+        mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
 
         # 5d Update
-        old_logprobs, ref_logprobs, entropy = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device), 0.0
-        for part in (part for mini_batch in mini_batches for part in mini_batch if len(part)):
+        n_trained = runtime.sum_over_processes(int(mask[rows].sum()))  # tokens
+        names = ("policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "kl", "entropy") if n_trained else ()
+        totals = Counter({name: torch.zeros((), device=device) for name in names})
+        old_logprobs, ref_logprobs = (torch.zeros(mask.shape, device=device) for _ in range(2))
+        for part in sum(mini_batches, []):
             # With gradients on, though none is wanted: off, other kernels may run, which round otherwise.
             logprobs, hidden = logprobs_of(policy, policy_hidden, part)
             old_logprobs[part] = logprobs.detach()
             ref_logprobs[part] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
             asked = mask[part, :hidden.shape[1] - 1]
-            entropy = entropy + head_entropy(hidden, policy.lm_head.weight, asked, cfg.temperature) * asked.sum()
+            totals["entropy"] += head_entropy(hidden, policy.lm_head.weight, asked, cfg.temperature) * asked.sum() / n_trained
         lr = cfg.lr * schedule(step, total_steps, cfg.warmup_steps, floor=0.3)
         set_lr(optimizers, lr)
-        n_trained = runtime.sum_over_processes(int(mask[rows].sum()))
-        totals = Counter()
         for mini_batch in mini_batches * cfg.inner_epochs:
             n_sequences = int(runtime.sum_over_processes(sum(len(part) for part in mini_batch)))  # of the whole optimizer step
             n_tokens = int(runtime.sum_over_processes(sum(int(mask[part].sum()) for part in mini_batch)))
-            for part in (part for part in mini_batch if len(part)):
+            for part in mini_batch:
                 logprobs, _ = logprobs_of(policy, policy_hidden, part)
                 four = logprobs, old_logprobs[part], ref_logprobs[part], advantages[part], mask[part]
                 if cfg.loss == "grpo":
@@ -192,7 +193,7 @@ def main(cfg: Config) -> dict:
                 loss.backward()
                 share = mask[part].sum() / (n_trained * cfg.inner_epochs)  # means over the tokens of the whole step
                 totals.update(policy_loss=loss.detach() / len(mini_batches) / cfg.inner_epochs, **{name: value * share for name, value in stats.items()})
-            if replay:
+            if replay:  # the SFT term
                 batch = next(replay).to(device)
                 n_tokens = runtime.sum_over_processes(int(batch.loss_mask.sum()))
                 with runtime.autocast(device):
@@ -212,13 +213,12 @@ def main(cfg: Config) -> dict:
 
         mean = lambda x: x.float().sum() / n_answers
         totals.update(reward=mean(rewards), no_signal=mean((~signal).repeat_interleave(cfg.group_size)), response_tokens=mean(mask.sum(1)),
-                      truncated=mean(~ended).to(device), entropy=torch.as_tensor(entropy, device=device) / max(1, n_trained),
-                      **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
+                      truncated=mean(~ended).to(device), **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
         logged.append(totals)
         stop_now = interrupt.requested()
         save_now = step % cfg.save_every == 0 or step == total_steps or stop_now
         if step % cfg.log_every == 0 or save_now:
-            names = dict.fromkeys(name for values in logged for name in values)
+            names = dict.fromkeys(name for values in logged for name in values)  # a step without signal has fewer
             progress.log(step, **{name: runtime.finite_mean([v[name] for v in logged if name in v], step, cfg.out) for name in names}, lr=lr)
             logged.clear()
         if step % cfg.eval_every == 0 and step < total_steps:
@@ -232,9 +232,8 @@ def main(cfg: Config) -> dict:
     # 6. Save
     interrupt.close()
     after = evaluate(eval_prompts)
-    records = [prompt.record for prompt in eval_prompts]
     runtime.say(before_after(before, after))
-    runtime.say(show_replies(records, before["replies"], after["replies"]))
+    runtime.say(show_replies([prompt.record for prompt in eval_prompts], before["replies"], after["replies"]))
     return progress.finish(stats_in, before, after, runtime.peak_memory_mb(device))
 
 

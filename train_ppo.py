@@ -109,16 +109,17 @@ def main(cfg: Config) -> dict:
     kinds = [name.rpartition("*")[2] for name in cfg.reward]
     if "model" in kinds:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py")
-    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[cfg.model, cfg.reward_model, *[kind.rpartition(":")[0] for kind in kinds], *cfg.data])
+    inputs = [cfg.model, cfg.reward_model, *[kind.rpartition(":")[0] for kind in kinds], *cfg.data]
+    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs)
     if run and run["finished"]:
         return run["metrics"]
 
     # 2. Data
     tokenizer = Tokenizer.load(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
-    room = cfg.max_seq_len - cfg.max_new_tokens
-    train_prompts, eval_prompts, stats_in = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed, [], "answer" in kinds, runtime.say)
-    trained_kind = select(eval_prompts, [], "answer" in kinds)
+    train_prompts, eval_prompts, stats_in = load_prompts(
+        cfg.data, eval_path, tokenizer, cfg.max_seq_len - cfg.max_new_tokens, cfg.seed, need_answers="answer" in kinds, say=runtime.say)
+    trained_kind = select(eval_prompts, need_answers="answer" in kinds)
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed, runtime.rank(), runtime.world_size())
     total_steps = cfg.max_steps or sum(loader.batches(e) for e in range(cfg.epochs))
     kl_coef = KLCoefficient(cfg.kl_coef, cfg.target_kl)
@@ -182,10 +183,10 @@ def main(cfg: Config) -> dict:
         n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(mask.sum())))
         rows = torch.randperm(len(texts), device=device, generator=runtime.generator(device, cfg.seed, step, 1))
         # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
-        mini_batches = [part[lengths[part].argsort()].tensor_split(cfg.grad_accum) for part in rows.tensor_split(cfg.mini_batches)]
+        mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
         old_logprobs, ref_logprobs, old_values = (torch.zeros(mask.shape, device=device) for _ in range(3))
         entropy = 0.0
-        for part in (part for mini_batch in mini_batches for part in mini_batch if len(part)):
+        for part in sum(mini_batches, []):
             # With gradients on, though none is wanted: off, other kernels may run, which round otherwise.
             logprobs, hidden = logprobs_of(policy, policy_hidden, part)
             old_logprobs[part] = logprobs.detach()
@@ -223,7 +224,7 @@ def main(cfg: Config) -> dict:
         for mini_batch in mini_batches * cfg.inner_epochs:
             n_tokens = int(runtime.sum_over_processes(sum(int(mask[part].sum()) for part in mini_batch)))  # of the whole optimizer step
             sums = Counter()
-            for part in (part for part in mini_batch if len(part)):
+            for part in mini_batch:
                 logprobs, _ = logprobs_of(policy, policy_hidden, part)
                 policy_loss, stats = ppo_policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], cfg.clip_eps, n_tokens)
                 value_loss, value_stats = ppo_value_loss(values_of(part), old_values[part], returns[part], mask[part], cfg.value_clip_eps, n_tokens)
@@ -249,7 +250,8 @@ def main(cfg: Config) -> dict:
         token_mean = lambda x: x[mask].sum() / n_response
         variance = lambda x: x[mask].var(correction=0)
         shown = {name: value / updates for name, value in totals.items()}
-        shown.update(reward=mean(scores), kl=token_mean(kl_k3(old_logprobs, ref_logprobs)), kl_answer=mean(kl), returns=token_mean(returns), values=token_mean(old_values),
+        shown.update(reward=mean(scores), kl=token_mean(kl_k3(old_logprobs, ref_logprobs)), kl_answer=mean(kl),
+                     returns=token_mean(returns), values=token_mean(old_values),
                      explained_variance=(1 - variance(returns - old_values) / variance(returns).clamp(min=1e-8)) / runtime.world_size(),
                      entropy=entropy / n_response, response_tokens=mean(mask.sum(1)), truncated=mean(~ended).to(device),
                      **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
@@ -273,9 +275,8 @@ def main(cfg: Config) -> dict:
     # 6. Save
     interrupt.close()
     after = evaluate()
-    records = [prompt.record for prompt in eval_prompts]
     runtime.say(before_after(before, after))
-    runtime.say(show_replies(records, before["replies"], after["replies"]))
+    runtime.say(show_replies([prompt.record for prompt in eval_prompts], before["replies"], after["replies"]))
     return progress.finish(stats_in, before, after, runtime.peak_memory_mb(device))
 
 

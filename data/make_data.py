@@ -29,10 +29,10 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1500, "count": 1700, "reverse": 1600}
+SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2200, "reverse": 1550}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
-JUDGE_EXAMPLES = 700
-TALK_CHAINS = 200
+JUDGE_EXAMPLES = 500
+TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 200
 PREFERENCES = {"rude": 950, "rambling": 950, "wrong": 1100}

@@ -144,8 +144,9 @@ class Conversations:
                 self.sequences += encode_conversation(record["conversations"], tokenizer, max_seq_len, stats)
         if not self.sequences:
             raise UserError(f"{', '.join(map(str, paths))}: no conversation to replay is left; give another --sft_data, or --sft_coef 0")
-        say(f"{', '.join(map(str, paths))}: {len(self.sequences):,} conversations to replay"
-            + f", {skipped:,} of the tasks that are trained left out" * bool(skipped) + f" (no more than the first {MOST_REPLAYED:,} are kept)" * (len(self.sequences) >= MOST_REPLAYED))
+        notes = f", {skipped:,} of the tasks that are trained left out" * bool(skipped)
+        notes += f" (no more than the first {MOST_REPLAYED:,} are kept)" * (len(self.sequences) >= MOST_REPLAYED)
+        say(f"{', '.join(map(str, paths))}: {len(self.sequences):,} conversations to replay{notes}")
 
     def __len__(self):
         return len(self.sequences)
