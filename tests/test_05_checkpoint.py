@@ -311,7 +311,8 @@ assert step > 2, "no save got through"
 
 @POSIX
 def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path):
-    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "30"], check=True)
+    # One thread: a forked child has none of its parent's OpenMP threads, and would wait for them for ever.
+    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "30"], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 # --------------------------------------------------------------------------------------- model folders
