@@ -30,7 +30,7 @@ from minillm.errors import UserError
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
 from minillm.generate import eval_mode
 from minillm.lora import TARGETS, apply_lora, merge_lora, save_lora
-from minillm.losses import sft_loss
+from minillm.losses import sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.peft import load_adapter
@@ -109,7 +109,7 @@ def main(cfg: Config) -> dict:
         apply_prompt(model, cfg.virtual_tokens, tokenizer.encode(cfg.start_text))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
-    forward = runtime.maybe_compile(model, cfg.compile, device)
+    forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer: its state too is only that of the trained parameters
     peak_lr = cfg.lr or LR[cfg.peft]
@@ -133,8 +133,8 @@ def main(cfg: Config) -> dict:
         for batch in micro_batches:
             batch = batch.to(device)
             with runtime.autocast(device):
-                logits = forward(batch.tokens, doc_ids=batch.doc_ids)
-            loss = sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens)
+                hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
+            loss = sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
             loss.backward()
             losses[-1] += loss.detach()
         runtime.sum_gradients(model.parameters())

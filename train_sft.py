@@ -21,7 +21,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.data import PackedLoader, load_split
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
-from minillm.losses import sft_loss
+from minillm.losses import sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.model import PRESETS, CausalLM, preset_config
 from minillm.optim import make_optimizers, schedule, set_lr
@@ -80,7 +80,7 @@ def main(cfg: Config) -> dict:
     else:
         runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size)).to(device)
-    forward = runtime.maybe_compile(model, cfg.compile, device)
+    forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")
@@ -102,8 +102,8 @@ def main(cfg: Config) -> dict:
         for batch in micro_batches:
             batch = batch.to(device)
             with runtime.autocast(device):
-                logits = forward(batch.tokens, doc_ids=batch.doc_ids)
-            loss = sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens)
+                hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
+            loss = sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
             loss.backward()
             losses[-1] += loss.detach()
         runtime.sum_gradients(model.parameters())

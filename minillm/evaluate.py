@@ -7,25 +7,23 @@ import torch
 from minillm.data import PackedLoader, TokenDataset, check_conversation, check_text, read_records
 from minillm.errors import UserError
 from minillm.generate import eval_mode, generate
-from minillm.losses import sft_loss
+from minillm.losses import sft_loss_from_hidden
 from minillm.rewards import gold_reward, is_correct
 from minillm.runtime import autocast, say
 
-LOGITS_PER_BATCH = 2**27  # 512 MiB in float32; with a vocabulary of 150,000 that is 900 tokens
 TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
 
 
 @torch.no_grad()
 def held_out_loss(model, dataset: TokenDataset, row_length: int, device, batch_size: int = 16) -> dict:
     """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written."""
-    batch_size = max(1, min(batch_size, LOGITS_PER_BATCH // (row_length * model.config.vocab_size)))
     total, count = 0.0, 0
     with eval_mode(model):
         for batch in PackedLoader(dataset, batch_size, row_length, seed=0, shuffle=False).epoch_batches(0):
             batch = batch.to(device)
             with autocast(device):
-                logits = model(batch.tokens, doc_ids=batch.doc_ids)
-            total += sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens=1).item()  # a sum
+                hidden = model.hidden(batch.tokens, doc_ids=batch.doc_ids)
+            total += sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1).item()  # a sum
             count += int(batch.loss_mask.sum())
     metrics = {"val_loss": total / max(1, count)}
     if dataset.stats["bytes"]:

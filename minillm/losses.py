@@ -60,6 +60,12 @@ def _check_sequences(name: str, states: Tensor, tokens: Tensor, temperature: flo
         raise ValueError(f"temperature must be above 0, got {temperature}: greedy decoding has no logprobs")
 
 
+def _check_head(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> None:
+    _check_sequences("hidden", hidden, tokens, temperature)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(f"expected weight (V, {hidden.shape[2]}), got {tuple(weight.shape)}")
+
+
 # ---------------------------------------------------------------- log-probabilities and supervised fine-tuning
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -91,9 +97,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
     Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0.
     """
-    _check_sequences("hidden", hidden, tokens, temperature)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(f"expected weight (V, {hidden.shape[2]}), got {tuple(weight.shape)}")
+    _check_head(hidden, weight, tokens, temperature)
     batch, length, width = hidden.shape
     flat = hidden[:, :-1].reshape(-1, width)
     targets = tokens[:, 1:].reshape(-1).long()
@@ -183,6 +187,22 @@ def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -
     logits = logits.masked_fill(~loss_mask.roll(-1, dims=1)[..., None], 0.0)
     mask = loss_mask[:, 1:]
     return -_masked(token_logprobs(logits, tokens), mask).sum() / _count(n_tokens, mask.sum())
+
+
+def sft_loss_from_hidden(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
+    """sft_loss(hidden @ weight.T, tokens, loss_mask, n_tokens): the same number, with the logits of head_logprobs.
+
+    hidden (B, T, D), weight (V, D): as in head_logprobs; the rest as in sft_loss. What this saves is the logits of
+    tokens that nobody supervises (in a conversation most of them), and memory: a chunk of logits is held at a time.
+    """
+    _check("B, T", tokens=tokens, loss_mask=loss_mask)
+    _check_head(hidden, weight, tokens)
+    mask = loss_mask[:, 1:]
+    n_tokens = _count(n_tokens, mask.sum())
+    if hidden.device.type != "cpu":  # to pick rows out there, the program would have to wait for their number
+        return -_masked(head_logprobs(hidden, weight, tokens), mask).sum() / n_tokens
+    states, targets = hidden[:, :-1][mask], tokens[:, 1:][mask].long()
+    return -_HeadLogprobs.apply(states, weight, targets, 1.0).sum() / n_tokens
 
 
 # ---------------------------------------------------------------- preferences

@@ -201,7 +201,7 @@ def test_facts_are_asked_in_wordings_never_trained_on(files, maker):
 
 
 def test_answers_are_right(files):
-    """The reference reply of every checkable line is correct by the rules of chapter 3, and by independent arithmetic."""
+    """The reference reply of every checkable line is correct by the rules of chapter 10, and by independent arithmetic."""
     for name in ("sft_eval", "judge_eval", "identity", "identity_eval"):
         for line in files[name]:
             if "answer" in line and name != "identity":

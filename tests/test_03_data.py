@@ -1,4 +1,4 @@
-r"""Data: from files to batches. Every token of the files is a target exactly once per epoch, or its loss is counted and said.
+r"""Chapter 3. Data: from files to batches. Every token of the files is a target exactly once per epoch, or its loss is counted and said.
 
 The tokenizer of this chapter has no merges: every byte is one token. So a document of n bytes has n + 2 tokens (one
 <|endoftext|> on either side), and a conversation can be counted by hand:

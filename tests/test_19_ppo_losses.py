@@ -1,4 +1,4 @@
-"""Chapter 9: reinforcement learning with a critic. GAE, whitening, PPO's policy loss and value loss.
+"""Chapter 19: reinforcement learning with a critic. GAE, whitening, PPO's policy loss and value loss.
 
 The critic guesses, before every token, what score the answer will get. A token's advantage is how much better things
 went than the critic had guessed: one step later (lambda 0), at the very end (lambda 1), or in between.

@@ -1,4 +1,4 @@
-"""Chapter 17: train_grpo.py as it runs: what a rollout becomes, what is trained on it, what is left behind.
+"""Chapter 21: train_grpo.py as it runs: what a rollout becomes, what is trained on it, what is left behind.
 
 The learner is random, with 280 tokens, and answers in six of them. What it is paid for is the share of small letters among
 the characters it says, by a reward file of three lines; or nothing at all, or the same to everybody.

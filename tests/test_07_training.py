@@ -1,4 +1,4 @@
-"""The training loop: one denominator per step, a run that can be killed at any moment, and mistakes told in one line.
+"""Chapter 7. The training loop: one denominator per step, a run that can be killed at any moment, and mistakes told in one line.
 
 The stages run in-process (`main(Config(...))`) on a few sentences and with the tokenizer of the data chapter (one byte,
 one token). Where bits are compared, PyTorch uses one thread: another count may add the same numbers in another order.
@@ -321,7 +321,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import train_pretrain, train_sft
 from minillm import checkpoint, data, model, runtime
-from tests import test_05_training as tests
+from tests import test_07_training as tests
 
 torch.set_num_threads(1)
 data.CACHE = data.Path("cache").absolute()
@@ -564,7 +564,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import train_sft
 from minillm import data, model, runtime
-from tests import test_05_training as tests
+from tests import test_07_training as tests
 
 torch.set_num_threads(1)
 data.CACHE = data.Path("cache2").absolute()

@@ -1,4 +1,4 @@
-"""LoRA: the change of a frozen matrix W is the product of two thin ones, scaled by alpha / r.
+"""Chapter 12. LoRA: the change of a frozen matrix W is the product of two thin ones, scaled by alpha / r.
 
 Worked example (W is 3 x 2: rank 1 is enough to see every index, and a transposed matrix would not fit):
 

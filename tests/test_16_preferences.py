@@ -1,4 +1,4 @@
-"""Chapter 14: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
+"""Chapter 16: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
 
 A pair is one prompt and two answers. Its tokens are
 

@@ -1,4 +1,4 @@
-"""Chapter 6: the same folder in two programs. What is written here opens in transformers, and the other way round.
+"""Chapter 8: the same folder in two programs. What is written here opens in transformers, and the other way round.
 
 Names, shapes and formulas are all compared at once by one number: the largest difference of two logits.
 """

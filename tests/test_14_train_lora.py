@@ -1,4 +1,4 @@
-"""Parameter-efficient training as a stage: the base stays as it is to the last bit, and the run can be killed at any step.
+"""Chapter 14. Parameter-efficient training as a stage: the base stays as it is to the last bit, and the run can be killed at any step.
 
 The stage runs in-process (`main(Config(...))`) on a random model and a few sentences; bits are compared with one thread.
 """
@@ -22,7 +22,7 @@ from minillm.optim import make_optimizers
 from minillm.peft import load_adapter
 from minillm.tokenizer import Tokenizer
 from tests.helpers import close
-from tests.test_10_lora import TOKENIZER, TOKENS
+from tests.test_12_lora import TOKENIZER, TOKENS
 
 VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True}, {"peft": "dora"}, {"peft": "adapter"},
             {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 7}, {"peft": "prompt"}]

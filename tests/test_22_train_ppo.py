@@ -1,6 +1,6 @@
-"""Chapter 18: train_ppo.py as it runs: four models, a reward for every token, and when to leave a rollout.
+"""Chapter 22: train_ppo.py as it runs: four models, a reward for every token, and when to leave a rollout.
 
-The learner is that of chapter 17. Worked example for the reward of each token: an answer of three tokens whose
+The learner is that of chapter 21. Worked example for the reward of each token: an answer of three tokens whose
 log-probabilities are 0.5, 0 and -0.25 above the reference's, kl_coef 0.2 and a normalised score of 2:
 
     reward    -0.1, 0, 0.05 + 2      with lambda 1 the returns are the sums of what follows: 1.95, 2.05, 2.05
@@ -19,7 +19,7 @@ from minillm.errors import UserError
 from minillm.heads import RewardModel, ValueModel, load_reward_model, save_reward_model
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import close
-from tests.test_17_train_grpo import (Crash, float32, folder, interrupt_at, logged, same_runs, small_model, spy, tokenizer,  # noqa: F401
+from tests.test_21_train_grpo import (Crash, float32, folder, interrupt_at, logged, same_runs, small_model, spy, tokenizer,  # noqa: F401
                                       training_steps, turn, weights_of, write)
 
 

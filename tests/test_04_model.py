@@ -1,4 +1,4 @@
-"""The model: what one position computes, and why neither padding, packing nor the cache may change it.
+"""Chapter 4. The model: what one position computes, and why neither padding, packing nor the cache may change it.
 
 Attention in the smallest case, two tokens and one head of width d = 4. The second token's query is (2, 0, 0, 0), the keys
 are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0, 0):

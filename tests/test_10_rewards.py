@@ -1,4 +1,4 @@
-"""Chapter 3: reading an answer out of a reply, and scoring it without being fooled.
+"""Chapter 10: reading an answer out of a reply, and scoring it without being fooled.
 
 A reply is free text, the answer a number, a list or a word. The reader has to be generous with spelling ("８２", "82.0",
 "37 + 45 = 82") and strict with hedging ("82 or 83"): whatever it pays for, reinforcement learning finds.

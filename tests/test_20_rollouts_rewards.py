@@ -1,4 +1,4 @@
-"""Chapter 16: what is asked, and what an answer is worth: prompts, and rewards from rules, models, judges and one's own file.
+"""Chapter 20: what is asked, and what an answer is worth: prompts, and rewards from rules, models, judges and one's own file.
 
 A reward function takes (messages, answers, example) and returns one number per answer. Worked example of a weighted sum,
 `--reward answer 0.5*mine.py:short`, for "What is 37 + 45?" (82):

@@ -1,4 +1,4 @@
-"""Chapter 7: learning from pairs. A reward model, DPO and IPO.
+"""Chapter 15: learning from pairs. A reward model, DPO and IPO.
 
 Somebody preferred one answer to another. Bradley and Terry say how likely that was: sigmoid(score of the one - score of
 the other). A reward model learns the scores. DPO notes that a policy already has one: how much more probable than its

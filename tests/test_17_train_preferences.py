@@ -1,4 +1,4 @@
-"""Chapter 15: train_reward.py and train_dpo.py as they run: what they start from, what they log, what they leave behind."""
+"""Chapter 17: train_reward.py and train_dpo.py as they run: what they start from, what they log, what they leave behind."""
 
 import json
 import math

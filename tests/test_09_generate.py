@@ -1,4 +1,4 @@
-"""Chapter 12: from probabilities to text. Drawing a token, and drawing many texts at once with a key/value cache.
+"""Chapter 9: from probabilities to text. Drawing a token, and drawing many texts at once with a key/value cache.
 
 Four tokens with the probabilities 1/2, 1/4, 1/8, 1/8:
 

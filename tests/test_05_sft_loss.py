@@ -1,4 +1,4 @@
-"""Chapter 4: the log-probability of a token, and the loss of supervised fine-tuning.
+"""Chapter 5: the log-probability of a token, and the loss of supervised fine-tuning.
 
 Everything after this chapter (DPO, PPO, GRPO) is built on one number: how probable was this token, given those before
 it? Supervised fine-tuning just makes that number larger for the tokens that a good assistant would have said.
@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import losses
-from minillm.losses import head_logprobs, sft_loss, token_logprobs
+from minillm.losses import head_logprobs, sft_loss, sft_loss_from_hidden, token_logprobs
 from tests.helpers import close
 
 # A vocabulary of three and a text of three tokens. After token 0 the model says (1/2, 1/4, 1/4), after token 2 it says
@@ -297,7 +297,48 @@ def test_head_ignores_tokens_that_the_loss_masks():
     close(broken.grad, hidden.grad)
 
 
-# ---------------------------------------------------------------- for all three
+# ---------------------------------------------------------------- sft_loss_from_hidden
+
+@pytest.mark.parametrize("n_tokens", [None, 40])
+def test_the_loss_from_hidden_states_equals_its_plain_twin(small_chunks, n_tokens):
+    hidden, weight, tokens = head_inputs()
+    mask = torch.arange(7) < torch.tensor([[2], [7], [4]])
+    twin_hidden, twin_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss, twin = sft_loss_from_hidden(hidden, weight, tokens, mask, n_tokens), sft_loss(twin_hidden @ twin_weight.T, tokens, mask, n_tokens)
+    close(loss, twin)
+    loss.backward()
+    twin.backward()
+    close(hidden.grad, twin_hidden.grad)
+    close(weight.grad, twin_weight.grad)
+
+
+def test_the_loss_from_hidden_states_makes_no_logits_that_nobody_asks_for():
+    """Of 2 x 1025 tokens 5 are supervised: 5 x 300 logits, fewer numbers than the hidden states have."""
+    hidden, weight, tokens = head_inputs(2, 1025, 4, 300, torch.float32)
+    mask = torch.zeros(2, 1025, dtype=torch.bool)
+    mask[1, 7:12] = True
+    with LargestTensor() as mode:
+        sft_loss_from_hidden(hidden, weight, tokens, mask).backward()
+    assert mode.largest == hidden.numel() > 5 * 300
+
+
+def test_the_loss_from_hidden_states_ignores_what_is_masked():
+    """NaN outside the mask changes nothing; with no token inside it the loss is 0, and so is its gradient."""
+    hidden, weight, tokens = head_inputs()
+    mask = torch.zeros(3, 7, dtype=torch.bool)
+    mask[0, 1] = True
+    broken = hidden.detach().clone()
+    broken[1:], broken[0, 1:] = float("nan"), float("inf")
+    broken.requires_grad_()
+    close(sft_loss_from_hidden(broken, weight, tokens, mask), sft_loss(hidden @ weight.T, tokens, mask))
+    sft_loss_from_hidden(broken, weight, tokens, mask).backward()
+    assert broken.grad.isfinite().all() and weight.grad.isfinite().all()
+    empty = sft_loss_from_hidden(hidden, weight, tokens, torch.zeros_like(mask))
+    empty.backward()
+    assert empty == 0 and not hidden.grad.any()
+
+
+# ---------------------------------------------------------------- for all of them
 
 def test_inputs_are_left_alone():
     logits, tokens, mask = random_batch()
@@ -306,6 +347,7 @@ def test_inputs_are_left_alone():
     before = [x.detach().clone() for x in inputs]
     (token_logprobs(logits, tokens, 0.5).sum() + sft_loss(logits, tokens, mask)).backward()
     head_logprobs(hidden, weight, ids, 0.5).sum().backward()
+    sft_loss_from_hidden(hidden, weight, ids, ids > 0).backward()
     assert all(torch.equal(x, y) for x, y in zip(inputs, before))
 
 
@@ -316,6 +358,8 @@ def test_inputs_are_left_alone():
     lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=0.0),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long)),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 2, dtype=torch.long)),
+    lambda: sft_loss_from_hidden(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)),
+    lambda: sft_loss_from_hidden(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)),
     lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)),
     lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)),
     lambda: sft_loss(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)),

@@ -1,4 +1,4 @@
-"""Adapters, prefix tuning and prompt tuning: small modules between the layers, and learned tokens before them.
+"""Chapter 13. Adapters, prefix tuning and prompt tuning: small modules between the layers, and learned tokens before them.
 
 An adapter squeezes a hidden vector h through a few numbers and adds what comes out. With one number, h = [1, -2],
 W_down = [1, 0], b_down = 0, W_up = [2, 1], b_up = [1/2, 0]:
@@ -26,7 +26,7 @@ from minillm.model import CausalLM, KVCache, attend, attention_mask_2d, preset_c
 from minillm.peft import load_adapter, remove_adapter
 from minillm.prefix import Prefixed, apply_prefix, apply_prompt, load_prefix, save_prefix
 from tests.helpers import close
-from tests.test_10_lora import TOKENIZER, TOKENS, far, linear, small_model, trained
+from tests.test_12_lora import TOKENIZER, TOKENS, far, linear, small_model, trained
 
 WORDS = [40, 41, 42, 43, 44]
 METHODS = {

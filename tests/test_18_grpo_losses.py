@@ -1,4 +1,4 @@
-"""Chapter 8: reinforcement learning without a critic. Group advantages, the KL estimators, GRPO, Dr. GRPO and DAPO.
+"""Chapter 18: reinforcement learning without a critic. Group advantages, the KL estimators, GRPO, Dr. GRPO and DAPO.
 
 Ask the same question several times. Answers better than the group's mean are made more probable, worse ones less; a
 clip keeps each step small, and a KL term keeps the policy near its reference. The three losses differ in two places

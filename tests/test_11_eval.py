@@ -1,4 +1,4 @@
-"""Chapter 13: asking the model. Held-out loss, bits per byte, accuracy, and a chat that knows where its context ends.
+"""Chapter 11: asking the model. Held-out loss, bits per byte, accuracy, and a chat that knows where its context ends.
 
 A model that gives each of 512 tokens the same probability spends log2 512 = 9 bits and ln 512 = 6.2383 nats on a token. The
 texts "abc" and "defgh" have 3 and 5 bytes, and as many tokens where nothing is merged; each ends with one token more. So

@@ -1,4 +1,4 @@
-"""Chapter 5: what is on the disk. A crash costs the steps since the last checkpoint, never the checkpoint.
+"""Chapter 6: what is on the disk. A crash costs the steps since the last checkpoint, never the checkpoint.
 
 A model is stored as safetensors: the length of a header (8 bytes, little endian), the header (JSON) and the numbers.
 The two numbers 1.0 and -2.0 as a tensor "a" of shape (2,) in float32 are
