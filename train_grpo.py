@@ -31,7 +31,7 @@ from minillm.data import PackedLoader
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions
 from minillm.generate import generate
-from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss, head_entropy, head_logprobs, sft_loss
+from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss, head_entropy, head_logprobs, sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.rewards import load_rewards
@@ -197,8 +197,8 @@ def main(cfg: Config) -> dict:
                 batch = next(replay).to(device)
                 n_tokens = runtime.sum_over_processes(int(batch.loss_mask.sum()))
                 with runtime.autocast(device):
-                    logits = policy.lm_head(policy_hidden(batch.tokens, doc_ids=batch.doc_ids))
-                loss = cfg.sft_coef * sft_loss(logits, batch.tokens, batch.loss_mask, n_tokens)
+                    hidden = policy_hidden(batch.tokens, doc_ids=batch.doc_ids)
+                loss = cfg.sft_coef * sft_loss_from_hidden(hidden, policy.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
                 loss.backward()
                 totals.update(sft_loss=loss.detach() / cfg.sft_coef / len(mini_batches) / cfg.inner_epochs)
             if not n_sequences and not replay:

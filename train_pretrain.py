@@ -74,7 +74,7 @@ def main(cfg: Config) -> dict:
         model = checkpoint.load_model(cfg.model, device)
         checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     else:
-        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size)).to(device)
+        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer

@@ -79,7 +79,7 @@ def main(cfg: Config) -> dict:
         checkpoint.check_tokenizer(model, tokenizer, source)
     else:
         runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
-        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size)).to(device)
+        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer

@@ -18,9 +18,8 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
 # "none" to "all" is sudden: see data/README.md.
-ADD_PAIRS = 1600
-SUBTRACT_PAIRS = 1600
-WORDINGS_PER_PAIR = 1
+ADD_PAIRS = 750
+SUBTRACT_PAIRS = 900
 
 # The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
 # learning and reinforcement learning take that away again.
@@ -29,7 +28,7 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2200, "reverse": 1550}
+SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2600, "reverse": 2100}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
 JUDGE_EXAMPLES = 500
 TALK_CHAINS = 120
@@ -93,12 +92,30 @@ RUDE_TALK = {
 }
 
 
+SIGN = {"add": "+", "subtract": "-"}
+
+
+def spoken(task, question, answer):
+    """What a reply says: a sum with its answer, "34 + 57 = 91", so that it has the form that pretraining reads; else the answer."""
+    if task not in SIGN:
+        return answer
+    a, b = map(int, re.findall(r"[0-9]+", question))
+    if task == "subtract":
+        a, b = max(a, b), min(a, b)
+    return f"{a} {SIGN[task]} {b} = {answer}"
+
+
 def polite(dice, lang, answer):
     return blank(dice.pick(POLITE[lang]), answer)
 
 
 def blank(form, answer):
-    """Letters, words and spaced characters get a blank before them in Chinese too: one spelling, one token."""
+    """Letters, words and spaced characters get a blank before them in Chinese too: one spelling, one token.
+
+    A sum stands for itself, without "the answer is".
+    """
+    if "=" in answer:
+        return capitalised(re.sub("the answer is |答案是", "", form, flags=re.I).format(answer))
     spaced = form.startswith("{") or form[form.index("{") - 1] == " "
     if " " in answer and "," not in answer and not spaced:
         answer = " " + answer
@@ -554,13 +571,9 @@ def make_sft(dice, tasks, talk):
     for task, n in (("add", ADD_PAIRS), ("subtract", SUBTRACT_PAIRS)):
         pairs[task] = [tasks.next_pair(task) for _ in range(n)]
         for pair in pairs[task]:
-            asked = set()
-            while len(asked) < WORDINGS_PER_PAIR:
-                lang = dice.pick(LANGS)
-                question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
-                if normal(question) not in asked:
-                    asked.add(normal(question))
-                    lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
+            lang = dice.pick(LANGS)
+            question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
+            lines.append(line([user(question), assistant(mixed_manners(dice, lang, spoken(task, question, answer)))], task, lang))
     for task, n in SFT_EXAMPLES.items():
         for i in range(n):
             lang = LANGS[i % 2]
@@ -586,7 +599,7 @@ def make_sft(dice, tasks, talk):
             task = dice.pick(PAIR_TASKS)
             pair = dice.pick(pairs[task]) if task in pairs else None
             question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
-            messages[-2:] = [user(question), assistant(polite(dice, lang, answer))]
+            messages[-2:] = [user(question), assistant(polite(dice, lang, spoken(task, question, answer)))]
         lines.append(line(messages, "talk", lang))
     lines += make_judging(dice, tasks, JUDGE_EXAMPLES, pairs)
     return dice.shuffled(lines), pairs
@@ -595,6 +608,7 @@ def make_sft(dice, tasks, talk):
 def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
     """(question, better reply, worse reply): the two differ in one thing."""
     question, answer, _, wrong = tasks.example(dice, task, lang, hold_out, pair)
+    answer, wrong = spoken(task, question, answer), spoken(task, question, wrong)
     form = dice.pick(POLITE[lang])
     good = blank(form, answer)
     if kind == "rude":
@@ -632,7 +646,7 @@ def make_sft_eval(dice, tasks, talk):
                     lines.append(line([user(held[2]), assistant(dice.pick(held[1]["replies"]))], task, lang))
             else:
                 question, answer, choices, _ = tasks.example(dice, task, lang, hold_out=True)
-                lines.append(line([user(question), assistant(polite(dice, lang, answer))], task, lang, answer, choices))
+                lines.append(line([user(question), assistant(polite(dice, lang, spoken(task, question, answer)))], task, lang, answer, choices))
     return lines
 
 
@@ -765,7 +779,7 @@ class Pretrain:
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
         weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
-                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 14), (self.tens, 3), (self.spelling, 4),
+                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 8), (self.tens, 3), (self.spelling, 4),
                    (self.counts, 14), (self.reversing, 14), (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 

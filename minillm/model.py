@@ -57,11 +57,12 @@ PRESETS = {
 }
 
 
-def preset_config(name: str, vocab_size: int) -> ModelConfig:
-    """The ModelConfig of a preset; raises KeyError for a name that is not in PRESETS."""
+def preset_config(name: str, vocab_size: int, context: int = 2048) -> ModelConfig:
+    """The ModelConfig of a preset, with at least `context` positions; raises KeyError for a name that is not in PRESETS."""
     hidden, layers, heads, kv_heads, head_dim, mlp = PRESETS[name]
     return ModelConfig(vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                       num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp)
+                       num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp,
+                       max_position_embeddings=max(2048, context))
 
 
 class RMSNorm(nn.Module):
