@@ -68,6 +68,7 @@ class Config:
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
     warmup_steps: int = flag(10, "optimizer steps of linear warm-up", low=0)
+    recompute: bool = flag(False, "activation checkpointing: less memory, slower")
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
     log_every: int = flag(20, "optimizer steps between log lines", low=1)
     save_every: int = flag(100, "optimizer steps between checkpoints", low=1)
@@ -109,6 +110,7 @@ def main(cfg: Config) -> dict:
         apply_prompt(model, cfg.virtual_tokens, tokenizer.encode(cfg.start_text))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
+    model.model.recompute = cfg.recompute
     forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer: its state too is only that of the trained parameters

@@ -45,6 +45,7 @@ class Config:
     lr: float = flag(2e-3, "peak learning rate", low=0)
     warmup_steps: int = flag(50, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    recompute: bool = flag(False, "activation checkpointing: less memory, slower")
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
     log_every: int = flag(20, "optimizer steps between log lines", low=1)
     eval_every: int = flag(500, "optimizer steps between evaluations", low=1)
@@ -75,6 +76,7 @@ def main(cfg: Config) -> dict:
         checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     else:
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
+    model.model.recompute = cfg.recompute
     forward = runtime.maybe_compile(model.hidden, cfg.compile, device)
 
     # 4. Optimizer

@@ -16,12 +16,10 @@ printed. The columns:
 """
 
 import contextlib
-import gc
 import io
 import json
 import shlex
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_lora
 import train_sft
+from benchmarks.common import peak_memory_mb
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.data import read_records
@@ -77,24 +76,6 @@ def command(script: str, options: dict) -> str:
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
-
-
-def peak_memory_mb(run, device: torch.device) -> float:
-    """MiB that PyTorch held on the device at most while run() ran, by its allocator; of the CPU's by its profiler."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8", errors="replace"))
-    held = [event["args"] for event in trace["traceEvents"] if event["name"] == "[memory]" and event["args"]["Device Type"] == 0]
-    return (max(h["Total Allocated"] for h in held) - (held[0]["Total Allocated"] - held[0]["Bytes"])) / 2**20
 
 
 def disk_bytes(folder) -> int:

@@ -18,8 +18,9 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
 # "none" to "all" is sudden: see data/README.md.
-ADD_PAIRS = 750
-SUBTRACT_PAIRS = 900
+ADD_PAIRS = 400
+SUBTRACT_PAIRS = 450
+WORDINGS_PER_PAIR = 3
 
 # The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
 # learning and reinforcement learning take that away again.
@@ -28,7 +29,7 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2600, "reverse": 2100}
+SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2500, "reverse": 1900}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
 JUDGE_EXAMPLES = 500
 TALK_CHAINS = 120
@@ -571,9 +572,13 @@ def make_sft(dice, tasks, talk):
     for task, n in (("add", ADD_PAIRS), ("subtract", SUBTRACT_PAIRS)):
         pairs[task] = [tasks.next_pair(task) for _ in range(n)]
         for pair in pairs[task]:
-            lang = dice.pick(LANGS)
-            question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
-            lines.append(line([user(question), assistant(mixed_manners(dice, lang, spoken(task, question, answer)))], task, lang))
+            asked = set()
+            while len(asked) < WORDINGS_PER_PAIR:
+                lang = dice.pick(LANGS)
+                question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
+                if normal(question) not in asked:
+                    asked.add(normal(question))
+                    lines.append(line([user(question), assistant(mixed_manners(dice, lang, spoken(task, question, answer)))], task, lang))
     for task, n in SFT_EXAMPLES.items():
         for i in range(n):
             lang = LANGS[i % 2]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -252,6 +253,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
         self.prefix = None  # prefix.py puts learned keys and values here, which every document sees before its own
+        self.recompute = False  # activation checkpointing (arXiv 1604.06174): keep each layer's input only, and run it again backward
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
         B, T = tokens.shape
@@ -278,7 +280,10 @@ class Backbone(nn.Module):
 
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, keys_values)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, keys_values, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, keys_values)
         if cache is not None:
             cache.length += T
         return self.norm(x)

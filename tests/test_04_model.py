@@ -18,6 +18,7 @@ import torch
 from minillm import model as model_file
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
                            document_positions, llama3_frequencies, preset_config, rotate)
+from minillm.prefix import apply_prefix
 from tests.helpers import close
 
 SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -195,6 +196,24 @@ def test_a_new_model_knows_nothing():
     tokens = torch.randint(1024, (4, 64))
     loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].reshape(-1, 1024), tokens[:, 1:].reshape(-1))
     assert abs(loss.item() - 6.931) < 0.1
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_activation_checkpointing_changes_the_memory_and_nothing_else(prefix):
+    """What the backward pass holds on to: per layer its input (and the mask's share of it) instead of every product in it."""
+    model, tokens, docs = small_model(), ids(2, 12), torch.arange(12).expand(2, 12) // 5
+    if prefix:
+        apply_prefix(model, 3, [1, 2])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for model.model.recompute in (False, True):
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+            logits = model(tokens, doc_ids=docs)
+        found.append((logits, torch.autograd.grad(logits.logsumexp(-1).sum(), trained), sum(held)))
+    (plain, gradients, much), (logits, again, little) = found
+    assert torch.equal(plain, logits) and all(torch.equal(a, b) for a, b in zip(gradients, again))
+    assert little < 0.5 * much
 
 
 def test_the_future_is_not_seen():

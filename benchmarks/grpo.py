@@ -1,0 +1,224 @@
+"""What one whole step of GRPO costs, phase by phase, beside TRL's GRPOTrainer, and how the cost grows.
+
+    python benchmarks/grpo.py                                 # a GPU: some minutes; a CPU: small sizes, about two minutes
+    python benchmarks/grpo.py --peers                         # on a CPU, where TRL is slow, it takes part only if asked to
+    python benchmarks/grpo.py --preset base --group_size 16 --new_tokens 512
+    python benchmarks/grpo.py --quick                         # does it run? (seconds; the numbers mean nothing)
+
+A step is train_grpo.py's, with one mini-batch and the paper's KL term: sample group_size answers to each prompt, score them,
+log-probabilities under policy and reference, loss and backward, AdamW. Weights are random, answers never end before their
+last token, and the reward is a count, so that only the machinery is measured. TRL does the same work, with gradient
+checkpointing off and sampling by transformers; the two take turns, step by step. The columns:
+
+    rollout s ... optimizer s    the phases of a step (of TRL only the whole is known)
+    logprobs s                   old policy and reference, before the update
+    update s                     loss and backward
+    step s                       all of them; the median step
+    tokens/s                     sampled tokens, by the time of the whole step
+    time x                       in steps of minillm
+    rollout x floor              the rollout, in times that it takes to read weights and cache once a token (fastest copy of this run)
+    update % matmul              what logprobs and update need to compute, as a share of the fastest matrix products of this run
+    peak MiB                     what PyTorch held at most: policy, reference, gradients, optimizer, rollout, activations
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import QWEN3, Report, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer, size_of
+from minillm import runtime
+from minillm.checkpoint import save_model
+from minillm.config import flag, parse_config
+from minillm.errors import UserError
+from minillm.generate import generate
+from minillm.losses import group_advantages, grpo_loss, head_logprobs
+from minillm.model import PRESETS, CausalLM
+from minillm.optim import make_optimizers
+from minillm.tokenizer import Tokenizer
+
+PARTS = ["step", "answers", "length", "vocabulary", "model"]
+PHASES = ["rollout s", "reward s", "logprobs s", "update s", "optimizer s"]
+COLUMNS = [*PHASES, "step s", "tokens/s", "time x", "rollout x floor", "update % matmul", "peak MiB"]
+SIZES = {
+    "cuda": dict(preset="small", vocab_size=6400, prompts=8, group_size=8, prompt=64, new_tokens=256, repeats=5, answers=(2, 8, 32),
+                 length=(256, 1024, 4096), vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b")),
+    "cpu": dict(preset="tiny", vocab_size=1024, prompts=4, group_size=8, prompt=32, new_tokens=64, repeats=3, answers=(1, 4, 16),
+                length=(32, 128, 512), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
+    "quick": dict(preset="tiny", vocab_size=1024, prompts=1, group_size=2, prompt=8, new_tokens=4, repeats=1, answers=(2,),
+                  length=(8,), vocabulary=(2048,), model=("tiny",)),
+}
+WORDS = "What is the sum of these two numbers, and how did you find it? "
+
+
+@dataclass
+class Config:
+    parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
+    preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
+    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
+    prompts: int = flag(0, "prompts of a step (default: 8, on a CPU 4)", low=0)
+    group_size: int = flag(0, "answers to each (default: 8)", low=0)
+    new_tokens: int = flag(0, "tokens of an answer (default: 256, on a CPU 64)", low=0)
+    repeats: int = flag(0, "steps, of which the median counts (default: 5, on a CPU 3)", low=0)
+    peers: bool = flag(False, "TRL beside ours also on a CPU, where it is installed")
+    compile: bool = flag(True, "torch.compile (on CUDA)")
+    quick: bool = flag(False, "tiny sizes")
+    json: str = flag("", "file to write the numbers to")
+    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    seed: int = flag(0, "seed of weights and tokens", low=0)
+
+
+def reward(answers: list) -> list:
+    """The share of even tokens in each answer."""
+    return [sum(token % 2 == 0 for token in answer) / len(answer) for answer in answers]
+
+
+class Ours:
+    """Policy, reference and optimizer; step() is one step of train_grpo.py and returns the seconds of its phases."""
+
+    def __init__(self, config, prompts: list, cfg, size: dict, device):
+        torch.manual_seed(cfg.seed)
+        self.prompts, self.size, self.device = prompts, size, device
+        self.policy, self.ref_model = CausalLM(config).to(device), CausalLM(config).to(device)
+        self.ref_model.load_state_dict(self.policy.state_dict())
+        self.optimizers = make_optimizers(self.policy, lr=1e-5, weight_decay=0.0)
+        self.hidden_of = {m: runtime.maybe_compile(m.model, cfg.compile, device, dynamic=True) for m in (self.policy, self.ref_model)}
+
+    def logprobs(self, model, tokens):
+        with runtime.autocast(self.device):
+            return head_logprobs(self.hidden_of[model](tokens), model.lm_head.weight, tokens)
+
+    def step(self) -> list:
+        wait, times = getattr(torch, self.device.type).synchronize, []
+
+        def now():  # the end of a phase
+            wait()
+            times.append(time.perf_counter())
+
+        now()
+        with runtime.autocast(self.device):
+            rollout = generate(self.policy, self.prompts, self.size["new_tokens"], end_id=-1, group_size=self.size["group_size"])
+        now()
+        rewards = torch.tensor(reward(rollout.responses()), device=self.device).view(len(self.prompts), -1)
+        advantages, tokens, mask = group_advantages(rewards).flatten(), rollout.tokens, rollout.response_mask[:, 1:]
+        now()
+        old_logprobs = self.logprobs(self.policy, tokens).detach()  # with gradients on, as in the update: off, other kernels may run
+        ref_logprobs = self.logprobs(self.ref_model, tokens).detach()
+        now()
+        loss, _ = grpo_loss(self.logprobs(self.policy, tokens), old_logprobs, ref_logprobs, advantages, mask, clip_eps=0.2, beta=0.04)
+        loss.backward()
+        now()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        now()
+        return [end - begin for begin, end in zip(times, times[1:])]
+
+
+def beside_trl(ours, tokenizer, text: str, size: dict, device) -> tuple:
+    """Steps of TRL and of ours in turns, after one of each -> (seconds of TRL's, phases of ours, TRL's peak MiB, on a CPU None)."""
+    import datasets
+    import transformers
+    import trl
+
+    on_cuda, seconds, phases, peaks = device.type == "cuda", [], [], []
+    before = torch.cuda.memory_allocated(device) if on_cuda else 0
+
+    class TakeTurns(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            getattr(torch, device.type).synchronize()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            getattr(torch, device.type).synchronize()
+            seconds.append(time.perf_counter() - self.began)
+            peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20 if on_cuda else 0)
+            phases.append(ours.step())
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, ours.policy, tokenizer)  # TRL reads the reference from there
+        trainer = trl.GRPOTrainer(
+            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[TakeTurns()],
+            train_dataset=datasets.Dataset.from_dict({"prompt": [text] * size["prompts"] * (size["repeats"] + 1)}),
+            reward_funcs=lambda completion_ids, **kwargs: reward(completion_ids),
+            args=trl.GRPOConfig(
+                output_dir=folder, per_device_train_batch_size=size["prompts"] * size["group_size"], num_generations=size["group_size"],
+                max_completion_length=size["new_tokens"], generation_kwargs={"min_new_tokens": size["new_tokens"]},
+                temperature=1.0, top_p=1.0, top_k=0, beta=0.04, learning_rate=1e-5,
+                max_steps=size["repeats"] + 1, bf16=compute_dtype(device) == torch.bfloat16, use_cpu=device.type == "cpu",
+                gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True))
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return seconds[1:], phases[1:], max(peaks) or None
+
+
+def measure(config, tokenizer, cfg, size: dict, report: Report, device, with_trl: bool = False) -> list:
+    """The rows of a table: a step of ours, and one of TRL's."""
+    text = tokenizer.decode(tokenizer.encode(WORDS * size["prompt"])[:size["prompt"]])
+    prompt = tokenizer.encode(text)
+    B, P, new_tokens, made = size["prompts"] * size["group_size"], len(prompt), size["new_tokens"], []
+
+    def prepare():
+        ours = Ours(config, [prompt] * size["prompts"], cfg, size, device)
+        for _ in range(2):  # compiles; the optimizer's state is there from the second on
+            ours.step()
+        made.append(ours)
+
+    if device.type == "cuda":
+        torch.compiler.reset()  # the programs of earlier tables count towards a limit
+    rows = [{"": "minillm", **dict.fromkeys(COLUMNS), "peak MiB": peak_memory_mb(prepare, device)}]
+    if not made:
+        return rows
+    if with_trl:
+        seconds, phases, peak = beside_trl(made[0], tokenizer, text, size, device)
+        step = statistics.median(seconds)
+        rows.append({"": "TRL", **dict.fromkeys(COLUMNS), "step s": step, "tokens/s": B * new_tokens / step, "peak MiB": peak})
+    else:
+        phases = [made[0].step() for _ in range(size["repeats"])]
+
+    step = statistics.median(map(sum, phases))
+    parts = dict(zip(PHASES, map(statistics.median, zip(*phases))))
+    floor = new_tokens * decode_bytes(made[0].policy, B, P + new_tokens / 2, compute_dtype(device)) / report.ceilings["bytes"]
+    flops = (2 + 3) * forward_flops(config, [P + new_tokens] * B, B * new_tokens)  # two forward, one forward and backward
+    rows[0] |= {**parts, "step s": step, "tokens/s": B * new_tokens / step, "rollout x floor": parts["rollout s"] / floor,
+                "update % matmul": 100 * flops / (parts["logprobs s"] + parts["update s"]) / report.ceilings["flops"]}
+    return [row | {"time x": row["step s"] / step} for row in rows]
+
+
+def main(cfg: Config) -> dict:
+    """Measure and print; returns the numbers."""
+    if unknown := [part for part in cfg.parts if part not in PARTS]:
+        raise UserError(f"--parts {' '.join(unknown)}: must be of {', '.join(PARTS)}")
+    device = runtime.start(cfg.device, cfg.seed)
+    size = size_of(SIZES, cfg, device)
+    tokenizer = Tokenizer.load(ROOT / "data" / "tokenizer.json")
+    if size["vocab_size"] < tokenizer.vocab_size:
+        raise UserError(f"--vocab_size {size['vocab_size']}: must be at least {tokenizer.vocab_size}, the tokenizer's")
+    with_trl = (cfg.peers or device.type == "cuda") and peer("trl") is not None
+    report = Report(device, cfg.quick, cfg.json)
+    fields = {"step": "preset", "answers": "prompts", "length": "new_tokens", "vocabulary": "vocab_size", "model": "preset"}
+    for part in cfg.parts:
+        rows = []
+        for value in [size["preset"]] if part == "step" else size[part]:
+            one = size | {fields[part]: value}
+            config = config_of(one["preset"], one["vocab_size"], 2 * one["prompt"] + one["new_tokens"])
+            label = {"model" if part == "step" else part: str(value * size["group_size"] if part == "answers" else value)}
+            rows += [{**label, **row} for row in measure(config, tokenizer, cfg, one, report, device, with_trl and part == "step")]
+        report.add(f"{part}; else {size['preset']}, vocabulary {size['vocab_size']:,}, {size['prompts']} prompts of {size['prompt']} "
+                   f"tokens, {size['group_size']} answers of {size['new_tokens']} tokens to each", rows)
+    return report.results
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))
