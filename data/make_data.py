@@ -18,9 +18,9 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
 # "none" to "all" is sudden: see data/README.md.
-ADD_PAIRS = 400
-SUBTRACT_PAIRS = 450
-WORDINGS_PER_PAIR = 3
+ADD_PAIRS = 600
+SUBTRACT_PAIRS = 600
+WORDINGS_PER_PAIR = 2
 
 # The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
 # learning and reinforcement learning take that away again.
@@ -29,7 +29,7 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_100_000
 PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2500, "reverse": 1900}
+SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2600, "reverse": 1800}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
 JUDGE_EXAMPLES = 500
 TALK_CHAINS = 120
