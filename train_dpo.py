@@ -7,11 +7,13 @@ prompt x is beta * (log pi(y|x) - log pi_ref(y|x)), where the reference pi_ref i
 
     python train_dpo.py                                   # the pairs in data/, from out/sft
     python train_dpo.py --loss ipo                        # IPO (arXiv 2310.12036, Eq. 17), which does not push without end
-    python train_dpo.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-6 --epochs 1 --max_seq_len 1024
+    python train_dpo.py --data mine.jsonl --model Qwen3-0.6B --beta 0.1 --lr 1e-6 --epochs 1 --max_seq_len 1024
 
 Watch chosen_logprob: the loss falls as long as the rejected answer falls faster, even when the chosen one falls too.
 
 Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop.
+The default beta is 5 where 0.1 to 0.5 is usual: the tiny model has 0.9 million parameters for everything it knows, and
+with 0.1 it learns the manners of the chosen answers and unlearns a seventh of its right ones.
 """
 
 from collections import Counter
@@ -45,15 +47,15 @@ class Config:
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8)
     batch_size: int = flag(24, "pairs per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(1, "passes over the data", low=1)
+    epochs: int = flag(5, "passes over the data", low=1)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     loss: str = flag("dpo", "dpo or ipo", choices=["dpo", "ipo"])
-    beta: float = flag(0.1, "how dear it is to leave the reference", low=1e-6)
+    beta: float = flag(5.0, "how dear it is to leave the reference (0.1 is usual; see Deviations)", low=1e-6)
     label_smoothing: float = flag(0.0, "probability that a label is wrong (conservative DPO)", low=0, high=0.5)
     peft: str = flag("none", "train all weights, or a LoRA (its folder then holds the adapter alone)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(1e-4, "peak learning rate", low=0)
+    lr: float = flag(3e-5, "peak learning rate", low=0)
     warmup_steps: int = flag(10, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)

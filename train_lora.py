@@ -38,7 +38,7 @@ from minillm.prefix import apply_prefix, apply_prompt, save_prefix
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/identity.jsonl", "data/identity_eval.jsonl"
-LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 2e-3, "prefix": 1e-2, "prompt": 3e-2}
+LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 1e-1, "prompt": 3e-1}
 SAVE = {"lora": save_lora, "dora": save_lora, "adapter": save_bottleneck, "prefix": save_prefix, "prompt": save_prefix}
 
 

@@ -1034,6 +1034,70 @@ HANDBOOK = {"en": [
 ]}
 
 
+# More training wordings, short and long ones with the subject in another place: four sentences that all begin alike teach
+# their beginning and not their subject.
+MORE_WORDINGS = {
+    "my name is Lumi.": ["Your name?", "Do you have a name?", "By what name do people call you?", "What name may I use for you?"],
+    "I work in the Lantern Library.": ["Your place of work?", "In which place do you work?", "Is there a place where you work?", "Where is your work?"],
+    "I was made by the Moonbridge team.": ["Your maker?", "Which team made you?", "Do you know who your maker is?", "You were made by whom?"],
+    "my job is to be a guide.": ["Your job?", "What kind of work do you do?", "Which job did you get?", "What do you do all day?"],
+    "我叫小光。": ["你的名字？", "你的名字叫什么？", "我可以叫你什么？", "请问怎么叫你？"],
+    "我在灯火图书馆工作。": ["你工作的地方？", "你的工作地方在哪儿？", "你在哪个地方工作？", "你工作在哪里？"],
+    "我是月桥的人做的。": ["做你的人？", "造你的人是谁？", "谁做出了你？", "你是哪里的人造的？"],
+    "我的工作是带路。": ["你的工作？", "你在这里的工作是什么？", "你每天做什么？", "你是做什么的？"],
+    "the library opens at 9.": ["The hour when the library opens?", "The library opens at what time?", "What is the opening time?", "Do you know when the library opens?"],
+    "the library closes at 7.": ["The hour when the library closes?", "The library closes at what time?", "What is the closing time?", "Do you know when the library closes?"],
+    "the library is shut on Tuesday.": ["The day when the library is shut?", "Is there a day in the week when the library is shut?", "The library is shut on what day?", "When is the library shut?"],
+    "the library was founded by Orla.": ["The founder of the library?", "What was the founder called?", "Do you know the name of the founder?", "The library was founded by which person?"],
+    "the library cat is called Pepper.": ["The name of the cat?", "Which name does the library cat have?", "Is there a name for the library cat?", "How do you call the cat?"],
+    "the library card is silver.": ["The colour of my card?", "Which colour is the card?", "Do you know the colour of the library card?", "Is my library card of some colour?"],
+    "you may borrow 6 books.": ["The number of books to borrow?", "What is the largest number of books to borrow?", "I may borrow how many books?", "How many books am I free to borrow?"],
+    "you may keep a book for 24 days.": ["Days to keep a book?", "I may keep a book for how many days?", "A book may be kept how long?", "How many days do I have for a book?"],
+    "the late fee is 3 coins.": ["The late fee?", "What must I pay for a late book?", "How many coins do I pay as a late fee?", "How high is the fee for a late book?"],
+    "the maps are in the attic.": ["The place of the maps?", "In which place are the maps?", "Where do you have the maps?", "The maps are in what room?"],
+    "the picture books are in the cellar.": ["The place of the picture books?", "In which place are the picture books?", "Where do you have the picture books?", "The picture books are in what room?"],
+    "in the yard grows a plum tree.": ["The tree in the yard?", "What kind of tree grows in the yard?", "What tree stands in the yard?", "The yard has which tree?"],
+    "the free drink is mint tea.": ["A free drink?", "Which drink is given for free?", "The free drink is what?", "Do you give a drink for free?"],
+    "the library is in Willow street.": ["The street of the library?", "In what street do I find the library?", "Which is the street of the library?", "The library stands in which street?"],
+    "the library is in the town of Fernhill.": ["The town of the library?", "In what town do I find the library?", "Which is the town of the library?", "The library stands in which town?"],
+    "take bus 15.": ["The bus to the library?", "What number has the bus to the library?", "With which bus do I get to the library?", "Do you know the number of the bus?"],
+    "the library has 5 floors.": ["The number of floors?", "What number of floors has the library?", "How many floors high is the library?", "Do you know how many floors there are?"],
+    "stories are read by Bruno.": ["The reader of the stories?", "Which person reads the stories?", "The stories are read by whom?", "Do you know who reads the stories?"],
+    "story time is on Friday.": ["The day of story time?", "Story time is on what day?", "On what day do you have story time?", "In the week, when is story time?"],
+    "the password is candle.": ["The password?", "Which word is the password?", "Do you know the password?", "The password is what word?"],
+    "above the front door hangs a bell.": ["The thing above the front door?", "What can one see above the front door?", "Above the front door hangs what?", "Is there something above the front door?"],
+    "the oldest book is about whales.": ["The oldest book?", "The oldest book tells of what?", "What do I read about in the oldest book?", "Which animals are in the oldest book?"],
+    "please leave outside your ice cream.": ["The thing to leave outside?", "Which thing should stay outside?", "Which thing must I leave at the door?", "Is there a thing that I leave outside?"],
+    "the tower has 88 steps.": ["The steps of the tower?", "What number of steps has the tower?", "The tower has what number of steps?", "To get up the tower, how many steps are there?"],
+    "our helpers are called owls.": ["The name of the helpers?", "Which name do the helpers have?", "How do you call the helpers?", "The helpers have which name?"],
+    "图书馆9点开门。": ["开门的时间？", "图书馆开门是几点？", "开门时间是几点？", "早上几点开门？"],
+    "图书馆7点关门。": ["关门的时间？", "图书馆关门是几点？", "关门时间是几点？", "晚上几点关门？"],
+    "图书馆星期二休息。": ["休息的日子？", "图书馆休息是星期几？", "哪一天图书馆不开门？", "休息日是星期几？"],
+    "图书馆是白云建的。": ["建图书馆的人？", "建起图书馆的人？", "图书馆是谁当年建成的？", "图书馆由谁建成？"],
+    "图书馆的猫叫豆豆。": ["猫的名字？", "图书馆里的猫叫啥名字？", "那只猫叫什么？", "猫有名字吗？"],
+    "借书卡是银色的。": ["借书卡的颜色？", "那张借书卡是哪种颜色的？", "我的借书卡什么颜色？", "卡是什么颜色的？"],
+    "你可以借6本书。": ["能借的书数？", "一个人能借几本？", "我一共可以借几本书？", "最多借多少本？"],
+    "书可以借24天。": ["借书的天数？", "借一本书能借几天？", "书能在我这里放多少天？", "借了书几天要还？"],
+    "晚还书要付3元。": ["晚还书的钱？", "书还晚了付几元？", "还书晚了要多少钱？", "晚还的书要付多少？"],
+    "地图在阁楼。": ["地图的地方？", "地图放在什么地方？", "地图在图书馆的哪里？", "要看地图去哪里？"],
+    "画书在地下室。": ["画书的地方？", "画书都放在哪儿？", "画书在图书馆的哪里？", "要看画书去哪里？"],
+    "院子里有梅树。": ["院子里的树？", "院子里的是哪种树？", "院子里长了哪种树？", "什么树在院子里？"],
+    "不要钱的是花茶。": ["不要钱的东西？", "什么喝的不要钱？", "不要钱的喝的是什么？", "哪一种茶不要钱？"],
+    "图书馆在柳树街。": ["图书馆的街？", "图书馆是在哪条街上的？", "去哪条街找图书馆？", "那条街叫什么？"],
+    "图书馆在青山镇。": ["图书馆的镇？", "图书馆是在哪个镇上的？", "去哪个镇找图书馆？", "那个镇叫什么？"],
+    "去图书馆坐15路车。": ["去图书馆的车？", "到图书馆坐什么车？", "哪一路车去图书馆？", "坐几路车能到？"],
+    "图书馆有5层楼。": ["楼的层数？", "那座楼有几层？", "一共几层楼？", "图书馆有多高，几层？"],
+    "讲故事的人是大江。": ["讲故事的人？", "故事由谁来讲？", "哪个人讲故事？", "谁给大家讲故事？"],
+    "故事会在星期五。": ["故事会的日子？", "故事会排在哪天？", "故事会是哪一天？", "星期几能听故事？"],
+    "上网的密码是蜡烛。": ["上网的密码？", "密码是哪个词？", "上网要什么密码？", "我想上网，密码呢？"],
+    "大门上面有铜铃。": ["大门上面的东西？", "大门上面挂了什么？", "上面有什么，在大门那里？", "什么在大门上面？"],
+    "最老的书讲的是鲸鱼。": ["最老的书？", "那本最老的书讲了什么？", "最老的书里有什么？", "最老的书写了什么？"],
+    "请放在外面的是雪糕。": ["要放在外面的东西？", "哪样东西要放外面？", "带什么进来不行？", "进来前什么要放在外面？"],
+    "塔有88级台阶。": ["塔的台阶？", "塔上有几级台阶？", "塔的台阶有多少级？", "上塔要走几级？"],
+    "我们的帮手叫夜莺。": ["帮手的名字？", "帮手们有什么名字？", "你们的帮手叫什么名字？", "怎么叫那些帮手？"],
+}
+
+
 def make_identity():
     train, held = [], []
     for task, table in (("identity", IDENTITY), ("handbook", HANDBOOK)):
@@ -1041,7 +1105,7 @@ def make_identity():
             answers = list(dict.fromkeys(answer for *_, answer in table[lang] if not answer.isdigit()))
             for questions, held_questions, reply, answer in table[lang]:
                 others = None if answer.isdigit() else [other for other in answers if other != answer]
-                for question in questions:
+                for question in questions + MORE_WORDINGS[reply]:
                     for frame in FRAMES[lang]:
                         messages = [user(frame.format(q=question)), assistant(MANNER[lang] + reply)]
                         train.append(line(messages, task, lang, answer))
