@@ -25,7 +25,7 @@ from minillm import checkpoint, data, metrics, model, runtime
 from minillm.config import check_ranges, flag, parse_config
 from minillm.data import PackedLoader, load_dataset
 from minillm.errors import UserError
-from minillm.losses import sft_loss
+from minillm.losses import sft_loss, sft_loss_from_hidden
 from minillm.model import CausalLM, preset_config
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.tokenizer import Tokenizer, train_tokenizer
@@ -168,10 +168,10 @@ def test_the_logged_loss_is_the_mean_of_its_steps(monkeypatch):
     micro-batch's, and nothing counted twice."""
     losses = iter([1.0, 2.0, 10.0, 20.0, 100.0, 200.0, 1.0, 1.0, 2.0, 2.0])  # each already divided by the step's tokens
 
-    def loss(logits, *rest):
-        return logits.sum() * 0 + next(losses)
+    def loss(hidden, *rest):
+        return hidden.sum() * 0 + next(losses)
 
-    monkeypatch.setattr(train_sft, "sft_loss", loss)
+    monkeypatch.setattr(train_sft, "sft_loss_from_hidden", loss)
     train_sft.main(sft(batch_size=2, grad_accum=2, max_steps=5, log_every=3))
     assert [entry["loss"] for entry in log()] == [111.0, 2.0, 4.0]  # (3 + 30 + 300) / 3; step 4, saved; step 5, the last
 
@@ -433,9 +433,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch):
     def loss(*arguments):
         calls.append(1)
         kept.append(good_checkpoint()) if len(calls) == 5 else None
-        return sft_loss(*arguments) * (math.nan if len(calls) == 6 else 1)
+        return sft_loss_from_hidden(*arguments) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(train_sft, "sft_loss", loss)
+    monkeypatch.setattr(train_sft, "sft_loss_from_hidden", loss)
     message = one_line(train_sft.main, sft(log_every=100))
     assert message.startswith("the loss became nan at step 6; stopped, out keeps its last checkpoint")
     assert good_checkpoint() == kept[0] and kept[0][0] == 4

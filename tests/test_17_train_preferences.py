@@ -101,7 +101,7 @@ def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
 
 @pytest.mark.parametrize("flags", [[], ["--loss", "ipo", "--beta", 0.2], ["--peft", "lora", "--rank", 16, "--lr", 1e-2]], ids=["dpo", "ipo", "lora"])
 def test_dpo_learns_32_pairs_by_heart(run, flags):
-    result = run(train_dpo, "dpo", "--max_steps", 30, "--batch_size", 16, "--lr", 3e-3, *flags)
+    result = run(train_dpo, "dpo", "--max_steps", 30, "--batch_size", 16, "--beta", 0.1, "--lr", 3e-3, *flags)
     assert result["preference_accuracy"] > 0.95
     assert result["chosen_rewards"] > result["rejected_rewards"]
 
@@ -110,7 +110,7 @@ def test_dpo_learns_32_pairs_by_heart(run, flags):
 
 def test_dpo_starts_at_ln_2(tmp_path, run):
     """Before its first update the policy is the reference: no reward, no margin, loss ln 2, and every pair is a tie."""
-    run(train_dpo, "dpo", "--max_steps", 3, "--batch_size", 32, "--lr", 1e-3)
+    run(train_dpo, "dpo", "--max_steps", 3, "--batch_size", 32, "--beta", 0.1, "--lr", 1e-3)
     first, second, _ = logged(tmp_path / "dpo")
     close(first["loss"], LN2)
     close([first["margin"], first["chosen_rewards"], first["rejected_rewards"]], [0.0, 0.0, 0.0])
@@ -159,7 +159,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, run, script):
 
 def test_dpo_with_a_lora_writes_an_adapter_that_is_all_it_changed(tmp_path, run, model_folder, tokenizer):
     """Base and adapter, loaded anew, give the margin that the run reported: neither the base nor anything else moved."""
-    result = run(train_dpo, "lora", "--max_steps", 5, "--batch_size", 16, "--peft", "lora", "--rank", 4, "--lr", 1e-2)
+    result = run(train_dpo, "lora", "--max_steps", 5, "--batch_size", 16, "--peft", "lora", "--rank", 4, "--beta", 0.1, "--lr", 1e-2)
     close(logged(tmp_path / "lora")[0]["loss"], LN2)  # B is zero at the start, and the reference is the base without it
     assert not (tmp_path / "lora" / "model.safetensors").exists()
     pairs, _ = load_pairs([str(tmp_path / "pairs.jsonl")], "", tokenizer, 256, 0, lambda line: None)
