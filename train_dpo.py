@@ -13,7 +13,7 @@ Watch chosen_logprob: the loss falls as long as the rejected answer falls faster
 
 Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop.
 The default beta is 5 where 0.1 to 0.5 is usual: the tiny model has 0.9 million parameters for everything it knows, and
-with 0.1 it learns the manners of the chosen answers and unlearns a seventh of its right ones.
+with 0.1 it learns the manners of the chosen answers and unlearns a sixth of its right ones.
 """
 
 from collections import Counter
