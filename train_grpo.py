@@ -118,11 +118,12 @@ def main(cfg: Config) -> dict:
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
 
     def logprobs_of(model, hidden_of, rows):
-        """(b, T-1) log p of every token of these rows, 0 behind the longest of them; and the hidden states."""
-        tokens = rollout.tokens[rows, :lengths[rows].max()]  # padding is on the right: a causal model needs no mask
+        """(b, T-1) log p of the answers' tokens in these rows, 0 elsewhere; and the hidden states."""
+        longest = int(lengths[rows].max())
+        tokens = rollout.tokens[rows, :longest]  # padding is on the right: a causal model needs no mask
         with runtime.autocast(device):  # policy and reference in one precision
             hidden = hidden_of(tokens)
-            logprobs = head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature)
+            logprobs = head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[rows, :longest - 1])
         return F.pad(logprobs, (0, mask.shape[1] - logprobs.shape[1])), hidden
 
     def evaluate(prompts) -> dict:
@@ -141,9 +142,10 @@ def main(cfg: Config) -> dict:
         with runtime.autocast(device):
             rollout = generate(policy, [p.tokens for p in examples], cfg.max_new_tokens, tokenizer.end_id, cfg.temperature, group_size=cfg.group_size,
                                pad_id=tokenizer.pad_id, generator=runtime.generator(device, cfg.seed, step))
-        mask, lengths = rollout.response_mask[:, 1:], rollout.lengths  # (B, T-1) beside the logprobs; (B,)
+        mask = rollout.response_mask[:, 1:]  # (B, T-1) beside the logprobs
+        lengths, counts = rollout.lengths.cpu(), mask.sum(1).cpu()  # (B,): tokens of prompt and answer, of the answer
         texts, ended = read_answers(rollout, tokenizer)
-        n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(mask.sum())))
+        n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(counts.sum())))
 
         # 5b Reward: one number for each answer
         try:
@@ -159,39 +161,43 @@ def main(cfg: Config) -> dict:
         advantages = rewards - rewards.mean(dim=1, keepdim=True) if cfg.loss == "dr_grpo" else group_advantages(rewards)
         signal = (rewards != rewards[:, :1]).any(dim=1)  # equal rewards: all advantages are 0
         advantages = advantages.flatten()  # (B,)
-        rows = torch.randperm(len(texts), device=device, generator=runtime.generator(device, cfg.seed, step, 1))
-        rows = rows if cfg.beta else rows[signal.repeat_interleave(cfg.group_size)[rows]]
+        rows = torch.randperm(len(texts), generator=runtime.generator("cpu", cfg.seed, step, 1))
+        rows = rows if cfg.beta else rows[signal.cpu().repeat_interleave(cfg.group_size)[rows]]
         # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
         mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
 
         # 5d Update
-        n_trained = runtime.sum_over_processes(int(mask[rows].sum()))  # tokens
-        names = ("policy_loss", "approx_kl", "clip_fraction", "ratio_mean", "kl", "entropy") if n_trained else ()
-        totals = Counter({name: torch.zeros((), device=device) for name in names})
+        n_trained = runtime.sum_over_processes(int(counts[rows].sum()))  # tokens
+        watched = cfg.beta > 0 or (step + 1) % cfg.log_every == 0  # without beta, the reference is only there to be looked at
+        several = cfg.mini_batches * cfg.inner_epochs > 1  # with one update, the policy that is trained is the one that answered
         old_logprobs, ref_logprobs = (torch.zeros(mask.shape, device=device) for _ in range(2))
         for part in sum(mini_batches, []):
             # With gradients on, though none is wanted: off, other kernels may run, which round otherwise.
-            logprobs, hidden = logprobs_of(policy, policy_hidden, part)
-            old_logprobs[part] = logprobs.detach()
-            ref_logprobs[part] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
-            asked = mask[part, :hidden.shape[1] - 1]
-            totals["entropy"] += head_entropy(hidden, policy.lm_head.weight, asked, cfg.temperature) * asked.sum() / n_trained
+            if several:
+                old_logprobs[part] = logprobs_of(policy, policy_hidden, part)[0].detach()
+            if watched:
+                ref_logprobs[part] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
+        names = (("policy_loss", "approx_kl", "clip_fraction", "ratio_mean") + ("kl", "entropy") * watched) if n_trained else ()
+        totals = Counter({name: torch.zeros((), device=device) for name in names})
         lr = cfg.lr * schedule(step, total_steps, cfg.warmup_steps, floor=0.3)
         set_lr(optimizers, lr)
         for mini_batch in mini_batches * cfg.inner_epochs:
             n_sequences = int(runtime.sum_over_processes(sum(len(part) for part in mini_batch)))  # of the whole optimizer step
-            n_tokens = int(runtime.sum_over_processes(sum(int(mask[part].sum()) for part in mini_batch)))
+            n_tokens = int(runtime.sum_over_processes(sum(int(counts[part].sum()) for part in mini_batch)))
             for part in mini_batch:
-                logprobs, _ = logprobs_of(policy, policy_hidden, part)
-                four = logprobs, old_logprobs[part], ref_logprobs[part], advantages[part], mask[part]
+                logprobs, hidden = logprobs_of(policy, policy_hidden, part)
+                old = old_logprobs[part] if several else logprobs.detach()
+                given = logprobs, old, ref_logprobs[part] if watched else None, advantages[part], mask[part]
                 if cfg.loss == "grpo":
-                    loss, stats = grpo_loss(*four, cfg.clip_eps, cfg.beta, n_sequences)
+                    loss, stats = grpo_loss(*given, cfg.clip_eps, cfg.beta, n_sequences)
                 elif cfg.loss == "dr_grpo":
-                    loss, stats = dr_grpo_loss(*four, cfg.max_new_tokens, cfg.clip_eps, cfg.beta, n_sequences)
+                    loss, stats = dr_grpo_loss(*given, cfg.max_new_tokens, cfg.clip_eps, cfg.beta, n_sequences)
                 else:
-                    loss, stats = dapo_loss(*four, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
+                    loss, stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
-                share = mask[part].sum() / (n_trained * cfg.inner_epochs)  # means over the tokens of the whole step
+                if watched:
+                    stats["entropy"] = head_entropy(hidden.detach(), policy.lm_head.weight, mask[part, :hidden.shape[1] - 1], cfg.temperature)
+                share = int(counts[part].sum()) / (n_trained * cfg.inner_epochs)  # means over the tokens of the whole step
                 totals.update(policy_loss=loss.detach() / len(mini_batches) / cfg.inner_epochs, **{name: value * share for name, value in stats.items()})
             if replay:  # the SFT term
                 batch = next(replay).to(device)
@@ -211,9 +217,9 @@ def main(cfg: Config) -> dict:
         step += 1
         progress.step(n_response)
 
-        mean = lambda x: x.float().sum() / n_answers
-        totals.update(reward=mean(rewards), no_signal=mean((~signal).repeat_interleave(cfg.group_size)), response_tokens=mean(mask.sum(1)),
-                      truncated=mean(~ended).to(device), **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
+        mean = lambda x: x.float().sum().to(device) / n_answers
+        totals.update(reward=mean(rewards), no_signal=mean((~signal).repeat_interleave(cfg.group_size)), response_tokens=mean(counts),
+                      truncated=mean(~ended), **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
         logged.append(totals)
         stop_now = interrupt.requested()
         save_now = step % cfg.save_every == 0 or step == total_steps or stop_now

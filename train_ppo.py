@@ -150,16 +150,17 @@ def main(cfg: Config) -> dict:
         return F.pad(x, (0, mask.shape[1] - x.shape[1]))
 
     def logprobs_of(model, hidden_of, rows):
-        """(b, T-1) log p of every token of these rows; and the hidden states."""
-        tokens = rollout.tokens[rows, :lengths[rows].max()]  # padding is on the right: a causal model needs no mask
+        """(b, T-1) log p of the answers' tokens in these rows, 0 elsewhere; and the hidden states."""
+        longest = int(lengths[rows].max())
+        tokens = rollout.tokens[rows, :longest]  # padding is on the right: a causal model needs no mask
         with runtime.autocast(device):  # all models in one precision
             hidden = hidden_of(tokens)
-            return beside(head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature)), hidden
+            return beside(head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[rows, :longest - 1])), hidden
 
     def values_of(rows):
         """(b, T-1): what the critic expects before each token is said, beside its logprob."""
         with runtime.autocast(device):
-            return beside(value_model.scores(values_hidden(rollout.tokens[rows, :lengths[rows].max()]))[:, :-1])
+            return beside(value_model.scores(values_hidden(rollout.tokens[rows, :int(lengths[rows].max())]))[:, :-1])
 
     def evaluate(greedy: bool = True) -> dict:
         metrics = answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device) if greedy else {}
@@ -178,10 +179,11 @@ def main(cfg: Config) -> dict:
         with runtime.autocast(device):
             rollout = generate(policy, [p.tokens for p in examples], cfg.max_new_tokens, tokenizer.end_id, cfg.temperature,
                                pad_id=tokenizer.pad_id, generator=runtime.generator(device, cfg.seed, step))
-        mask, lengths = rollout.response_mask[:, 1:], rollout.lengths  # (B, T-1) beside the logprobs; (B,)
+        mask = rollout.response_mask[:, 1:]  # (B, T-1) beside the logprobs
+        lengths, counts = rollout.lengths.cpu(), mask.sum(1).cpu()  # (B,): tokens of prompt and answer, of the answer
         texts, ended = read_answers(rollout, tokenizer)
-        n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(mask.sum())))
-        rows = torch.randperm(len(texts), device=device, generator=runtime.generator(device, cfg.seed, step, 1))
+        n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(counts.sum())))
+        rows = torch.randperm(len(texts), generator=runtime.generator("cpu", cfg.seed, step, 1))
         # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
         mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
         old_logprobs, ref_logprobs, old_values = (torch.zeros(mask.shape, device=device) for _ in range(3))
@@ -210,7 +212,7 @@ def main(cfg: Config) -> dict:
         normalised = normalised - cfg.missing_end_penalty * ~ended.to(device)
         kl = torch.where(mask, kl_k1(old_logprobs, ref_logprobs), 0.0)  # (B, T-1)
         rewards = -kl_coef.value * kl
-        rewards[torch.arange(len(rewards), device=device), lengths - 2] += normalised  # token t stands in column t - 1
+        rewards[torch.arange(len(rewards)), lengths - 2] += normalised  # token t stands in column t - 1
 
         # 5c Advantage
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.gae_lambda)
@@ -222,7 +224,7 @@ def main(cfg: Config) -> dict:
         set_lr(value_optimizers, cfg.value_lr * factor)
         updates, totals = 0, Counter()
         for mini_batch in mini_batches * cfg.inner_epochs:
-            n_tokens = int(runtime.sum_over_processes(sum(int(mask[part].sum()) for part in mini_batch)))  # of the whole optimizer step
+            n_tokens = int(runtime.sum_over_processes(sum(int(counts[part].sum()) for part in mini_batch)))  # of the whole optimizer step
             sums = Counter()
             for part in mini_batch:
                 logprobs, _ = logprobs_of(policy, policy_hidden, part)
@@ -230,7 +232,7 @@ def main(cfg: Config) -> dict:
                 value_loss, value_stats = ppo_value_loss(values_of(part), old_values[part], returns[part], mask[part], cfg.value_clip_eps, n_tokens)
                 (policy_loss + value_loss).backward()
                 stats["value_clip_fraction"] = value_stats["clip_fraction"]
-                share = mask[part].sum() / n_tokens
+                share = int(counts[part].sum()) / n_tokens
                 sums.update(policy_loss=policy_loss.detach(), value_loss=value_loss.detach(), **{name: value * share for name, value in stats.items()})
             updates += 1
             totals.update(sums)
@@ -246,14 +248,14 @@ def main(cfg: Config) -> dict:
         step += 1
         progress.step(n_response)
 
-        mean = lambda x: x.float().sum() / n_answers
+        mean = lambda x: x.float().sum().to(device) / n_answers
         token_mean = lambda x: x[mask].sum() / n_response
         variance = lambda x: x[mask].var(correction=0)
         shown = {name: value / updates for name, value in totals.items()}
         shown.update(reward=mean(scores), kl=token_mean(kl_k3(old_logprobs, ref_logprobs)), kl_answer=mean(kl),
                      returns=token_mean(returns), values=token_mean(old_values),
                      explained_variance=(1 - variance(returns - old_values) / variance(returns).clamp(min=1e-8)) / runtime.world_size(),
-                     entropy=entropy / n_response, response_tokens=mean(mask.sum(1)), truncated=mean(~ended).to(device),
+                     entropy=entropy / n_response, response_tokens=mean(counts), truncated=mean(~ended),
                      **{f"reward_{name}": mean(part) for name, part in components.items() if len(components) > 1})
         logged.append(shown)
         used = kl_coef.value

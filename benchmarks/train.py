@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import QWEN3, Report, config_of, forward_flops, peak_memory_mb, peer, side_by_side, size_of, transformers_twin
 from minillm import runtime
 from minillm.config import flag, parse_config
-from minillm.data import Batch, PackedLoader, pack
+from minillm.data import Batch, PackedLoader, ahead, pack
 from minillm.errors import UserError
 from minillm.lora import apply_lora
 from minillm.losses import sft_loss, sft_loss_from_hidden
@@ -152,7 +152,8 @@ def trainer(way: Way, model, compiled: bool):
     """(the function that trains on one batch, its optimizers)"""
     optimizers = make_optimizers(model, lr=1e-4, muon=way.muon)
     device = next(model.parameters()).device
-    forward = runtime.maybe_compile(model.hidden if way.loss is ours else model, compiled and way.compile, device)
+    compiled = compiled and way.compile
+    forward = runtime.packed_forward(model, compiled, device) if way.loss is ours else runtime.maybe_compile(model, compiled, device)
 
     def step(batch, n_tokens):
         loss = way.loss(model, forward, batch, n_tokens)
@@ -173,7 +174,7 @@ def measure(names, config, cfg, size: dict, report: Report, device, transformers
     loader, epochs = PackedLoader(data, size["batch_size"], size["max_seq_len"], cfg.seed), itertools.count()
     counted = lambda batches: ((batch.to(device), int(batch.loss_mask.sum())) for batch in batches)
     ready, one_a_row = list(counted(loader.epoch_batches(0))), list(counted(map(padded, loader.epoch_batches(0))))
-    feeds = {"loader": lambda: counted(loader.epoch_batches(next(epochs))), "ready": lambda: ready, "padded": lambda: one_a_row}
+    feeds = {"loader": lambda: counted(ahead(loader.epoch_batches(next(epochs)))), "ready": lambda: ready, "padded": lambda: one_a_row}
     lengths = data.lengths(range(len(data))).tolist()
     flops = 3 * forward_flops(config, lengths, sum(n for _, n in ready))
     runs, work, found = {}, {}, {name: dict.fromkeys(COLUMNS) for name in names}

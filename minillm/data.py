@@ -6,6 +6,7 @@ Everything streams: a file far larger than memory is tokenised once, on all core
 tokenizer and the settings), and read from there through a memory map.
 """
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import sys
@@ -384,6 +386,11 @@ def _build(kind, paths, tokenizer, max_seq_len, folder, say):
 
 # Batches: rows packed with whole sequences.
 
+def to_device(tensor, device):
+    """The tensor there. On CUDA from pinned memory: the program does not wait until the device has come to the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 @dataclass
 class Batch:
     """Packed rows. tokens (B, T) int64; loss_mask (B, T) bool; doc_ids (B, T) int64, equal within a document, -1 on padding."""
@@ -399,7 +406,7 @@ class Batch:
 
     def to(self, device):
         """The same batch on a device."""
-        return Batch(*(t.to(device) for t in (self.tokens, self.loss_mask, self.doc_ids)))
+        return Batch(*(to_device(t, device) for t in (self.tokens, self.loss_mask, self.doc_ids)))
 
 
 def pack(lengths, row_length: int) -> list:
@@ -426,6 +433,38 @@ def pack(lengths, row_length: int) -> list:
         with_room[room - length].append(row)
         rooms |= 1 << (room - length)
     return rows
+
+
+def ahead(items, depth: int = 2):
+    """Yield the items of an iterator; the next `depth` are made on another thread meanwhile."""
+    ready, closed = queue.Queue(depth), threading.Event()
+
+    def put(kind, value):
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put((kind, value), timeout=0.1)
+
+    def work():
+        try:
+            for item in items:
+                put("item", item)
+                if closed.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # it belongs to who waits for the items
+            put("error", error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        closed.set()
 
 
 class PackedLoader:
@@ -482,11 +521,14 @@ class PackedLoader:
                 yield self.collate(mine or [[]])  # at the end of an epoch a process may be left with padding alone
 
     def __iter__(self):
-        while True:
-            for batch in self.epoch_batches(self.epoch, self.taken):
-                self.taken += 1
-                yield batch
-            self.epoch, self.taken = self.epoch + 1, 0
+        def endless(epoch, taken):
+            while True:
+                for taken, batch in enumerate(self.epoch_batches(epoch, taken), taken + 1):
+                    yield epoch, taken, batch
+                epoch, taken = epoch + 1, 0
+
+        for self.epoch, self.taken, batch in ahead(endless(self.epoch, self.taken)):
+            yield batch
 
     def collate(self, rows: list) -> Batch:
         """Rows of sequence numbers -> a Batch."""
@@ -606,7 +648,7 @@ class PairBatch:
 
     def to(self, device):
         """The same batch on a device."""
-        return PairBatch(*(t.to(device) for t in (self.tokens, self.answer_mask, self.lengths, self.margins, self.pairs)))
+        return PairBatch(*(to_device(t, device) for t in (self.tokens, self.answer_mask, self.lengths, self.margins, self.pairs)))
 
 
 class PairLoader(PackedLoader):

@@ -1,7 +1,8 @@
 """Sampling from a model with a key/value cache.
 
 Prompts are padded on the left, so that all rows write the same cache position; each prompt is run once for its whole
-group of samples; rows that have ended leave the batch.
+group of samples; rows that have ended leave the batch. On CUDA a decoding step is a graph that is captured once and then
+replayed, and the program looks only now and then whether the rows have ended: to look is to wait for the device.
 """
 
 import contextlib
@@ -11,6 +12,9 @@ import torch
 
 from minillm.errors import UserError
 from minillm.model import KVCache
+
+BUCKET = 128  # positions by which a captured step's attention grows
+LOOK = 16  # tokens between two looks at which rows have ended, where a look has to wait for the device
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Rollout:
 
     def responses(self) -> list:
         """The response of each row as a list of token ids, the end token included."""
-        return [row[mask].tolist() for row, mask in zip(self.tokens, self.response_mask)]
+        return [row[mask].tolist() for row, mask in zip(self.tokens.cpu(), self.response_mask.cpu())]
 
 
 def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, generator=None):
@@ -61,7 +65,10 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
         dropped[:, 0] = False
         ordered = torch.log_softmax(ordered.masked_fill(dropped, -torch.inf), dim=-1)
         logprobs = torch.empty_like(ordered).scatter_(1, order, ordered)
-    tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    # A race: the token whose exponential clock, with its probability as rate, rings first. It is torch.multinomial without
+    # its checks, which wait for the device.
+    clocks = torch.empty_like(logprobs).exponential_(generator=generator).clamp_(min=torch.finfo(logprobs.dtype).tiny)
+    tokens = (logprobs.exp() / clocks).argmax(dim=-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -89,12 +96,69 @@ def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVC
     return KVCache(model.config, rows, prompt_length + max_new_tokens, weight.device, dtype)
 
 
+class StaticCache(KVCache):
+    """A KVCache for a step that is the same program for every token: `length` is a tensor on the device, and attention
+    runs over the first `size` positions, of which those to come are not valid yet."""
+
+    def __init__(self, cache: KVCache, size: int):
+        self.__dict__.update(cache.__dict__)
+        self.size, self.length = size, torch.full((1,), cache.length, device=cache.keys.device)
+
+    def extend(self, tokens, attention_mask=None):
+        self.valid.index_fill_(1, self.length, True)
+        return self.valid[:, :self.size]
+
+    def append(self, layer: int, keys, values):
+        self.keys[layer].index_copy_(2, self.length, keys.to(self.keys.dtype))
+        self.values[layer].index_copy_(2, self.length, values.to(self.values.dtype))
+        return self.keys[layer, :, :, :self.size], self.values[layer, :, :, :self.size]
+
+
+class StaticStep:
+    """The twin of `model(tokens[:, None], cache=cache)[:, -1]` that a CUDA graph can hold; elsewhere it runs as it stands.
+
+    The first step of a bucket runs as it stands, the second is captured, and from then on it is replayed.
+    """
+
+    def __init__(self, model, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.static = self.graph = self.logits = None
+        self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.keys.device)
+
+    def forward(self):
+        return self.model(self.tokens, cache=self.static)[:, -1]
+
+    def capture(self):
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.graph.capture_begin()
+            self.logits = self.forward()  # recorded, not computed
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self, tokens):
+        """tokens (B,) -> logits (B, V); the next call may overwrite them."""
+        self.tokens.copy_(tokens[:, None])
+        new_bucket = self.static is None or self.cache.length == self.static.size
+        if new_bucket:
+            size = min((self.cache.length // BUCKET + 1) * BUCKET, self.cache.valid.shape[1])
+            self.static, self.graph = StaticCache(self.cache, size), None
+        self.cache.length += 1
+        if new_bucket or not tokens.is_cuda:
+            return self.forward()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.logits
+
+
 @torch.no_grad()
 def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
-             top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None) -> Rollout:
+             top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None, static: bool | None = None) -> Rollout:
     """Sample group_size responses to each prompt (a list of token ids); rows of a group stand together.
 
-    A response ends with end_id or after max_new_tokens. Raises ValueError for no prompt, an empty prompt or
+    A response ends with end_id or after max_new_tokens. static: decode with StaticStep (default: on CUDA). Raises ValueError for no prompt, an empty prompt or
     max_new_tokens < 1, UserError where the longest prompt and max_new_tokens exceed the model's context.
     """
     if not prompts or not all(prompts):
@@ -119,19 +183,25 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         lengths = torch.zeros(N, dtype=torch.long, device=device)
         rows = torch.arange(N, device=device)  # which sample each row of the cache is
         running = torch.ones(N, dtype=torch.bool, device=device)
+        static = device.type == "cuda" if static is None else static
+        step = StaticStep(model, cache) if static else None
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # after its end a row's are masked out below
             lengths[rows] += running
             running = running & (tokens != end_id)
-            alive = int(running.sum())
-            if alive == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if alive < 0.75 * len(rows):  # copying the cache pays when a good part of the rows has ended
-                keep = running.nonzero()[:, 0]
-                cache.select(keep)
-                rows, tokens, running = rows[keep], tokens[keep], running[keep]
-            logits = model(tokens[:, None], cache=cache)[:, -1]
+            if not static or t % LOOK == LOOK - 1:
+                alive = int(running.sum())
+                if alive == 0:
+                    break
+                if alive < (0.5 if static else 0.75) * len(rows):  # copying the cache pays when a good part of the rows has ended
+                    keep = running.nonzero()[:, 0]
+                    cache.select(keep)
+                    rows, tokens, running = rows[keep], tokens[keep], running[keep]
+                    step = StaticStep(model, cache) if static else None
+            logits = step(tokens) if static else model(tokens[:, None], cache=cache)[:, -1]
 
     # Left padding out, right padding in: column c of the result is column c + padding of [padding, prompt, response].
     prompt_lengths = prompt_lengths.repeat_interleave(group_size)[:, None]  # (N, 1)

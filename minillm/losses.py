@@ -85,7 +85,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
     return F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None].long())[..., 0]
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None) -> Tensor:
     """token_logprobs(hidden @ weight.T, tokens, temperature) without ever holding the (B, T, V) logits.
 
     The logits are made a chunk of tokens at a time, forward, and made again backward, so that memory does not grow
@@ -95,13 +95,20 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
 
     hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
-    Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0.
+    mask (B, T - 1) bool, optional: the tokens that are wanted; the others' logprobs are 0, and on a CPU cost nothing.
+    Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0, a mask that is not bool.
     """
     _check_head(hidden, weight, tokens, temperature)
     batch, length, width = hidden.shape
-    flat = hidden[:, :-1].reshape(-1, width)
-    targets = tokens[:, 1:].reshape(-1).long()
-    return _HeadLogprobs.apply(flat, weight, targets, temperature).view(batch, max(length - 1, 0))
+    states, targets = hidden[:, :-1], tokens[:, 1:].long()
+    if mask is not None:
+        _check("B, T", mask=mask, tokens=targets)
+        if hidden.device.type == "cpu":  # elsewhere, to pick rows out the program would have to wait for their number
+            picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
+            return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
+    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
+    logprobs = logprobs.view(batch, max(length - 1, 0))
+    return logprobs if mask is None else _masked(logprobs, mask)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -198,11 +205,7 @@ def sft_loss_from_hidden(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_ma
     _check("B, T", tokens=tokens, loss_mask=loss_mask)
     _check_head(hidden, weight, tokens)
     mask = loss_mask[:, 1:]
-    n_tokens = _count(n_tokens, mask.sum())
-    if hidden.device.type != "cpu":  # to pick rows out there, the program would have to wait for their number
-        return -_masked(head_logprobs(hidden, weight, tokens), mask).sum() / n_tokens
-    states, targets = hidden[:, :-1][mask], tokens[:, 1:][mask].long()
-    return -_HeadLogprobs.apply(states, weight, targets, 1.0).sum() / n_tokens
+    return -head_logprobs(hidden, weight, tokens, mask=mask).sum() / _count(n_tokens, mask.sum())
 
 
 # ---------------------------------------------------------------- preferences

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -128,6 +129,15 @@ class KVCache:
         self.prefix = None  # what a learned prefix (prefix.py) computes once for all these positions
         self.padded = False  # whether any of them is padding
 
+    def extend(self, tokens, attention_mask=None):
+        """Make room for tokens (B, T), whose keys are to come; (B, S) bool which stored positions are real, None if all are."""
+        end = self.length + tokens.shape[1]
+        if end > self.valid.shape[1]:
+            raise ValueError(f"the cache holds {self.valid.shape[1]} positions; {end} are needed")
+        self.valid[:, self.length:end] = True if attention_mask is None else attention_mask
+        self.padded = self.padded or attention_mask is not None
+        return self.valid[:, :end] if self.padded else None
+
     def append(self, layer: int, keys, values):
         """Store (B, K, T, d) after the filled positions; return all of the layer's (B, K, S, d)."""
         end = self.length + keys.shape[2]
@@ -152,12 +162,14 @@ def document_positions(doc_ids):
 def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix: int = 0):
     """Who may look at whom: bool (B, 1, T, prefix + S), True = may; None when plain causal attention is enough.
 
-    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document. prefix:
-    keys that stand before the S others, and that every token looks at.
+    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document. past: keys before
+    those of the T tokens (with attention_mask it may be a tensor, for a static cache). prefix: keys that stand before the
+    S others, and that every token looks at.
     """
     if attention_mask is None and doc_ids is None and (past + prefix == 0 or T == 1):
         return None
-    query, key = torch.arange(past, past + T, device=device)[:, None], torch.arange(past + T, device=device)
+    S = past + T if attention_mask is None else attention_mask.shape[1]
+    query, key = past + torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
     allowed = (key <= query)[None]  # (1, T, S)
     if doc_ids is not None:
         allowed = allowed & (doc_ids[:, :, None] == doc_ids[:, None, :])
@@ -167,11 +179,38 @@ def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix
     return F.pad(allowed | (key == query)[None], (prefix, 0), value=True)[:, None]
 
 
+def document_block_mask(doc_ids, block: int = 128) -> BlockMask:
+    """attention_mask_2d for packed rows, doc_ids (B, T), as flex attention reads it (arXiv 2412.05496): which blocks of
+    queries and keys hold no allowed pair and are skipped, and which hold no other and need no mask.
+
+    It takes the first and last document of each block to know: within a row ids never fall, but for the -1 of padding at its end.
+    """
+    def same_document(b, h, query, key):
+        return (key <= query) & (doc_ids[b, query] == doc_ids[b, key])
+
+    T = doc_ids.shape[1]
+    ordered = doc_ids.masked_fill(doc_ids < 0, T)
+    first, last = ordered[:, ::block], F.pad(ordered, (0, -T % block), value=T + 1)[:, block - 1::block]  # (B, blocks)
+    query, key = torch.arange(first.shape[1], device=doc_ids.device)[:, None], torch.arange(first.shape[1], device=doc_ids.device)
+    some = (key <= query) & (last[:, None, :] >= first[:, :, None])  # (B, blocks of queries, blocks of keys)
+    whole = (key < query) & (first[:, None, :] == last[:, :, None])
+    lists = []
+    for chosen in (some & ~whole, whole):
+        chosen = chosen[:, None]  # the 1 is for the heads
+        lists += [chosen.sum(-1, dtype=torch.int32), chosen.int().argsort(dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=same_document, seq_lengths=(T, T))
+
+
 def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d); mask as attention_mask_2d makes it."""
+    """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d).
+
+    mask: as attention_mask_2d or document_block_mask makes it.
+    """
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is not None and T * S <= 2**18:
-        return _attend_in_two_products(q, k, v, mask)
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (T > 1 or mask is not None) and T * S <= 2**18:
+        return _attend_in_two_products(q, k, v, torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask)
     if T == 1:  # decoding: the heads that share a key head stand where queries would, and no key is copied
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).view(B, H, 1, d)
     k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, d)
@@ -257,27 +296,20 @@ class Backbone(nn.Module):
         self.prefix = None  # prefix.py puts learned keys and values here, which every document sees before its own
         self.recompute = False  # activation checkpointing (arXiv 1604.06174): keep each layer's input only, and run it again backward
 
-    def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
+    def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
         B, T = tokens.shape
         past = cache.length if cache is not None else 0
-        valid = attention_mask
-        if cache is not None:
-            if past + T > cache.valid.shape[1]:
-                raise ValueError(f"the cache holds {cache.valid.shape[1]} positions; {past + T} are needed")
-            new = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask
-            cache.valid[:, past:past + T] = new
-            cache.padded = cache.padded or attention_mask is not None
-            valid = cache.valid[:, :past + T] if cache.padded else None
+        valid = cache.extend(tokens, attention_mask) if cache is not None else attention_mask
         if positions is None:
             if doc_ids is not None:
                 positions = document_positions(doc_ids)
             elif valid is not None:  # count real tokens only, so that padding on the left moves nothing
-                positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+                positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past + torch.arange(T, device=tokens.device)]
             else:
                 positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
         prefix = self.prefix.length if self.prefix is not None else 0
         cos, sin = self.rotary(positions + prefix)
-        mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
+        mask = block_mask if block_mask is not None and not prefix else attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
         x = self.embed_tokens(tokens)
@@ -314,9 +346,9 @@ class CausalLM(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
-        """Hidden states (B, T, D) after the final norm; arguments as in forward."""
-        return self.model(tokens, attention_mask, doc_ids, positions, cache)
+    def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
+        """Hidden states (B, T, D) after the final norm; arguments as in forward. block_mask: document_block_mask(doc_ids)."""
+        return self.model(tokens, attention_mask, doc_ids, positions, cache, block_mask)
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
         """Logits (B, T, V); logits[:, t] predict token t + 1.

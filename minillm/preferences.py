@@ -29,7 +29,7 @@ def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
     hidden (2B, T, D): final hidden states of batch.tokens; head (V, D): the weight of the LM head.
     """
     mask = batch.answer_mask[:, 1:]
-    total = torch.where(mask, head_logprobs(hidden, head, batch.tokens), 0.0).sum(dim=1)
+    total = head_logprobs(hidden, head, batch.tokens, mask=mask).sum(dim=1)
     return total / mask.sum(dim=1) if average else total
 
 

@@ -22,6 +22,7 @@ from minillm.errors import UserError
 from minillm.generate import generate, sample, stream
 from minillm.losses import token_logprobs
 from minillm.model import CausalLM, ModelConfig
+from minillm.prefix import apply_prefix
 from tests.helpers import close
 
 LOGITS = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
@@ -260,3 +261,34 @@ def test_what_cannot_be_generated_is_refused_in_one_line():
         with pytest.raises(UserError, match="a prompt of 11 tokens and 6 new ones do not fit the model's context of 16"):
             call()
     assert generate(model, [[4] * 10], 6, -1, temperature=0).tokens.shape == (1, 16)  # exactly full
+
+
+# The step that a CUDA graph can hold: one program for every token
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+@pytest.mark.parametrize("bucket", [4, 8, 128])
+def test_the_static_step_samples_what_the_plain_one_samples(model_type, bucket, monkeypatch):
+    """Tokens and logprobs, with prompts of four lengths and with a learned prefix, over several buckets of attention."""
+    monkeypatch.setattr("minillm.generate.BUCKET", bucket)
+    for model in (tiny_model(model_type), apply_prefix(tiny_model(model_type), 3, [5, 6])):
+        plain, static = (generate(model, PROMPTS, 20, end_id=-1, group_size=2, generator=seeded(), static=static) for static in (False, True))
+        assert plain.tokens.equal(static.tokens) and plain.response_mask.equal(static.response_mask)
+        close(static.logprobs, plain.logprobs)
+
+
+def test_the_static_step_stops_where_the_plain_one_stops(monkeypatch):
+    """Rows end at different tokens; looked at every third one, they leave the batch later, and all that they say after their end is dropped."""
+    monkeypatch.setattr("minillm.generate.LOOK", 3)
+    monkeypatch.setattr("minillm.generate.BUCKET", 8)
+    model, ended = tiny_model(), set()
+    for end_id in range(12):
+        plain, static = (generate(model, PROMPTS, 16, end_id, temperature=0, static=static) for static in (False, True))
+        assert plain.tokens.equal(static.tokens) and plain.response_mask.equal(static.response_mask)
+        ended |= {(end_id, n) for n in plain.response_mask.sum(1).tolist() if n < 16}
+    assert len(ended) >= 4  # the test is about rows that end early
+
+
+def test_a_draw_is_that_of_multinomial():
+    logits = torch.randn(64, 12, generator=seeded())
+    tokens, _ = sample(logits, generator=seeded(1))
+    assert tokens.equal(torch.multinomial(logits.softmax(-1), 1, generator=seeded(1))[:, 0])
