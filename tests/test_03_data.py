@@ -8,11 +8,14 @@ The tokenizer of this chapter has no merges: every byte is one token. So a docum
 """
 
 import gzip
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -329,6 +332,38 @@ def test_the_loader_goes_on_where_it_was(tmp_path):
         other = PackedLoader(dataset, 3, 64, seed=0)
         other.load_state(state)
         assert all(map(same, batches[start:start + 3], iter(other)))
+
+
+def test_batches_made_ahead_are_the_same_ones_and_count_when_they_are_taken(tmp_path):
+    """The thread is up to two batches further; the state that a checkpoint keeps is that of the training loop."""
+    dataset = load("text", documents(tmp_path / "a.jsonl", 40))
+    loader = PackedLoader(dataset, 3, 64, seed=0)
+    plain = list(loader.epoch_batches(0))
+    stream = iter(loader)
+    for taken, batch in enumerate(plain, 1):
+        assert same(next(stream), batch) and loader.state() == {"epoch": 0, "taken": taken}
+        time.sleep(0.01)  # time for the thread to run ahead
+
+
+def test_what_goes_wrong_ahead_is_raised_where_the_items_are_taken():
+    def items():
+        yield 1
+        raise UserError("a.jsonl line 7: broken")
+
+    stream = data.ahead(items())
+    assert next(stream) == 1
+    with pytest.raises(UserError, match="line 7"):
+        next(stream)
+    assert list(data.ahead(iter([1, 2, 3, 4]))) == [1, 2, 3, 4] and list(data.ahead(iter([]))) == []
+
+
+def test_the_thread_ends_when_nobody_wants_more():
+    before, stream = set(threading.enumerate()), data.ahead(itertools.count())
+    assert [next(stream), next(stream)] == [0, 1]
+    thread, = set(threading.enumerate()) - before
+    stream.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -14,9 +14,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minillm import model as model_file
-from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
+from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d, document_block_mask,
                            document_positions, llama3_frequencies, preset_config, rotate)
 from minillm.prefix import apply_prefix
 from tests.helpers import close
@@ -139,8 +140,8 @@ def test_bf16_on_the_cpu_takes_another_path_to_the_same_numbers(masked):
     expected = attend(q, k, v, mask)
     actual = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert actual.dtype == torch.bfloat16 and (actual.float() - expected).abs().max() < 0.03
-    if masked:  # and the formula itself, in float32, to the usual digits
-        assert close(model_file._attend_in_two_products(q, k, v, mask), expected)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()  # and the formula itself, in float32, to the usual digits
+    assert close(model_file._attend_in_two_products(q, k, v, mask if masked else causal), expected)
 
 
 def test_swiglu_worked_example():
@@ -318,6 +319,40 @@ def test_the_same_number_in_another_place_is_another_document():
     """doc_ids 0 0 1 1 and 4 4 9 9 mean the same; only equality within a row counts."""
     model, tokens = small_model(), ids(1, 4)
     assert torch.equal(model(tokens, doc_ids=torch.tensor([[0, 0, 1, 1]])), model(tokens, doc_ids=torch.tensor([[4, 4, 9, 9]])))
+
+
+def listed(counts, indices):
+    """(B, 1, Q) numbers of key blocks and (B, 1, Q, blocks) which ones come first -> (B, Q, blocks) bool."""
+    chosen = torch.zeros(indices.shape, dtype=torch.bool)
+    return chosen.scatter(-1, indices.long(), torch.arange(indices.shape[-1]) < counts[..., None])[:, 0]
+
+
+@pytest.mark.parametrize("length", [12, 16, 18])
+def test_the_block_mask_is_the_mask_in_blocks(length):
+    """Blocks of 4: skipped where no pair may look, whole where all may, and read through the mask in between; never two of these."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        doc_ids = (torch.rand(2, length, generator=random) < torch.tensor([[0.1], [0.4]])).long().cumsum(1)
+        doc_ids[:, length - int(torch.randint(0, length, (), generator=random)):] = -1
+        blocks = document_block_mask(doc_ids, block=4)
+        mask, n = attention_mask_2d(None, doc_ids, length, 0, "cpu")[:, 0], -(-length // 4)
+        pad = (0, 4 * n - length) * 2
+        tiles = F.pad(mask, pad).view(2, n, 4, n, 4).transpose(2, 3)
+        beyond = ~F.pad(torch.ones_like(mask), pad).view(2, n, 4, n, 4).transpose(2, 3)  # no pair at all
+        some, whole = listed(blocks.kv_num_blocks, blocks.kv_indices), listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        assert ((some | whole) == tiles.any(-1).any(-1)).all() and not (some & whole).any()
+        assert not (whole & ~(tiles | beyond).all(-1).all(-1)).any()
+        b, q, k = torch.meshgrid(torch.arange(2), torch.arange(length), torch.arange(length), indexing="ij")
+        assert (blocks.mask_mod(b, 0, q, k) == mask).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_flex_attention_equals_the_plain_mask(kv_heads):
+    """Its compiled form runs on CUDA only; here the formula, with grouped heads and padding, and a row of padding alone."""
+    model, tokens = small_model(num_key_value_heads=kv_heads).requires_grad_(False), ids(3, 10)
+    doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, -1, -1], [0] * 10, [-1] * 10])
+    close(model.hidden(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
 
 
 @pytest.mark.parametrize("steps", [[7], [4, 1, 1, 1], [3, 4], [1] * 7])

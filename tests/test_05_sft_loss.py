@@ -297,6 +297,23 @@ def test_head_ignores_tokens_that_the_loss_masks():
     close(broken.grad, hidden.grad)
 
 
+def test_head_makes_only_the_logits_that_are_asked_for():
+    """With a mask: the same values and gradients as masking afterwards, NaN outside it no matter, and 0 where nothing is asked."""
+    hidden, weight, tokens = head_inputs()
+    mask = torch.arange(6) < torch.tensor([[2], [6], [0]])
+    broken = hidden.detach().clone()
+    broken[:, :-1][~mask] = float("nan")
+    broken.requires_grad_()
+    twin = weight.detach().clone().requires_grad_()
+    scale = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+    asked, masked = head_logprobs(broken, twin, tokens, 1.3, mask), torch.where(mask, head_logprobs(hidden, weight, tokens, 1.3), 0.0)
+    close(asked, masked)
+    (asked * scale).sum().backward()
+    (masked * scale).sum().backward()
+    close(twin.grad, weight.grad)
+    close(broken.grad, hidden.grad)
+
+
 # ---------------------------------------------------------------- sft_loss_from_hidden
 
 @pytest.mark.parametrize("n_tokens", [None, 40])
