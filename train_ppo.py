@@ -55,7 +55,7 @@ class Config:
     reward: list[str] = flag(["model"], "answer, model, judge or path/to/file.py:function; a sum: answer 0.5*model")
     reward_model: str = flag("out/reward", "checkpoint folder of the reward model, from which the value model starts too")
     normalise: bool = flag(True, "scores with mean 0 and variance 1 before training")
-    batch_size: int = flag(64, "prompts per rollout", low=1)
+    batch_size: int = flag(128, "prompts per rollout", low=1)
     max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8)
     max_new_tokens: int = flag(48, "tokens of an answer", low=1)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", low=0.01)
@@ -72,11 +72,12 @@ class Config:
     target_kl: float = flag(0.0, "adapt kl_coef until an answer is so many nats from the reference (0: leave it)", low=0)
     stop_kl: float = flag(0.2, "leave a rollout when the policy is further than this, per token, from the one that sampled it (0: never)", low=0)
     missing_end_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
-    lr: float = flag(2e-4, "peak learning rate of the policy", low=0)
+    lr: float = flag(1e-4, "peak learning rate of the policy", low=0)
     value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
+    critic_steps: int = flag(10, "rollouts at the start that train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "rollouts of linear warm-up", low=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
-    log_every: int = flag(1, "rollouts between log lines", low=1)
+    log_every: int = flag(5, "rollouts between log lines", low=1)
     eval_every: int = flag(20, "rollouts between evaluations", low=1)
     save_every: int = flag(20, "rollouts between checkpoints", low=1)
     resume: bool = flag(False, "continue the run in --out")
@@ -122,6 +123,7 @@ def main(cfg: Config) -> dict:
     trained_kind = select(eval_prompts, need_answers="answer" in kinds)
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed, runtime.rank(), runtime.world_size())
     total_steps = cfg.max_steps or sum(loader.batches(e) for e in range(cfg.epochs))
+    critic_steps = min(cfg.critic_steps, total_steps // 10)
     kl_coef = KLCoefficient(cfg.kl_coef, cfg.target_kl)
     states = States(prompts=loader, kl_coef=kl_coef)
 
@@ -168,6 +170,9 @@ def main(cfg: Config) -> dict:
 
     # 5. Train
     step, before = checkpoint.restore_run(run, trained, optimizers, states) if run else (0, evaluate())
+    reward_mean, reward_std = (before["sampled_reward"], before["sampled_reward_std"] or 1.0) if cfg.normalise and trained_kind else (0.0, 1.0)
+    if not run:
+        value_model.score.weight.data /= reward_std  # it shall expect scores that are normalised
     progress = Progress(cfg.out, total_steps, step, show=runtime.rank() == 0)
     save = lambda: checkpoint.save_run(cfg.out, step, trained, tokenizer, optimizers, states, before,
                                        save=lambda out: checkpoint.save_model(out, policy, tokenizer))
@@ -206,10 +211,7 @@ def main(cfg: Config) -> dict:
                 save()
             raise
         scores = scores[:, 0]
-        normalised = scores
-        if cfg.normalise and before.get("sampled_reward_std"):
-            normalised = (scores - before["sampled_reward"]) / before["sampled_reward_std"]
-        normalised = normalised - cfg.missing_end_penalty * ~ended.to(device)
+        normalised = (scores - reward_mean) / reward_std - cfg.missing_end_penalty * ~ended.to(device)
         kl = torch.where(mask, kl_k1(old_logprobs, ref_logprobs), 0.0)  # (B, T-1)
         rewards = -kl_coef.value * kl
         rewards[torch.arange(len(rewards)), lengths - 2] += normalised  # token t stands in column t - 1
@@ -219,9 +221,10 @@ def main(cfg: Config) -> dict:
         advantages = whiten(advantages, mask)
 
         # 5d Update
-        factor = schedule(step, total_steps, cfg.warmup_steps, floor=0.3)
+        # An untrained critic's advantages would only push the policy about: first it learns to judge, then the policy moves.
+        factor = schedule(step - critic_steps, total_steps - critic_steps, cfg.warmup_steps) if step >= critic_steps else 0.0
         set_lr(policy_optimizers, cfg.lr * factor)
-        set_lr(value_optimizers, cfg.value_lr * factor)
+        set_lr(value_optimizers, cfg.value_lr * schedule(step, total_steps, cfg.warmup_steps))
         updates, totals = 0, Counter()
         for mini_batch in mini_batches * cfg.inner_epochs:
             n_tokens = int(runtime.sum_over_processes(sum(int(counts[part].sum()) for part in mini_batch)))  # of the whole optimizer step
