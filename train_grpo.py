@@ -70,7 +70,8 @@ class Config:
     lr: float = flag(1.5e-4, "peak learning rate", low=0)
     warmup_steps: int = flag(5, "rollouts of linear warm-up", low=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
-    log_every: int = flag(5, "rollouts between log lines", low=1)
+    log_every: int = flag(1, "rollouts between log lines", low=1)
+    kl_every: int = flag(5, "rollouts between looks at the KL to the reference and the entropy (with --beta: each)", low=1)
     eval_every: int = flag(20, "rollouts between evaluations", low=1)
     save_every: int = flag(20, "rollouts between checkpoints", low=1)
     resume: bool = flag(False, "continue the run in --out")
@@ -168,7 +169,7 @@ def main(cfg: Config) -> dict:
 
         # 5d Update
         n_trained = runtime.sum_over_processes(int(counts[rows].sum()))  # tokens
-        watched = cfg.beta > 0 or (step + 1) % cfg.log_every == 0  # without beta, the reference is only there to be looked at
+        watched = cfg.beta > 0 or step % cfg.kl_every == 0  # without beta, the reference is only there to be looked at
         several = cfg.mini_batches * cfg.inner_epochs > 1  # with one update, the policy that is trained is the one that answered
         old_logprobs, ref_logprobs = (torch.zeros(mask.shape, device=device) for _ in range(2))
         for part in sum(mini_batches, []):

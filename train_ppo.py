@@ -77,7 +77,7 @@ class Config:
     critic_steps: int = flag(10, "rollouts at the start that train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "rollouts of linear warm-up", low=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
-    log_every: int = flag(5, "rollouts between log lines", low=1)
+    log_every: int = flag(1, "rollouts between log lines", low=1)
     eval_every: int = flag(20, "rollouts between evaluations", low=1)
     save_every: int = flag(20, "rollouts between checkpoints", low=1)
     resume: bool = flag(False, "continue the run in --out")

@@ -40,7 +40,7 @@ def run(folder, tokenizer):  # noqa: F811
 # ---------------------------------------------------------------- does it learn
 
 def test_the_score_of_the_reward_model_rises(folder, run):
-    result = run("ppo", "--max_steps", 20, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 5e-3)
+    result = run("ppo", "--max_steps", 40, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 5e-3)
     summary = json.loads((folder / "ppo" / "summary.json").read_text())
     assert result["sampled_reward"] > summary["before"]["sampled_reward"] + 1.5 * summary["before"]["sampled_reward_std"]
     lines = training_steps(folder / "ppo")
@@ -92,16 +92,18 @@ def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, floa
     assert (kls[0][0][0] - rollout.logprobs[:, 1:])[mask].abs().max() < 1e-4
 
 
-def test_the_critic_begins_as_the_reward_model_and_reads_before_the_token(folder, run, monkeypatch, float32):  # noqa: F811
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_critic_begins_as_the_reward_model_and_reads_before_the_token(folder, run, monkeypatch, float32, normalise):  # noqa: F811
     """values[:, t] stands beside token t + 1, and is what the value model says after token t: the classic mistake is to let
-    it read the token whose return it is to guess."""
+    it read the token whose return it is to guess. Where scores are divided by their spread, so are the values that expect them."""
     calls, rollouts = spy(monkeypatch, train_ppo, "gae"), spy(monkeypatch, train_ppo, "generate")
-    run("ppo", "--max_steps", 1, "--grad_accum", 2)
+    run("ppo", "--max_steps", 1, "--grad_accum", 2, "--normalise" if normalise else "--no-normalise")
     (_, values, mask, *_), _ = calls[0]
+    spread = json.loads((folder / "ppo" / "summary.json").read_text())["before"]["sampled_reward_std"] if normalise else 1
     critic = load_reward_model(folder / "reward", cls=ValueModel)
     with torch.no_grad():
         expected = critic(rollouts[0][1].tokens)[:, :-1]
-    close(values[mask], expected[mask])
+    close(values[mask] * spread, expected[mask])
 
 
 def test_another_tokenizer_of_the_reward_model(folder, run, capsys, monkeypatch):
