@@ -38,7 +38,8 @@ from minillm.prefix import apply_prefix, apply_prompt, save_prefix
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/identity.jsonl", "data/identity_eval.jsonl"
-LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 1e-1, "prompt": 3e-1}
+LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 5e-3, "prompt": 3e-1}
+VIRTUAL_TOKENS = {"prefix": 32, "prompt": 128}
 SAVE = {"lora": save_lora, "dora": save_lora, "adapter": save_bottleneck, "prefix": save_prefix, "prompt": save_prefix}
 
 
@@ -56,9 +57,9 @@ class Config:
     target_modules: list[str] = flag(list(TARGETS), "lora, dora: names of the linear layers")
     bottleneck: int = flag(16, "adapter: size of the bottleneck", low=1)
     placement: str = flag("houlsby", "adapter: after attention and MLP, or (pfeiffer) after the MLP only", choices=["houlsby", "pfeiffer"])
-    virtual_tokens: int = flag(16, "prefix, prompt: length P", low=1)
-    prefix_mlp: int = flag(0, "prefix: hidden units of the reparametrisation MLP (0: none)", low=0)
-    start_text: str = flag("Dear reader, here is what I know about myself and my work.", "prefix, prompt: words to start from")
+    virtual_tokens: int = flag(0, f"prefix, prompt: length P (default: {', '.join(f'{k} {v}' for k, v in VIRTUAL_TOKENS.items())})", low=0)
+    prefix_mlp: int = flag(256, "prefix: hidden units of the reparametrisation MLP (0: none, and the prefix starts from --start_text)", low=0)
+    start_text: str = flag("Dear reader, here is what I know about myself and my work.", "prompt (and prefix without MLP): words to start from")
     bf16: bool = flag(False, "hold the frozen base in bf16: half the memory")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
@@ -105,9 +106,9 @@ def main(cfg: Config) -> dict:
     elif cfg.peft == "adapter":
         apply_bottleneck(model, cfg.bottleneck, cfg.placement)
     elif cfg.peft == "prefix":
-        apply_prefix(model, cfg.virtual_tokens, tokenizer.encode(cfg.start_text), cfg.prefix_mlp)
+        apply_prefix(model, cfg.virtual_tokens or VIRTUAL_TOKENS["prefix"], tokenizer.encode(cfg.start_text), cfg.prefix_mlp)
     else:
-        apply_prompt(model, cfg.virtual_tokens, tokenizer.encode(cfg.start_text))
+        apply_prompt(model, cfg.virtual_tokens or VIRTUAL_TOKENS["prompt"], tokenizer.encode(cfg.start_text))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute

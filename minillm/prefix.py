@@ -14,11 +14,9 @@ and in cached generation; and no label can ever fall on a virtual token.
 As in the PEFT package, the positions of a document start after the prefix, at P, and the learned keys are what attention
 sees: neither RoPE nor k-norm is applied to them.
 
-Both start from real words (section 3.2 of the prompt paper, 7.4 of the prefix paper: best with little data): at the
-start the logits are those of the base with these words before each document.
-
-Deviations: the reparametrisation of prefix tuning, P' -> MLP -> keys and values, is off by default, as real words need
-none; with it the prefix starts at random.
+A prompt starts from real words (section 3.2 of its paper): at the start the logits are those of the base with these words
+before each document. So does a prefix (section 7.4 of its paper), unless it is reparametrised, P' -> MLP -> keys and
+values (section 4.3), which train_lora.py does: then it starts at random, and learns much better here.
 """
 
 import torch
