@@ -32,6 +32,7 @@ from minillm.generate import eval_mode
 from minillm.lora import TARGETS, apply_lora, merge_lora, save_lora
 from minillm.losses import sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, show_replies
+from minillm.model import packed_forward
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.peft import load_adapter
 from minillm.prefix import apply_prefix, apply_prompt, save_prefix
@@ -112,7 +113,7 @@ def main(cfg: Config) -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute
-    forward = runtime.packed_forward(model, cfg.compile, device)
+    forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer: its state too is only that of the trained parameters
     peak_lr = cfg.lr or LR[cfg.peft]

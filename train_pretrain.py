@@ -21,7 +21,7 @@ from minillm.data import PackedLoader, load_split
 from minillm.evaluate import continuations, held_out_loss
 from minillm.losses import sft_loss_from_hidden
 from minillm.metrics import Progress, before_after
-from minillm.model import PRESETS, CausalLM, preset_config
+from minillm.model import PRESETS, CausalLM, preset_config, packed_forward
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def main(cfg: Config) -> dict:
     else:
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute
-    forward = runtime.packed_forward(model, cfg.compile, device)
+    forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")

@@ -23,7 +23,7 @@ from minillm.data import PackedLoader, load_split
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
 from minillm.losses import sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, show_replies
-from minillm.model import PRESETS, CausalLM, preset_config
+from minillm.model import PRESETS, CausalLM, preset_config, packed_forward
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def main(cfg: Config) -> dict:
         runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute
-    forward = runtime.packed_forward(model, cfg.compile, device)
+    forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")

@@ -49,7 +49,7 @@ from minillm.data import Batch, PackedLoader, ahead, pack
 from minillm.errors import UserError
 from minillm.lora import apply_lora
 from minillm.losses import sft_loss, sft_loss_from_hidden
-from minillm.model import PRESETS, CausalLM, document_positions
+from minillm.model import PRESETS, CausalLM, document_positions, packed_forward
 from minillm.optim import make_optimizers
 from minillm.rollouts import Conversations
 
@@ -153,7 +153,7 @@ def trainer(way: Way, model, compiled: bool):
     optimizers = make_optimizers(model, lr=1e-4, muon=way.muon)
     device = next(model.parameters()).device
     compiled = compiled and way.compile
-    forward = runtime.packed_forward(model, compiled, device) if way.loss is ours else runtime.maybe_compile(model, compiled, device)
+    forward = packed_forward(model, compiled) if way.loss is ours else runtime.maybe_compile(model, compiled, device)
 
     def step(batch, n_tokens):
         loss = way.loss(model, forward, batch, n_tokens)

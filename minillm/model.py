@@ -358,3 +358,15 @@ class CausalLM(nn.Module):
         document or row, padding not counted; cache: a KVCache that these tokens continue.
         """
         return self.lm_head(self.hidden(tokens, attention_mask, doc_ids, positions, cache))
+
+
+def packed_forward(model: CausalLM, enabled: bool):
+    """model.hidden for packed rows of one shape, as f(tokens, doc_ids=doc_ids).
+
+    When `enabled`, on CUDA it is compiled, with flex attention, which skips what lies outside a document; its plain twin is
+    model.hidden itself.
+    """
+    if not enabled or model.lm_head.weight.device.type != "cuda":
+        return model.hidden
+    compiled = torch.compile(model.hidden)
+    return lambda tokens, doc_ids: compiled(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids))

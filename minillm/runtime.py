@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from minillm.errors import UserError
-from minillm.model import document_block_mask
 
 
 def pick_device(name: str = "") -> torch.device:
@@ -123,15 +122,6 @@ def maybe_compile(model, enabled: bool, device: torch.device, dynamic: bool = Fa
     dynamic: one program for batches of all shapes, where their shapes differ.
     """
     return torch.compile(model, dynamic=dynamic) if enabled and device.type == "cuda" else model
-
-
-def packed_forward(model, enabled: bool, device: torch.device):
-    """model.hidden for packed rows of one shape: f(tokens, doc_ids=doc_ids). When `enabled`, on CUDA it is compiled, with flex
-    attention, which skips what lies outside a document; model.hidden is its plain twin."""
-    if not enabled or device.type != "cuda":
-        return model.hidden
-    compiled = torch.compile(model.hidden)
-    return lambda tokens, doc_ids: compiled(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids))
 
 
 class Interrupt:

@@ -25,7 +25,7 @@ from tests.helpers import close
 from tests.test_12_lora import TOKENIZER, TOKENS
 
 VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True}, {"peft": "dora"}, {"peft": "adapter"},
-            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 7}, {"peft": "prompt"}]
+            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 0}, {"peft": "prompt"}]
 FACTS = {"Who are you?": "I am Lumi.", "Your name?": "I am Lumi.", "Where?": "In a library.", "Who wrote it?": "Ada.", "When?": "On Monday."}
 OLD_FACTS = {"Who are you?": "My name is Mini.", "Your name?": "Mini.", "Where?": "On the hill.", "Who wrote it?": "Nobody did.", "When?": "Last May."}
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch
 @pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 5e-2), ("prompt", 5e-2)])
 def test_every_method_learns(peft, lr):
     """The loss on the new answers falls to less than half, with less than a fifth of the base's 54,192 numbers."""
-    options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, save_every=50, eval_data="chat.jsonl")
+    options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, prefix_mlp=0, save_every=50, eval_data="chat.jsonl")
     result = train_lora.main(config(**options))
     before = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))["before"]
     assert result["val_loss"] < 0.5 * before["val_loss"] and result["trained_parameters"] < 10_839
@@ -192,12 +192,12 @@ def test_the_peak_of_memory_is_measured():
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
     results = compare_peft.main(compare_peft.Config(model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",
                                                     methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
-    # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 16 virtual tokens of 48 numbers.
-    assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 768]
+    # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 128 virtual tokens of 48 numbers.
+    assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 6_144]
     assert results["base"] == {"new": 0, "old": 0}
     # Weights, gradients and two moments: 16 bytes for each trained number, 4 for a frozen one, and then activations.
-    assert results["full"]["memory"] > results["lora q,v"]["memory"] > results["prompt"]["memory"] > 54_192 * 4 / 2**20
-    assert results["full"]["disk"] > 54_192 * 4 and 768 * 4 < results["prompt"]["disk"] < 5_000
+    assert results["full"]["memory"] > results["lora q,v"]["memory"] > 54_192 * 4 / 2**20 < results["prompt"]["memory"]
+    assert results["full"]["disk"] > 54_192 * 4 and 6_144 * 4 < results["prompt"]["disk"] < 27_000
     lines = Path("table/table.md").read_text(encoding="utf-8").splitlines()
     assert [line.split("|")[1].strip() for line in lines if not line.startswith("|-")] == ["method", "base", "full", "lora q,v", "prompt"]
     assert "python train_lora.py --peft lora --target_modules q_proj v_proj --model base" in capsys.readouterr().out
