@@ -10,8 +10,8 @@
                its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
 
 Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote on both held-out files
-(prompts_eval and sft_eval together): greedy replies for correctness, samples at temperature 1 for gold and reward. Runs
-that are finished are not repeated. Written to --out: table.md, results.json, curves.json, and curves.png with matplotlib.
+(prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone): greedy replies
+for correctness, samples at temperature 1 for gold and reward. Runs that are finished are not repeated. Written to --out: table.md, results.json, curves.json, and curves.png with matplotlib.
 """
 
 import json
@@ -74,7 +74,9 @@ def measure(folder, reward_model, device) -> dict:
     records = [record for path in EVAL_DATA for record in read_questions(path)]
     by_task = answer_questions(policy, tokenizer, records, device)["accuracy_by_task"]
     share = lambda tasks: sum(by_task[task] for task in tasks) / len(tasks)
-    found = {"arithmetic": share([task for task in by_task if task in ARITHMETIC]), "others": share([task for task in by_task if task not in ARITHMETIC]),
+    sums = [record for record in read_questions(EVAL_DATA[0]) if record.get("task") in ARITHMETIC]
+    found = {"rl_sums": answer_questions(policy, tokenizer, sums, device)["accuracy"],
+             "arithmetic": share([task for task in by_task if task in ARITHMETIC]), "others": share([task for task in by_task if task not in ARITHMETIC]),
              "all": share(list(by_task)), "by_task": by_task}
     prompts = [Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record) for record in records for messages in [prompt_messages(record)]]
     rewards = load_rewards(["model"], reward_model, "", device) if reward_model else {}
@@ -109,7 +111,7 @@ def grpo(cfg: Config, device, start: dict) -> tuple:
                         "further SFT": {**measure(sft_out, "", device), "seconds": more["seconds"]}})
         accuracy = curve(out, summary, "accuracy_by_task")
         accuracy["arithmetic"] = [sum(by_task[t] for t in ARITHMETIC) / len(ARITHMETIC) for by_task in accuracy.pop("accuracy_by_task")]
-        curves.append({"grpo": accuracy, "further SFT": {"seconds": [0, more["seconds"]], "arithmetic": [start["arithmetic"], results[-1]["further SFT"]["arithmetic"]]}})
+        curves.append({"grpo": accuracy, "further SFT": {"seconds": [0, more["seconds"]], "arithmetic": [start["rl_sums"], results[-1]["further SFT"]["rl_sums"]]}})
     return results, curves
 
 
@@ -134,7 +136,7 @@ def hacking(cfg: Config, device, start: dict) -> tuple:
     results, curves = [], []
     for seed in cfg.seeds:
         out = Path(cfg.out, f"hacking_{seed}")
-        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, eval_every=10, seed=seed, device=cfg.device, max_steps=cfg.steps)
+        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
         results.append({"hacking": {**measure(out, weak, device), "seconds": summary["seconds"]}})
         curves.append({"hacking": curve(out, summary, "sampled_reward", "sampled_gold_reward", "sampled_accuracy")})
     return results, curves
@@ -149,8 +151,8 @@ def spread(values: list, percent: bool) -> str:
 
 def make_table(start: dict, results: dict) -> str:
     """Percent, but for the reward, gold and seconds; of several seeds the mean and the range."""
-    columns = {"arithmetic": True, "others": True, "accuracy": True, "gold_reward": False, "reward": False}
-    titles = ["", "sums, differences %", "other tasks %", "sampled: right %", "sampled: gold", "sampled: reward", "seconds"]
+    columns = {"rl_sums": True, "arithmetic": True, "others": True, "accuracy": True, "gold_reward": False, "reward": False}
+    titles = ["", "sums of prompts_eval %", "all sums %", "other tasks %", "sampled: right %", "sampled: gold", "sampled: reward", "seconds"]
     line = lambda name, runs: [name, *(spread([r[c] for r in runs], p) if c in runs[0] else "-" for c, p in columns.items()),
                                f"{sum(r['seconds'] for r in runs) / len(runs):.0f}" if "seconds" in runs[0] else "-"]
     rows = [titles, line("before", [start])]

@@ -522,7 +522,7 @@ def load_training_state(folder) -> dict:
 
 
 # Settings that may differ between the parts of one run; compile and device cost only the last bits.
-FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every")
+FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "kl_every")
 RUN_FILES = {"config.json", "adapter_config.json", "run_config.json", "metrics.jsonl", "summary.json", "training_state.pt"}
 
 
