@@ -173,16 +173,19 @@ def plot(curves: dict, path):
     from matplotlib import pyplot
     figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False)
     for axes, (part, seeds) in zip(panels[0], curves.items()):
-        colours = {}
+        colours, lines = {}, {}
+        right = axes.twinx() if part != "grpo" else axes  # the reward has a scale of its own
         for runs in seeds:
             for name, values in runs.items():
-                for quantity in values.keys() - {"seconds"}:
+                for quantity in sorted(values.keys() - {"seconds"}):
                     label = name if part == "grpo" else quantity.replace("sampled_", "")
-                    new = label not in colours
                     colours.setdefault(label, f"C{len(colours)}")
-                    axes.plot(values["seconds"], values[quantity], color=colours[label], label=label if new else None, marker=".")
-        axes.set(title=part, xlabel="seconds", ylabel="right, sums and differences" if part == "grpo" else "mean of samples")
-        axes.legend()
+                    side = right if quantity == "sampled_reward" else axes
+                    lines[label], = side.plot(values["seconds"], values[quantity], color=colours[label], marker=".")
+        axes.set(title=part, xlabel="seconds", ylabel="sums of prompts_eval that are right" if part == "grpo" else "gold reward, accuracy of samples")
+        if part != "grpo":
+            right.set_ylabel("reward of samples")
+        axes.legend(lines.values(), lines.keys())
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
