@@ -6,6 +6,7 @@ replayed, and the program looks only now and then whether the rows have ended: t
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,7 @@ class StaticStep:
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
         self.static = self.graph = self.logits = None
+        self.captures = cache.keys.is_cuda
         self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.keys.device)
 
     def forward(self):
@@ -131,10 +133,16 @@ class StaticStep:
     def capture(self):
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.graph.capture_begin()
-            self.logits = self.forward()  # recorded, not computed
-            self.graph.capture_end()
+        try:
+            with torch.cuda.stream(stream):
+                self.graph.capture_begin()
+                try:
+                    self.logits = self.forward()  # recorded, not computed
+                finally:
+                    self.graph.capture_end()
+        except RuntimeError as error:
+            warnings.warn(f"decoding goes on without a CUDA graph, which is slower: {error}")
+            self.captures = False
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, tokens):
@@ -145,10 +153,10 @@ class StaticStep:
             size = min((self.cache.length // BUCKET + 1) * BUCKET, self.cache.valid.shape[1])
             self.static, self.graph = StaticCache(self.cache, size), None
         self.cache.length += 1
-        if new_bucket or not tokens.is_cuda:
-            return self.forward()
-        if self.graph is None:
+        if self.captures and not new_bucket and self.graph is None:
             self.capture()
+        if new_bucket or not self.captures:
+            return self.forward()
         self.graph.replay()
         return self.logits
 
