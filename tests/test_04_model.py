@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minillm import model as model_file
-from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d, document_block_mask,
+from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d, document_block_mask, packed_forward,
                            document_positions, llama3_frequencies, preset_config, rotate)
 from minillm.prefix import apply_prefix
 from tests.helpers import close
@@ -353,6 +353,23 @@ def test_flex_attention_equals_the_plain_mask(kv_heads):
     model, tokens = small_model(num_key_value_heads=kv_heads).requires_grad_(False), ids(3, 10)
     doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, -1, -1], [0] * 10, [-1] * 10])
     close(model.hidden(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_compiled_forward_of_packed_rows_equals_its_plain_twin():
+    """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(vocab_size=64, num_hidden_layers=2)).cuda()
+    tokens = torch.randint(64, (2, 384), device="cuda")
+    doc_ids = (torch.rand(2, 384, device="cuda") < 0.02).long().cumsum(1)
+    found = []
+    for forward in (packed_forward(model, True), model.hidden):
+        model.zero_grad()
+        hidden = forward(tokens, doc_ids=doc_ids)
+        hidden.square().mean().backward()
+        found.append((hidden.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for compiled, plain in zip(*found):
+        assert (compiled - plain).abs().max() < 2e-3 * plain.abs().max()  # TF32 inside the fused kernel
 
 
 @pytest.mark.parametrize("steps", [[7], [4, 1, 1, 1], [3, 4], [1] * 7])

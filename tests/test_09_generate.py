@@ -292,3 +292,14 @@ def test_a_draw_is_that_of_multinomial():
     logits = torch.randn(64, 12, generator=seeded())
     tokens, _ = sample(logits, generator=seeded(1))
     assert tokens.equal(torch.multinomial(logits.softmax(-1), 1, generator=seeded(1))[:, 0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error:decoding goes on without a CUDA graph")
+def test_a_captured_graph_samples_what_the_plain_step_samples(monkeypatch):
+    monkeypatch.setattr("minillm.generate.BUCKET", 8)
+    model = tiny_model().cuda()
+    plain, graph = (generate(model, PROMPTS, 20, end_id=-1, group_size=2, generator=torch.Generator("cuda").manual_seed(0), static=static)
+                    for static in (False, True))
+    assert plain.tokens.equal(graph.tokens)
+    close(graph.logprobs, plain.logprobs)
