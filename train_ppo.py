@@ -20,8 +20,10 @@ A step is a rollout (one answer to each of batch_size prompts) and the optimizer
 mini_batches parts.
 
 Deviations: two models are trained apart, each with an optimizer of its own. Scores are normalised by their mean and
-standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward model). An
-answer that does not end by itself loses missing_end_penalty. No pretraining gradients are mixed in (no PPO-ptx).
+standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward model), the
+value model's head is divided by the latter, and it is trained alone for the first critic_steps rollouts: what a critic
+says that has not learned yet would push the policy anywhere. An answer that does not end by itself loses
+missing_end_penalty. No pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from collections import Counter

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from minillm import model as model_file
-from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d, document_block_mask, packed_forward,
-                           document_positions, llama3_frequencies, preset_config, rotate)
+from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
+                           document_block_mask, document_positions, llama3_frequencies, packed_forward, preset_config, rotate)
 from minillm.prefix import apply_prefix
 from tests.helpers import close
 
