@@ -11,7 +11,7 @@ last token, and the reward is a count, so that only the machinery is measured. T
 checkpointing off and sampling by transformers; the two take turns, step by step. The columns:
 
     rollout s ... optimizer s    the phases of a step (of TRL only the whole is known)
-    logprobs s                   old policy and reference, before the update
+    logprobs s                   of the reference, before the update (with one update, the policy's own come from the update)
     update s                     loss and backward
     step s                       all of them; the median step
     tokens/s                     sampled tokens, by the time of the whole step
@@ -91,9 +91,9 @@ class Ours:
         self.optimizers = make_optimizers(self.policy, lr=1e-5, weight_decay=0.0)
         self.hidden_of = {m: runtime.maybe_compile(m.model, cfg.compile, device, dynamic=True) for m in (self.policy, self.ref_model)}
 
-    def logprobs(self, model, tokens):
+    def logprobs(self, model, tokens, mask):
         with runtime.autocast(self.device):
-            return head_logprobs(self.hidden_of[model](tokens), model.lm_head.weight, tokens)
+            return head_logprobs(self.hidden_of[model](tokens), model.lm_head.weight, tokens, mask=mask)
 
     def step(self) -> list:
         wait, times = getattr(torch, self.device.type).synchronize, []
@@ -109,10 +109,10 @@ class Ours:
         rewards = torch.tensor(reward(rollout.responses()), device=self.device).view(len(self.prompts), -1)
         advantages, tokens, mask = group_advantages(rewards).flatten(), rollout.tokens, rollout.response_mask[:, 1:]
         now()
-        old_logprobs = self.logprobs(self.policy, tokens).detach()  # with gradients on, as in the update: off, other kernels may run
-        ref_logprobs = self.logprobs(self.ref_model, tokens).detach()
+        ref_logprobs = self.logprobs(self.ref_model, tokens, mask).detach()  # with gradients on, as in the update: off, other kernels may run
         now()
-        loss, _ = grpo_loss(self.logprobs(self.policy, tokens), old_logprobs, ref_logprobs, advantages, mask, clip_eps=0.2, beta=0.04)
+        logprobs = self.logprobs(self.policy, tokens, mask)
+        loss, _ = grpo_loss(logprobs, logprobs.detach(), ref_logprobs, advantages, mask, clip_eps=0.2, beta=0.04)
         loss.backward()
         now()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -190,7 +190,7 @@ def measure(config, tokenizer, cfg, size: dict, report: Report, device, with_trl
     step = statistics.median(map(sum, phases))
     parts = dict(zip(PHASES, map(statistics.median, zip(*phases))))
     floor = new_tokens * decode_bytes(made[0].policy, B, P + new_tokens / 2, compute_dtype(device)) / report.ceilings["bytes"]
-    flops = (2 + 3) * forward_flops(config, [P + new_tokens] * B, B * new_tokens)  # two forward, one forward and backward
+    flops = (1 + 3) * forward_flops(config, [P + new_tokens] * B, B * new_tokens)  # one forward, one forward and backward
     rows[0] |= {**parts, "step s": step, "tokens/s": B * new_tokens / step, "rollout x floor": parts["rollout s"] / floor,
                 "update % matmul": 100 * flops / (parts["logprobs s"] + parts["update s"]) / report.ceilings["flops"]}
     return [row | {"time x": row["step s"] / step} for row in rows]
