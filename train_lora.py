@@ -40,7 +40,7 @@ from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/identity.jsonl", "data/identity_eval.jsonl"
 LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 5e-3, "prompt": 3e-1}
-VIRTUAL_TOKENS = {"prefix": 32, "prompt": 128}
+VIRTUAL_TOKENS = {"prefix": 32, "prompt": 256}
 SAVE = {"lora": save_lora, "dora": save_lora, "adapter": save_bottleneck, "prefix": save_prefix, "prompt": save_prefix}
 
 
