@@ -102,14 +102,15 @@ def main(cfg: Config) -> dict:
     model = checkpoint.load_model(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32)
     checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     total = sum(p.numel() for p in model.parameters())
+    virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):
         apply_lora(model, cfg.rank, cfg.alpha, cfg.target_modules, cfg.dropout, cfg.rslora, dora=cfg.peft == "dora")
     elif cfg.peft == "adapter":
         apply_bottleneck(model, cfg.bottleneck, cfg.placement)
     elif cfg.peft == "prefix":
-        apply_prefix(model, cfg.virtual_tokens or VIRTUAL_TOKENS["prefix"], tokenizer.encode(cfg.start_text), cfg.prefix_mlp)
+        apply_prefix(model, virtual_tokens, tokenizer.encode(cfg.start_text), cfg.prefix_mlp)
     else:
-        apply_prompt(model, cfg.virtual_tokens or VIRTUAL_TOKENS["prompt"], tokenizer.encode(cfg.start_text))
+        apply_prompt(model, virtual_tokens, tokenizer.encode(cfg.start_text))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute

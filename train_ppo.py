@@ -141,6 +141,7 @@ def main(cfg: Config) -> dict:
             value_model = load_reward_model(cfg.reward_model, device, cls=ValueModel)
         else:
             runtime.say(f"{cfg.reward_model} has another tokenizer than the policy: it scores text, but the value model starts from {cfg.model}")
+    critic_scores = value_model is not None  # it knows the reward model's scores; a new head knows nothing
     value_model = value_model or ValueModel.from_lm(checkpoint.load_model(cfg.model, device))
     compiled = lambda model: runtime.maybe_compile(model, cfg.compile, device, dynamic=True)
     policy_hidden, ref_hidden, values_hidden = compiled(policy.model), compiled(ref_model.model), compiled(value_model.model)
@@ -173,7 +174,7 @@ def main(cfg: Config) -> dict:
     # 5. Train
     step, before = checkpoint.restore_run(run, trained, optimizers, states) if run else (0, evaluate())
     reward_mean, reward_std = (before["sampled_reward"], before["sampled_reward_std"] or 1.0) if cfg.normalise and trained_kind else (0.0, 1.0)
-    if not run:
+    if not run and critic_scores:
         value_model.score.weight.data /= reward_std  # it shall expect scores that are normalised
     progress = Progress(cfg.out, total_steps, step, show=runtime.rank() == 0)
     save = lambda: checkpoint.save_run(cfg.out, step, trained, tokenizer, optimizers, states, before,

@@ -7,11 +7,12 @@
     grpo       train_grpo.py with its defaults, against the same time of further SFT on the same demonstrations
     ppo        train_ppo.py with its defaults, against the reward model of out/reward
     hacking    train_ppo.py --kl_coef 0 against a reward model that knows 200 pairs, none of which has a wrong answer:
-               its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
+               (40 rollouts, lr 3e-4): its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
 
 Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote on both held-out files
 (prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone): greedy replies
-for correctness, samples at temperature 1 for gold and reward. Runs that are finished are not repeated. Written to --out: table.md, results.json, curves.json, and curves.png with matplotlib.
+for correctness, samples at temperature 1 for gold and reward. Runs that are finished are not repeated. Written to --out:
+table.md, results.json, curves.json, and curves.png with matplotlib.
 """
 
 import json
