@@ -201,12 +201,23 @@ def document_block_mask(doc_ids, block: int = 128) -> BlockMask:
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=same_document, seq_lengths=(T, T))
 
 
+def document_lengths(doc_ids) -> list:
+    """attention_mask_2d for packed rows, doc_ids (B, T), as lists: the lengths of each row's documents, in order."""
+    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in doc_ids]
+
+
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d).
 
-    mask: as attention_mask_2d or document_block_mask makes it.
+    mask: as attention_mask_2d, document_block_mask or document_lengths makes it.
     """
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    if isinstance(mask, list):  # one document after the other
+        found = []
+        for row, lengths in enumerate(mask):
+            for document in zip(*(x[row:row + 1].split(lengths, dim=2) for x in (q, k, v))):  # (1, heads, length, d) each
+                found.append(attend(*document, None))
+        return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (T > 1 or mask is not None) and T * S <= 2**18:
@@ -309,7 +320,12 @@ class Backbone(nn.Module):
                 positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
         prefix = self.prefix.length if self.prefix is not None else 0
         cos, sin = self.rotary(positions + prefix)
-        mask = block_mask if block_mask is not None and not prefix else attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
+        if block_mask is not None and not prefix:
+            mask = block_mask
+        elif doc_ids is not None and valid is None and not prefix and tokens.device.type == "cpu" and T > 512:
+            mask = document_lengths(doc_ids)  # in long rows most pairs are of two documents, and CPU kernels skip none of them
+        else:
+            mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
         x = self.embed_tokens(tokens)

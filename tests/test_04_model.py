@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from minillm import model as model_file
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
-                           document_block_mask, document_positions, llama3_frequencies, packed_forward, preset_config, rotate)
+                           document_block_mask, document_lengths, document_positions, llama3_frequencies, packed_forward, preset_config, rotate)
 from minillm.prefix import apply_prefix
 from tests.helpers import close
 
@@ -343,6 +343,24 @@ def test_the_block_mask_is_the_mask_in_blocks(length):
         assert (whole == tiles.all(-1).all(-1)).all()
         b, q, k = torch.meshgrid(torch.arange(2), torch.arange(length), torch.arange(length), indexing="ij")
         assert (blocks.mask_mod(b, 0, q, k) == mask).all()
+
+
+def test_long_packed_rows_equal_their_documents_alone():
+    """On CPUs rows of over 512 tokens are attended to document by document: forward and backward, with padding at the end."""
+    model, tokens = small_model(num_key_value_heads=2, max_position_embeddings=1024), ids(2, 600)
+    lengths = [[200, 1, 310, 89], [600]]
+    doc_ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    doc_ids[0, -89:] = -1
+    assert document_lengths(doc_ids) == lengths
+    hidden = model.hidden(tokens, doc_ids=doc_ids)
+    alone = [model.hidden(part[None]) for row, n in zip(tokens, lengths) for part in row.split(n)]
+    close(hidden.flatten(0, 1), torch.cat(alone, dim=1)[0])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for one, other in zip(*(torch.autograd.grad((x ** 2).mean(), parameters) for x in (hidden, torch.cat(alone, dim=1)))):
+        close(one, other)
+    mask = attention_mask_2d(None, doc_ids, 600, 0, "cpu")
+    q, k, v = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8), torch.randn(2, 2, 600, 8)
+    close(attend(q, k, v, document_lengths(doc_ids)), attend(q, k, v, mask))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

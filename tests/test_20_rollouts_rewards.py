@@ -10,11 +10,13 @@ A reward function takes (messages, answers, example) and returns one number per 
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from minillm import rollouts
 from minillm.checkpoint import save_model
 from minillm.data import PackedLoader
 from minillm.errors import UserError
@@ -240,6 +242,19 @@ def test_sampled_scores_measure_the_reward_on_held_out_prompts(tmp_path, tokeniz
     found = sampled_scores(small(tokenizer), tokenizer, train + held, load_rewards([f"{mine}:one"], "", ""), torch.device("cpu"), 3, 1.0)
     close(found["sampled_reward_std"], math.sqrt(1.25))  # (2.25 + 0.25 + 0.25 + 2.25) / 4
     assert sampled_scores(None, tokenizer, [], {}, None, 3, 1.0) == {}
+
+
+@pytest.mark.parametrize("prompts, answers", [(1, 4), (4, 4), (9, 2), (12, 1), (30, 1)])
+def test_few_prompts_are_sampled_several_times(tmp_path, tokenizer, monkeypatch, prompts, answers):
+    """At most four answers to a prompt, as long as there are no more than MOST_SAMPLED in all; every prompt has one."""
+    monkeypatch.setattr(rollouts, "MOST_SAMPLED", 20)
+    seen = tmp_path / "seen.txt"
+    mine = write(tmp_path / "mine.py", f"def ones(m, answers, e):\n    open({str(seen)!r}, 'a').write(f\"{{e['answer']}} \" * len(answers))\n"
+                 "    return [1] * len(answers)\n")
+    train, held, _ = load_prompts([write_lines(tmp_path / "p.jsonl", questions(prompts))], "", tokenizer, 60, 0, say=lambda line: None)
+    everything = (train + held)[:prompts]
+    sampled_scores(small(tokenizer), tokenizer, everything, load_rewards([f"{mine}:ones"], "", ""), torch.device("cpu"), 3, 1.0)
+    assert Counter(seen.read_text().split()) == {str(p.record["answer"]): answers for p in everything}
 
 
 def test_entropy_of_whole_distributions():
