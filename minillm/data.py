@@ -438,9 +438,11 @@ def pack(lengths, row_length: int) -> list:
 def ahead(items, depth: int = 2):
     """Yield the items of an iterator; the next `depth` are made on another thread meanwhile."""
     ready, closed = queue.Queue(depth), threading.Event()
+    # No daemon: Python stops those wherever they are when it ends, and inside PyTorch that aborts the whole program.
+    stopped = lambda: closed.is_set() or not threading.main_thread().is_alive()
 
     def put(kind, value):
-        while not closed.is_set():
+        while not stopped():
             with contextlib.suppress(queue.Full):
                 return ready.put((kind, value), timeout=0.1)
 
@@ -448,13 +450,13 @@ def ahead(items, depth: int = 2):
         try:
             for item in items:
                 put("item", item)
-                if closed.is_set():
+                if stopped():
                     return
             put("end", None)
         except BaseException as error:  # it belongs to who waits for the items
             put("error", error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work).start()
     try:
         while True:
             kind, value = ready.get()

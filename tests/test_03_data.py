@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -364,6 +365,19 @@ def test_the_thread_ends_when_nobody_wants_more():
     stream.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_a_program_can_end_while_batches_are_made_ahead(tmp_path):
+    """A daemon thread that is inside PyTorch when Python ends aborts the whole program: exit status 134 after all is done."""
+    script = """
+import itertools, torch
+from minillm.data import ahead
+matrix = torch.ones(500, 500)
+stream = ahead((matrix @ matrix for _ in itertools.count()), depth=10_000)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("world", [2, 3])
