@@ -70,7 +70,7 @@ class Config:
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = flag(0.95, "0: trust the critic, 1: trust the rewards", low=0, high=1)
-    kl_coef: float = flag(0.2, "what a nat of KL to the reference costs", low=0)
+    kl_coef: float = flag(0.3, "what a nat of KL to the reference costs", low=0)
     target_kl: float = flag(0.0, "adapt kl_coef until an answer is so many nats from the reference (0: leave it)", low=0)
     stop_kl: float = flag(0.2, "leave a rollout when the policy is further than this, per token, from the one that sampled it (0: never)", low=0)
     missing_end_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
