@@ -198,7 +198,7 @@ def test_the_coefficient_follows_its_target(folder, run):
     fixed = train_ppo.KLCoefficient(0.2, 0.0)
     fixed.update(100.0)
     assert fixed.value == 0.2
-    run("ppo", "--max_steps", 3, "--target_kl", 1000)
+    run("ppo", "--max_steps", 3, "--kl_coef", 0.2, "--target_kl", 1000)
     close([line["kl_coef"] for line in training_steps(folder / "ppo")], [0.2, 0.196, 0.19208])
 
 
