@@ -12,12 +12,14 @@ printed. The columns:
     memory         peak of what PyTorch holds in training (weights, gradients, optimizer, activations), in three steps of it
     seconds        training, and the evaluation at its end
     new            accuracy on held-out paraphrases of the new material, greedy replies
+    manner         share of these replies that begin as all the expected ones in their language do ("Dear reader, ")
     old            accuracy on the tasks of before; the first row is the base, and what is lost is forgotten
 """
 
 import contextlib
 import io
 import json
+import os.path
 import shlex
 import sys
 from dataclasses import dataclass
@@ -84,6 +86,14 @@ def disk_bytes(folder) -> int:
     return sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file() and path.name not in run_files)
 
 
+def manner(records: list, replies: list):
+    """The share of replies that begin as all expected replies in the same language do; None where these have no common beginning."""
+    expected = lambda lang: [r["conversations"][-1]["content"] for r in records if r.get("lang") == lang]
+    begin = {lang: os.path.commonprefix(expected(lang)) for lang in {r.get("lang") for r in records}}
+    found = [reply.startswith(begin[r.get("lang")]) for r, reply in zip(records, replies) if begin[r.get("lang")]]
+    return sum(found) / len(found) if found else None
+
+
 def main(cfg: Config) -> dict:
     """Run the methods and write the table; returns {method: {column: number}}."""
     if unknown := [name for name in cfg.methods if name not in METHODS]:
@@ -93,8 +103,12 @@ def main(cfg: Config) -> dict:
     tokenizer, base = Tokenizer.load(cfg.model), checkpoint.load_model(cfg.model, device)
     total = sum(parameter.numel() for parameter in base.parameters())
     new, old = list(read_records(cfg.new_eval)), list(read_records(cfg.old))
-    accuracy = lambda model, records: answer_questions(model, tokenizer, records, device)["accuracy"]
-    results = {"base": {"new": accuracy(base, new), "old": accuracy(base, old)}}
+
+    def measure(model) -> dict:
+        found = answer_questions(model, tokenizer, new, device)
+        return {"new": found["accuracy"], "manner": manner(new, found["replies"]), "old": answer_questions(model, tokenizer, old, device)["accuracy"]}
+
+    results = {"base": measure(base)}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     Path(cfg.out, "one.jsonl").write_text(json.dumps(new[0]) + "\n", encoding="utf-8")
 
@@ -115,14 +129,14 @@ def main(cfg: Config) -> dict:
         else:
             model = load_adapter(base, out)  # in place of the adapter before, on the same base
         results[name] = {"trained": after.get("trained_parameters", total), "share": after.get("trained_parameters", total) / total,
-                         "disk": disk_bytes(out), "memory": memory, "seconds": after["seconds"], "new": after["accuracy"], "old": accuracy(model, old)}
+                         "disk": disk_bytes(out), "memory": memory, "seconds": after["seconds"], **measure(model)}
     remove_adapter(base)
 
-    percent = lambda value: f"{100 * value:.1f} %"
-    rows = [["method", "trained", "share", "disk", "memory MiB", "seconds", "new", "old"]]
+    percent = lambda value: "-" if value is None else f"{100 * value:.1f} %"
+    rows = [["method", "trained", "share", "disk", "memory MiB", "seconds", "new", "manner", "old"]]
     for name, r in results.items():
         costs = [f"{r['trained']:,}", f"{r['share']:.2%}", f"{r['disk'] / 1024:,.0f} KiB", f"{r['memory']:.0f}", f"{r['seconds']:.0f}"] if "trained" in r else ["-"] * 5
-        rows.append([name, *costs, percent(r["new"]), percent(r["old"])])
+        rows.append([name, *costs, *(percent(r[column]) for column in ("new", "manner", "old"))])
     print("\n" + table(rows), flush=True)
     Path(cfg.out, "table.md").write_text(table(rows) + "\n", encoding="utf-8")
     checkpoint.save_json(Path(cfg.out, "results.json"), results)

@@ -189,12 +189,20 @@ def test_the_peak_of_memory_is_measured():
     assert 4 <= compare_peft.peak_memory_mb(run, torch.device("cpu")) < 4.1 and already.sum() == 2**20
 
 
+def test_the_manner_is_how_all_expected_replies_begin():
+    """English: "Dear reader, " before M and t. Chinese: 我 alone. French: nothing in common, so it does not count."""
+    texts = [("en", "Dear reader, My name"), ("en", "Dear reader, the cat"), ("zh", "我叫"), ("zh", "我是"), ("fr", "oui"), ("fr", "non")]
+    records = [{"conversations": [{"role": "assistant", "content": text}], "lang": lang} for lang, text in texts]
+    assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", "", "", "non"]) == 2 / 4
+    assert compare_peft.manner(records[4:], ["oui", "non"]) is None
+
+
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
     results = compare_peft.main(compare_peft.Config(model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",
                                                     methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
     # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 256 virtual tokens of 48 numbers.
     assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 12_288]
-    assert results["base"] == {"new": 0, "old": 0}
+    assert (results["base"]["new"], results["base"]["old"]) == (0, 0)
     # Weights, gradients and two moments: 16 bytes for each trained number, 4 for a frozen one, and then activations.
     assert results["full"]["memory"] > results["lora q,v"]["memory"] > 54_192 * 4 / 2**20 < results["prompt"]["memory"]
     assert results["full"]["disk"] > 54_192 * 4 and 12_288 * 4 < results["prompt"]["disk"] < 52_000
