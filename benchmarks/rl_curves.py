@@ -9,9 +9,9 @@
     hacking    train_ppo.py --kl_coef 0 against a reward model that knows 200 pairs, none of which has a wrong answer:
                (40 rollouts, lr 3e-4): its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
 
-Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote on both held-out files
-(prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone): greedy replies
-for correctness, samples at temperature 1 for gold and reward. Runs that are finished are not repeated. Written to --out:
+Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote: greedy replies to both
+held-out files (prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone), and
+four samples at temperature 1 to each prompt of prompts_eval, as the scripts take them themselves. Runs that are finished are not repeated. Written to --out:
 table.md, results.json, curves.json, and curves.png with matplotlib.
 """
 
@@ -72,14 +72,14 @@ def run(stage, out: Path, **options) -> dict:
 def measure(folder, reward_model, device) -> dict:
     """Correctness of greedy replies by kind of task; gold, correctness and reward of samples."""
     tokenizer, policy = Tokenizer.load(folder), checkpoint.load_model(folder, device)
-    records = [record for path in EVAL_DATA for record in read_questions(path)]
-    by_task = answer_questions(policy, tokenizer, records, device)["accuracy_by_task"]
+    asked, more = map(read_questions, EVAL_DATA)
+    by_task = answer_questions(policy, tokenizer, asked + more, device)["accuracy_by_task"]
     share = lambda tasks: sum(by_task[task] for task in tasks) / len(tasks)
-    sums = [record for record in read_questions(EVAL_DATA[0]) if record.get("task") in ARITHMETIC]
+    sums = [record for record in asked if record.get("task") in ARITHMETIC]
     found = {"rl_sums": answer_questions(policy, tokenizer, sums, device)["accuracy"],
              "arithmetic": share([task for task in by_task if task in ARITHMETIC]), "others": share([task for task in by_task if task not in ARITHMETIC]),
              "all": share(list(by_task)), "by_task": by_task}
-    prompts = [Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record) for record in records for messages in [prompt_messages(record)]]
+    prompts = [Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record) for record in asked for messages in [prompt_messages(record)]]
     rewards = load_rewards(["model"], reward_model, "", device) if reward_model else {}
     if rewards:
         sampled = sampled_scores(policy, tokenizer, prompts, rewards, device, max_new_tokens=48, temperature=1.0)
