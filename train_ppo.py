@@ -64,7 +64,7 @@ class Config:
     inner_epochs: int = flag(2, "passes over a rollout", low=1)
     mini_batches: int = flag(4, "optimizer steps per pass", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(6, "passes over the prompts", low=1)
+    epochs: int = flag(9, "passes over the prompts", low=1)
     max_steps: int = flag(0, "rollouts; overrides --epochs", low=0)
     clip_eps: float = flag(0.2, "clipping range of the ratio", low=0, high=1)
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
