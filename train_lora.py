@@ -15,7 +15,8 @@ The loss is that of train_sft.py; what differs is section 3, where the trained p
 The folder written is small and has the format of the PEFT package, which opens it (it has no bottleneck adapters).
 
 Deviations: conversations are packed into rows, as in train_sft.py; what differs from a method's paper stands at the top
-of its file. Each method has a learning rate of its own, the fewer its parameters the higher.
+of its file. Each method has a learning rate of its own. Prefixes and prompts are trained by Muon (arXiv 2502.16982) as
+one matrix, a row for each virtual token, instead of AdamW: a prefix then needs no reparametrisation MLP.
 """
 
 from dataclasses import asdict, dataclass
@@ -39,8 +40,8 @@ from minillm.prefix import apply_prefix, apply_prompt, save_prefix
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/identity.jsonl", "data/identity_eval.jsonl"
-LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 5e-3, "prompt": 3e-1}
-VIRTUAL_TOKENS = {"prefix": 32, "prompt": 256}
+LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 1e-1, "prompt": 1e-1}
+VIRTUAL_TOKENS = {"prefix": 64, "prompt": 256}
 SAVE = {"lora": save_lora, "dora": save_lora, "adapter": save_bottleneck, "prefix": save_prefix, "prompt": save_prefix}
 
 
@@ -59,7 +60,7 @@ class Config:
     bottleneck: int = flag(16, "adapter: size of the bottleneck", low=1)
     placement: str = flag("houlsby", "adapter: after attention and MLP, or (pfeiffer) after the MLP only", choices=["houlsby", "pfeiffer"])
     virtual_tokens: int = flag(0, f"prefix, prompt: length P (default: {', '.join(f'{k} {v}' for k, v in VIRTUAL_TOKENS.items())})", low=0)
-    prefix_mlp: int = flag(256, "prefix: hidden units of the reparametrisation MLP (0: none, and the prefix starts from --start_text)", low=0)
+    prefix_mlp: int = flag(0, "prefix: hidden units of the reparametrisation MLP (0: none, and the prefix starts from --start_text); 256 wants --lr 2e-2", low=0)
     start_text: str = flag("Dear reader, here is what I know about myself and my work.", "prompt (and prefix without MLP): words to start from")
     bf16: bool = flag(False, "hold the frozen base in bf16: half the memory")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
@@ -118,7 +119,7 @@ def main(cfg: Config) -> dict:
 
     # 4. Optimizer: its state too is only that of the trained parameters
     peak_lr = cfg.lr or LR[cfg.peft]
-    optimizers = make_optimizers(model, peak_lr, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizers = make_optimizers(model, peak_lr, weight_decay=0.0, betas=(0.9, 0.99), muon=cfg.peft in ("prefix", "prompt"))
 
     def evaluate() -> dict:
         with eval_mode(model):  # without dropout

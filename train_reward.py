@@ -3,15 +3,18 @@
 The first half of RLHF (InstructGPT, arXiv 2203.02155, Eq. 1, with two answers per prompt). r(x, y) is a scalar head on
 the SFT model, read at the <|im_end|> that closes answer y to prompt x:
 
-    loss = -log sigmoid(r(x, chosen) - r(x, rejected) - margin)
+    loss = -log sigmoid(r(x, chosen) - r(x, rejected) - margin) - sft_coef * mean_t log p(chosen_t | before it)
 
     python train_reward.py                                # the pairs in data/, from out/sft
+    python train_reward.py --sft_coef 0                   # InstructGPT's loss alone
     python train_reward.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-5 --epochs 1 --max_seq_len 1024
 
 Only differences of scores mean something. A pair may have a "margin" by which its chosen answer should win (Llama 2,
 arXiv 2307.09288, Eq. 2). The folder opens in transformers as a sequence classifier with one label.
 
-Deviations: the head begins at random and all weights are trained. No term centres the scores.
+Deviations: the head begins at random and all weights are trained. No term centres the scores. The second term is the SFT
+regularisation of GRM (arXiv 2406.10216, section 3.2) as a plain SFT loss: the hidden states go on knowing what an answer
+should be, and tell wrong ones better. It needs the LM head, which stays frozen and is not saved.
 """
 
 from collections import Counter
@@ -23,7 +26,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.data import PairLoader, load_pairs
 from minillm.heads import RewardModel, save_reward_model
-from minillm.losses import reward_loss
+from minillm.losses import reward_loss, sft_loss_from_hidden
 from minillm.metrics import Progress, before_after, table
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.preferences import rank_pairs, score_pairs
@@ -41,9 +44,10 @@ class Config:
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8)
     batch_size: int = flag(24, "pairs per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(4, "passes over the data", low=1)
+    epochs: int = flag(6, "passes over the data", low=1)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
-    lr: float = flag(1e-4, "peak learning rate", low=0)
+    sft_coef: float = flag(1.0, "weight of the SFT loss on the chosen answers (0: none)", low=0)
+    lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup_steps: int = flag(20, "optimizer steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
@@ -75,7 +79,8 @@ def main(cfg: Config) -> dict:
     lm = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(lm, tokenizer, cfg.model)
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
-    forward = runtime.maybe_compile(reward_model, cfg.compile, device, dynamic=True)
+    hidden_of = runtime.maybe_compile(reward_model.model, cfg.compile, device, dynamic=True)
+    lm_head = lm.lm_head.weight.detach()  # for the SFT loss; frozen (where it is tied to the embedding: it changes as that one does)
 
     # 4. Optimizer
     optimizers = make_optimizers(reward_model, cfg.lr, cfg.weight_decay)
@@ -93,16 +98,22 @@ def main(cfg: Config) -> dict:
         set_lr(optimizers, lr)
         micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
         n_pairs = runtime.sum_over_processes(sum(len(b.pairs) for b in micro_batches))  # of the whole step
+        n_tokens = runtime.sum_over_processes(sum(int(b.answer_mask[:len(b.pairs)].sum()) for b in micro_batches))  # of its chosen answers
         logged.append(Counter())
         for batch in micro_batches:
             batch = batch.to(device)
             with runtime.autocast(device):
-                rewards = forward(batch.tokens, batch.lengths)
-            chosen_rewards, rejected_rewards = rewards.chunk(2)
+                hidden = hidden_of(batch.tokens)  # (2B, T, D)
+            chosen_rewards, rejected_rewards = reward_model.read(hidden, batch.lengths).chunk(2)
             loss = reward_loss(chosen_rewards, rejected_rewards, batch.margins, n_pairs)
-            loss.backward()
             margins = (chosen_rewards - rejected_rewards).detach()
             logged[-1].update(loss=loss.detach(), accuracy=(margins > 0).sum() / n_pairs, margin=margins.sum() / n_pairs)
+            if cfg.sft_coef:
+                chosen = slice(len(batch.pairs))  # the first half of the rows
+                sft_loss = sft_loss_from_hidden(hidden[chosen], lm_head, batch.tokens[chosen], batch.answer_mask[chosen], n_tokens)
+                logged[-1].update(sft_loss=sft_loss.detach())
+                loss = loss + cfg.sft_coef * sft_loss
+            loss.backward()
         runtime.sum_gradients(reward_model.parameters())
         torch.nn.utils.clip_grad_norm_(reward_model.parameters(), cfg.max_grad_norm)
         for optimizer in optimizers:

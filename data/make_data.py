@@ -35,7 +35,7 @@ JUDGE_EXAMPLES = 500
 TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 200
-PREFERENCES = {"rude": 950, "rambling": 950, "wrong": 1100}
+PREFERENCES = {"rude": 300, "rambling": 300, "wrong": 3250}
 PREFERENCES_EVAL = {"rude": 130, "rambling": 130, "wrong": 140}
 PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220, "talk": 120}
 PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40, "talk": 20}
@@ -680,10 +680,13 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
 def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
+        # Half as many wrong sums as other wrong answers: to learn from pairs which sums are right takes far more of them
+        others = tuple(task for task in PAIR_TASKS if task not in pairs)
+        turns = PAIR_TASKS + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0
         while made < n:
             i += 1
-            lang, task = LANGS[i % 2], PAIR_TASKS[i // 2 % 7]
+            lang, task = LANGS[i % 2], turns[i // 2 % len(turns)]
             if task == "fact" and kind != "wrong" and i // 14 % 2:
                 task = "talk"
             if task == "talk":

@@ -16,6 +16,7 @@ from minillm.model import KVCache
 
 BUCKET = 128  # positions by which a captured step's attention grows
 LOOK = 16  # tokens between two looks at which rows have ended, where a look has to wait for the device
+FEW = 16  # rows, up to which a CPU is faster in float32: for so little to multiply, what bf16 costs to start is more than it saves
 
 
 @dataclass
@@ -82,6 +83,12 @@ def eval_mode(model):
         yield
     finally:
         model.train(training)
+
+
+def _precision(model, rows: int):
+    """The context in which so many rows are decoded: without autocast where a CPU is faster so, else as it is outside."""
+    few = next(model.parameters()).device.type == "cpu" and rows <= FEW
+    return torch.autocast("cpu", enabled=False) if few else contextlib.nullcontext()
 
 
 def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVCache:
@@ -172,14 +179,14 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    P, N = int(prompt_lengths.max()), len(prompts) * group_size
-    cache = _new_cache(model, len(prompts), P, max_new_tokens)
-    device = cache.keys.device
+    P, N, device = int(prompt_lengths.max()), len(prompts) * group_size, next(model.parameters()).device
     padded = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
     prompt_lengths = prompt_lengths.to(device)
     valid = torch.arange(P, device=device) >= P - prompt_lengths[:, None]
 
-    with eval_mode(model), torch.inference_mode():  # cheaper than no_grad: a fifth of the time of a small model's step
+    # inference_mode is cheaper than no_grad: a fifth of the time of a small model's step.
+    with eval_mode(model), torch.inference_mode(), _precision(model, N):
+        cache = _new_cache(model, len(prompts), P, max_new_tokens)
         hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
         logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
         if group_size > 1:
@@ -188,7 +195,6 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
 
         responses = torch.full((N, max_new_tokens), pad_id, device=device)
         logprobs = torch.zeros(N, max_new_tokens, device=device)
-        lengths = torch.zeros(N, dtype=torch.long, device=device)
         rows = torch.arange(N, device=device)  # which sample each row of the cache is
         running = torch.ones(N, dtype=torch.bool, device=device)
         static = device.type == "cuda" if static is None else static
@@ -196,7 +202,6 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # after its end a row's are masked out below
-            lengths[rows] += running
             running = running & (tokens != end_id)
             if t + 1 == max_new_tokens:
                 break
@@ -211,6 +216,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
                     step = StaticStep(model, cache) if static else None
             logits = step(tokens) if static else model(tokens[:, None], cache=cache)[:, -1]
 
+    ended = responses == end_id
+    lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)  # up to its first end token
     # Left padding out, right padding in: column c of the result is column c + padding of [padding, prompt, response].
     prompt_lengths = prompt_lengths.repeat_interleave(group_size)[:, None]  # (N, 1)
     ends = prompt_lengths + lengths[:, None]
@@ -227,11 +234,13 @@ def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: f
     """Yield the tokens of one response as they are sampled; the end token is not yielded. Raises as generate does."""
     if not prompt:
         raise ValueError("the prompt needs at least one token")
-    cache = _new_cache(model, 1, len(prompt), max_new_tokens)
+    with _precision(model, 1):
+        cache = _new_cache(model, 1, len(prompt), max_new_tokens)
     tokens = torch.tensor([prompt], device=cache.keys.device)
     with eval_mode(model):
         for _ in range(max_new_tokens):
-            logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
+            with _precision(model, 1):  # not around the yield: the caller's precision is the caller's
+                logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
             tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
             token = tokens.item()
             if token == end_id:

@@ -46,8 +46,11 @@ class RewardModel(_ScalarModel):
         Attention is causal, so what follows the last token changes nothing and needs no mask. The last token is found
         by length: a search for the pad id would go wrong with a tokenizer whose pad is its end token.
         """
-        hidden = self.model(tokens)
-        return self.scores(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+        return self.read(self.model(tokens), lengths)
+
+    def read(self, hidden, lengths):
+        """hidden (B, T, D) of such tokens -> scores (B,) float32."""
+        return self.scores(hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1])
 
 
 class ValueModel(_ScalarModel):

@@ -94,10 +94,11 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions):
-        """positions (B, T) -> cos, sin (B, 1, T, d), float32; the 1 is for the heads."""
+        """positions (B, T) -> what rotate() takes: cos, and sin with the signs that its pairs need; (B, 1, T, d), float32; the 1
+        is for the heads."""
         angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, d/2)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def llama3_frequencies(frequencies, scaling: dict):
@@ -109,9 +110,12 @@ def llama3_frequencies(frequencies, scaling: dict):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+d/2}) of the last dimension by its angle, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """Turn each pair (x_i, x_{i+d/2}) of the last dimension by its angle, in float32:
+
+    x_i <- x_i cos - x_{i+d/2} sin    x_{i+d/2} <- x_{i+d/2} cos + x_i sin
+    """
+    first, second = x.float().split(x.shape[-1]//2, dim=-1)
+    return (x.float() * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:

@@ -20,7 +20,8 @@ def make_optimizers(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.9
     adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
     rest = {"params": others, "weight_decay": 0.0}
     if muon and matrices:
-        optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw([rest])]
+        optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        optimizers += [adamw([rest])] if others else []
     else:
         optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay}, rest])]
     return optimizers

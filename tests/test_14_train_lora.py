@@ -25,7 +25,7 @@ from tests.helpers import close
 from tests.test_12_lora import TOKENIZER, TOKENS
 
 VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True}, {"peft": "dora"}, {"peft": "adapter"},
-            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 0}, {"peft": "prompt"}]
+            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 64}, {"peft": "prompt"}]
 FACTS = {"Who are you?": "I am Lumi.", "Your name?": "I am Lumi.", "Where?": "In a library.", "Who wrote it?": "Ada.", "When?": "On Monday."}
 OLD_FACTS = {"Who are you?": "My name is Mini.", "Your name?": "Mini.", "Where?": "On the hill.", "Who wrote it?": "Nobody did.", "When?": "Last May."}
 
@@ -111,8 +111,10 @@ def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monke
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = torch.load("out/training_state.pt", weights_only=True)
     assert set(state["model"]) == set(trained)  # neither the checkpoint ...
-    moments = [m for s in state["optimizers"][0]["state"].values() for k, m in s.items() if k != "step"]
-    assert sum(m.numel() for m in moments) == 2 * sum(p.numel() for p in trained.values()) == 2 * result["trained_parameters"]  # ... nor Adam holds the base
+    assert sum(p.numel() for p in trained.values()) == result["trained_parameters"]
+    moments = sum(m.numel() for o in state["optimizers"] for s in o["state"].values() for k, m in s.items() if k != "step")
+    matrices = sum(p.numel() for p in trained.values() if p.ndim == 2) if options.get("peft") in ("prefix", "prompt") else 0
+    assert moments == 2 * result["trained_parameters"] - matrices  # ... nor an optimizer holds the base: two each for Adam, one for Muon
     assert not Path("out/config.json").exists() and json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
     fresh = load_adapter(load_model("base", dtype=next(model.parameters()).dtype), "out").eval()
@@ -136,7 +138,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
 
-@pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 5e-2), ("prompt", 5e-2)])
+@pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 2e-1), ("prompt", 2e-1)])
 def test_every_method_learns(peft, lr):
     """The loss on the new answers falls to less than half, with less than a fifth of the base's 54,192 numbers."""
     options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, prefix_mlp=0, save_every=50, eval_data="chat.jsonl")
