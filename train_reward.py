@@ -14,7 +14,8 @@ arXiv 2307.09288, Eq. 2). The folder opens in transformers as a sequence classif
 
 Deviations: the head begins at random and all weights are trained. No term centres the scores. The second term is the SFT
 regularisation of GRM (arXiv 2406.10216, section 3.2) as a plain SFT loss: the hidden states go on knowing what an answer
-should be, and tell wrong ones better. It needs the LM head, which stays frozen and is not saved.
+should be, and tell wrong ones better. It needs the LM head, which is trained where it is the embedding too; else it
+stays frozen, and is not saved.
 """
 
 from collections import Counter
@@ -80,7 +81,7 @@ def main(cfg: Config) -> dict:
     checkpoint.check_tokenizer(lm, tokenizer, cfg.model)
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
     hidden_of = runtime.maybe_compile(reward_model.model, cfg.compile, device, dynamic=True)
-    lm_head = lm.lm_head.weight.detach()  # for the SFT loss; frozen (where it is tied to the embedding: it changes as that one does)
+    lm_head = lm.lm_head.weight if lm.config.tie_word_embeddings else lm.lm_head.weight.detach()  # for the SFT loss
 
     # 4. Optimizer
     optimizers = make_optimizers(reward_model, cfg.lr, cfg.weight_decay)

@@ -111,7 +111,7 @@ def test_counts(files):
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
     assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.45 * sum(prompts.values())
-    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 950, "rambling": 950, "wrong": 1100}
+    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 300, "rambling": 300, "wrong": 3200}
     for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
         english = sum(line["lang"] == "en" for line in files[name])
         assert 0.42 < english / len(files[name]) < 0.58, name
@@ -267,7 +267,7 @@ def test_pairs_differ_in_what_their_kind_says(files):
             else:
                 assert 0.7 < len(texts[1]) / len(texts[0]) < 1.4
     by = Counter((line["kind"], line["task"]) for line in files["preference"])
-    assert all(by["wrong", task] >= 100 for task in TASKS - {"talk"}) and by["rude", "talk"] >= 50 and by["rambling", "talk"] >= 50
+    assert all(by["wrong", task] >= 100 for task in TASKS - {"talk"}) and by["rude", "talk"] >= 20 and by["rambling", "talk"] >= 20
 
 
 def test_judging_favours_no_position(files):

@@ -263,6 +263,24 @@ def test_what_cannot_be_generated_is_refused_in_one_line():
     assert generate(model, [[4] * 10], 6, -1, temperature=0).tokens.shape == (1, 16)  # exactly full
 
 
+def test_few_rows_are_decoded_in_float32_on_a_cpu(monkeypatch):
+    """Under bf16 autocast: up to FEW rows give the very tokens and logprobs of float32, one more those of bf16. What the caller
+    computes between two streamed tokens, and after a stream that it leaves, is still under its own autocast."""
+    monkeypatch.setattr("minillm.generate.FEW", len(PROMPTS))
+    model = tiny_model()
+    exact = generate(model, PROMPTS, 8, end_id=-1, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        few = generate(model, PROMPTS, 8, end_id=-1, generator=seeded())
+        many = generate(model, [*PROMPTS, [3]], 8, end_id=-1, generator=seeded())
+        assert few.tokens.equal(exact.tokens) and few.logprobs.equal(exact.logprobs)
+        assert (many.logprobs[0, len(PROMPTS[0])] - exact.logprobs[0, len(PROMPTS[0])]).abs() > 0
+        for _ in stream(model, [3, 4], 4, END):
+            assert torch.is_autocast_enabled("cpu")
+            break
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+
+
 # The step that a CUDA graph can hold: one program for every token
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama"])

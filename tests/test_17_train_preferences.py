@@ -90,7 +90,7 @@ def logged(folder):
 # ---------------------------------------------------------------- does it learn
 
 def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
-    result = run(train_reward, "reward", "--max_steps", 40, "--batch_size", 16, "--lr", 3e-3)
+    result = run(train_reward, "reward", "--max_steps", 60, "--batch_size", 16, "--lr", 3e-3)
     assert result["preference_accuracy"] > 0.95 and set(result["accuracy_by_kind"]) == {"even", "odd"}
     assert result["margin"] > 1 and result["chosen_rewards"] - result["rejected_rewards"] == pytest.approx(result["margin"], abs=1e-4)
     summary = json.loads((tmp_path / "reward" / "summary.json").read_text())
@@ -153,6 +153,36 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, run, script):
     # AdamW's first step has the size of lr whatever the gradient's: compare where a gradient is not mere rounding
     moved = [((a[name] - b[name]).abs() > 1e-5).float().mean().item() for name in a]
     assert sum(moved) / len(moved) < 0.02
+
+
+def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, run, model_folder, tokenizer):
+    """Logged before the first update: the mean of -log p over the tokens of all chosen answers, each alone, and of no rejected one.
+    With --sft_coef 0 it is not there; with it, other weights are learned."""
+    run(train_reward, "both", "--max_steps", 1, "--batch_size", 32, "--lr", 1e-3)
+    run(train_reward, "alone", "--max_steps", 1, "--batch_size", 32, "--lr", 1e-3, "--sft_coef", 0)
+    model, total, count = load_model(model_folder), 0.0, 0
+    for record in some_pairs():
+        tokens, mask = tokenizer.render(record["chosen"])
+        logprobs = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        for t in range(1, len(tokens)):
+            if mask[t]:
+                total, count = total - logprobs[t - 1, tokens[t]].item(), count + 1
+    first, alone = logged(tmp_path / "both")[0], logged(tmp_path / "alone")[0]
+    assert first["sft_loss"] == pytest.approx(total / count, abs=1e-4)
+    assert "sft_loss" not in alone and alone["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    one, other = (load_safetensors(tmp_path / out / "model.safetensors") for out in ("both", "alone"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, tokenizer):
+    """The SFT loss reads the LM head of its own and does not train it; the folder is that of a one-label classifier."""
+    untied = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                  num_key_value_heads=1, head_dim=16, intermediate_size=48, tie_word_embeddings=False))
+    save_model(tmp_path / "untied", untied, tokenizer)
+    result = run(train_reward, "reward", "--model", tmp_path / "untied", "--max_steps", 2)
+    assert math.isfinite(result["margin"])
+    names = load_safetensors(tmp_path / "reward" / "model.safetensors").keys()
+    assert "score.weight" in names and not any("lm_head" in name for name in names)
 
 
 # ---------------------------------------------------------------- LoRA
