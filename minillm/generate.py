@@ -142,7 +142,7 @@ class StaticStep:
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
-                self.graph.capture_begin()
+                self.graph.capture_begin(capture_error_mode="thread_local")  # the thread that makes batches ahead goes on
                 try:
                     self.logits = self.forward()  # recorded, not computed
                 finally:
