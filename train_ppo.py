@@ -62,7 +62,7 @@ class Config:
     max_new_tokens: int = flag(48, "tokens of an answer", low=1)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", low=0.01)
     inner_epochs: int = flag(2, "passes over a rollout", low=1)
-    mini_batches: int = flag(4, "optimizer steps per pass", low=1)
+    mini_batches: int = flag(2, "optimizer steps per pass", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(9, "passes over the prompts", low=1)
     max_steps: int = flag(0, "rollouts; overrides --epochs", low=0)
@@ -74,7 +74,7 @@ class Config:
     target_kl: float = flag(0.0, "adapt kl_coef until an answer is so many nats from the reference (0: leave it)", low=0)
     stop_kl: float = flag(0.2, "leave a rollout when the policy is further than this, per token, from the one that sampled it (0: never)", low=0)
     missing_end_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
-    lr: float = flag(4e-5, "peak learning rate of the policy", low=0)
+    lr: float = flag(6e-5, "peak learning rate of the policy", low=0)
     value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
     critic_steps: int = flag(10, "rollouts at the start that train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "rollouts of linear warm-up", low=0)
@@ -147,8 +147,8 @@ def main(cfg: Config) -> dict:
     policy_hidden, ref_hidden, values_hidden = compiled(policy.model), compiled(ref_model.model), compiled(value_model.model)
 
     # 4. Optimizer
-    policy_optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0)
-    value_optimizers = make_optimizers(value_model, cfg.value_lr, weight_decay=0.0)
+    policy_optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    value_optimizers = make_optimizers(value_model, cfg.value_lr, weight_decay=0.0, betas=(0.9, 0.99))
     trained, optimizers = torch.nn.ModuleDict({"policy": policy, "value_model": value_model}), policy_optimizers + value_optimizers
 
     def beside(x):  # (b, t) -> (b, T-1): 0 behind the longest of these rows
