@@ -7,7 +7,7 @@
     grpo       train_grpo.py with its defaults, against the same time of further SFT on the same demonstrations
     ppo        train_ppo.py with its defaults, against the reward model of out/reward
     hacking    train_ppo.py --kl_coef 0 against a reward model that knows 200 pairs, none of which has a wrong answer:
-               (40 rollouts, lr 3e-4): its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
+               (40 rollouts, lr 3e-4, 4 mini-batches): its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
 
 Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote: greedy replies to both
 held-out files (prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone), and
@@ -137,7 +137,7 @@ def hacking(cfg: Config, device, start: dict) -> tuple:
     results, curves = [], []
     for seed in cfg.seeds:
         out = Path(cfg.out, f"hacking_{seed}")
-        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
+        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, mini_batches=4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
         results.append({"hacking": {**measure(out, weak, device), "seconds": summary["seconds"]}})
         curves.append({"hacking": curve(out, summary, "sampled_reward", "sampled_gold_reward", "sampled_accuracy")})
     return results, curves

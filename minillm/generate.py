@@ -16,7 +16,7 @@ from minillm.model import KVCache
 
 BUCKET = 128  # positions by which a captured step's attention grows
 LOOK = 16  # tokens between two looks at which rows have ended, where a look has to wait for the device
-FEW = 16  # rows, up to which a CPU is faster in float32: for so little to multiply, what bf16 costs to start is more than it saves
+FEW = 16, 2**21  # rows and parameters, up to which a CPU is faster in float32: to start a bf16 product costs it more than the product
 
 
 @dataclass
@@ -86,9 +86,10 @@ def eval_mode(model):
 
 
 def _precision(model, rows: int):
-    """The context in which so many rows are decoded: without autocast where a CPU is faster so, else as it is outside."""
-    few = next(model.parameters()).device.type == "cpu" and rows <= FEW
-    return torch.autocast("cpu", enabled=False) if few else contextlib.nullcontext()
+    """The context in which so many rows are decoded: without autocast where a CPU is faster so, else what it is outside."""
+    few = rows <= FEW[0] and sum(p.numel() for p in model.parameters()) <= FEW[1]
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return torch.autocast("cpu", enabled=False) if few and on_cpu else contextlib.nullcontext()
 
 
 def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVCache:
