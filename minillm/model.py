@@ -94,8 +94,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions):
-        """positions (B, T) -> what rotate() takes: cos, and sin with the signs that its pairs need; (B, 1, T, d), float32; the 1
-        is for the heads."""
+        """positions (B, T) -> cos, and sin with rotate()'s signs, both (B, 1, T, d) float32; the 1 is for the heads."""
         angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, d/2)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -114,7 +113,7 @@ def rotate(x, cos, sin):
 
     x_i <- x_i cos - x_{i+d/2} sin    x_{i+d/2} <- x_{i+d/2} cos + x_i sin
     """
-    first, second = x.float().split(x.shape[-1]//2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([second, first], dim=-1) * sin).to(x.dtype)
 
 
