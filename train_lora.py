@@ -16,7 +16,8 @@ The folder written is small and has the format of the PEFT package, which opens 
 
 Deviations: conversations are packed into rows, as in train_sft.py; what differs from a method's paper stands at the top
 of its file. Each method has a learning rate of its own. Prefixes and prompts are trained by Muon (arXiv 2502.16982) as
-one matrix, a row for each virtual token, instead of AdamW: a prefix then needs no reparametrisation MLP.
+one matrix, a row for each virtual token, instead of AdamW: a prefix then needs no reparametrisation MLP. A prompt takes
+many passes at a small rate: at a larger one it learns the answers and not which question they belong to.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,7 +41,8 @@ from minillm.prefix import apply_prefix, apply_prompt, save_prefix
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/identity.jsonl", "data/identity_eval.jsonl"
-LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 1e-1, "prompt": 1e-1}
+LR = {"lora": 2e-3, "dora": 2e-3, "adapter": 5e-3, "prefix": 1e-1, "prompt": 1e-2}
+EPOCHS = {"lora": 20, "dora": 20, "adapter": 20, "prefix": 20, "prompt": 90}
 VIRTUAL_TOKENS = {"prefix": 64, "prompt": 256}
 SAVE = {"lora": save_lora, "dora": save_lora, "adapter": save_bottleneck, "prefix": save_prefix, "prompt": save_prefix}
 
@@ -67,7 +69,7 @@ class Config:
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
     batch_size: int = flag(8, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(20, "passes over the data", low=1)
+    epochs: int = flag(0, f"passes over the data (default: {', '.join(f'{k} {v}' for k, v in EPOCHS.items())})", low=0)
     max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
     warmup_steps: int = flag(10, "optimizer steps of linear warm-up", low=0)
@@ -97,7 +99,7 @@ def main(cfg: Config) -> dict:
     train_data, eval_data = load_split("chat", cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)
     questions = read_questions(eval_path) if eval_path else []
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
-    total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs)) // cfg.grad_accum)
+    total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs or EPOCHS[cfg.peft])) // cfg.grad_accum)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     model = checkpoint.load_model(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32)
