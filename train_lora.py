@@ -17,7 +17,7 @@ The folder written is small and has the format of the PEFT package, which opens 
 Deviations: conversations are packed into rows, as in train_sft.py; what differs from a method's paper stands at the top
 of its file. Each method has a learning rate of its own. Prefixes and prompts are trained by Muon (arXiv 2502.16982) as
 one matrix, a row for each virtual token, instead of AdamW: a prefix then needs no reparametrisation MLP. A prompt takes
-many passes at a small rate: at a larger one it learns the answers and not which question they belong to.
+many passes at a small rate: at a larger one it gives one of the new answers, seldom the one that was asked for.
 """
 
 from dataclasses import asdict, dataclass

@@ -680,7 +680,7 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
 def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
-        # Half as many wrong sums as other wrong answers: to learn from pairs which sums are right takes far more of them
+        # Half as many wrong sums as other wrong answers: a reward model this small did not learn from them which are right
         others = tuple(task for task in PAIR_TASKS if task not in pairs)
         turns = PAIR_TASKS + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0

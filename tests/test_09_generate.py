@@ -266,18 +266,20 @@ def test_what_cannot_be_generated_is_refused_in_one_line():
 def test_few_rows_are_decoded_in_float32_on_a_cpu(monkeypatch):
     """Under bf16 autocast: few rows of a small model give the very tokens and logprobs of float32; one row more, or a model one
     parameter too large, gives those of bf16. What the caller computes between two streamed tokens, and after a stream that it leaves, is still under its own autocast."""
-    model = tiny_model()
+    model, rows = tiny_model(), len(PROMPTS)
     size = sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr("minillm.generate.FEW", (len(PROMPTS), size))
-    exact = generate(model, PROMPTS, 8, end_id=-1, generator=seeded())
+
+    def logprobs(few):
+        monkeypatch.setattr("minillm.generate.FEW", few)
+        return generate(model, PROMPTS, 8, end_id=-1, generator=seeded()).logprobs
+
+    exact = logprobs((0, 0))
     with torch.autocast("cpu", torch.bfloat16):
-        few = generate(model, PROMPTS, 8, end_id=-1, generator=seeded())
-        many = generate(model, [*PROMPTS, [3]], 8, end_id=-1, generator=seeded())
-        assert few.tokens.equal(exact.tokens) and few.logprobs.equal(exact.logprobs)
-        monkeypatch.setattr("minillm.generate.FEW", (len(PROMPTS), size - 1))
-        large = generate(model, PROMPTS, 8, end_id=-1, generator=seeded())
-        first = (0, len(PROMPTS[0]))
-        assert many.logprobs[first] != exact.logprobs[first] != large.logprobs[first]
+        rounded = logprobs((0, 0))
+        assert not rounded.equal(exact)
+        assert logprobs((rows, size)).equal(exact)
+        assert logprobs((rows - 1, size)).equal(rounded) and logprobs((rows, size - 1)).equal(rounded)
+        monkeypatch.setattr("minillm.generate.FEW", (rows, size))
         for _ in stream(model, [3, 4], 4, END):
             assert torch.is_autocast_enabled("cpu")
             break

@@ -174,13 +174,17 @@ def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, 
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, tokenizer):
+def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, tokenizer, monkeypatch):
     """The SFT loss reads the LM head of its own and does not train it; the folder is that of a one-label classifier."""
     untied = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                   num_key_value_heads=1, head_dim=16, intermediate_size=48, tie_word_embeddings=False))
     save_model(tmp_path / "untied", untied, tokenizer)
-    result = run(train_reward, "reward", "--model", tmp_path / "untied", "--max_steps", 2)
-    assert math.isfinite(result["margin"])
+    models, load = [], train_reward.checkpoint.load_model
+    monkeypatch.setattr(train_reward.checkpoint, "load_model", lambda *arguments: models.append(load(*arguments)) or models[-1])
+    run(train_reward, "reward", "--model", tmp_path / "untied", "--max_steps", 2)
+    head = models[0].lm_head.weight
+    assert head.grad is None and torch.equal(head, untied.lm_head.weight)
+    assert not torch.equal(models[0].model.norm.weight, untied.model.norm.weight)  # while the backbone is trained
     names = load_safetensors(tmp_path / "reward" / "model.safetensors").keys()
     assert "score.weight" in names and not any("lm_head" in name for name in names)
 
