@@ -35,7 +35,7 @@ from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss,
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.rewards import load_rewards
-from minillm.rollouts import Conversations, PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout, select
+from minillm.rollouts import Conversations, PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout, select, split_rollout
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA, SFT_DATA, TASKS = "data/prompts.jsonl", "data/prompts_eval.jsonl", "data/sft.jsonl", ["add", "subtract"]
@@ -118,13 +118,12 @@ def main(cfg: Config) -> dict:
     # 4. Optimizer
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
 
-    def logprobs_of(model, hidden_of, rows):
+    def logprobs_of(model, hidden_of, part):
         """(b, T-1) log p of the answers' tokens in these rows, 0 elsewhere; and the hidden states."""
-        longest = int(lengths[rows].max())
-        tokens = rollout.tokens[rows, :longest]  # padding is on the right: a causal model needs no mask
+        tokens = rollout.tokens[part.rows, :part.longest]  # padding is on the right: a causal model needs no mask
         with runtime.autocast(device):  # policy and reference in one precision
             hidden = hidden_of(tokens)
-            logprobs = head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[rows, :longest - 1])
+            logprobs = head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[part.rows, :part.longest - 1])
         return F.pad(logprobs, (0, mask.shape[1] - logprobs.shape[1])), hidden
 
     def evaluate(prompts) -> dict:
@@ -164,31 +163,31 @@ def main(cfg: Config) -> dict:
         advantages = advantages.flatten()  # (B,)
         rows = torch.randperm(len(texts), generator=runtime.generator("cpu", cfg.seed, step, 1))
         rows = rows if cfg.beta else rows[signal.cpu().repeat_interleave(cfg.group_size)[rows]]
-        # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
-        mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
+        # The same micro-batches for old, reference and new logprobs: the first ratio is exactly 1.
+        mini_batches = split_rollout(rows, lengths, counts, cfg.mini_batches, cfg.grad_accum, device)
 
         # 5d Update
-        n_trained = runtime.sum_over_processes(int(counts[rows].sum()))  # tokens
+        n_trained = runtime.sum_over_processes(sum(part.n_tokens for part in sum(mini_batches, [])))
         watched = cfg.beta > 0 or step % cfg.kl_every == 0  # without beta, the reference is only there to be looked at
         several = cfg.mini_batches * cfg.inner_epochs > 1  # with one update, the policy that is trained is the one that answered
         old_logprobs, ref_logprobs = (torch.zeros(mask.shape, device=device) for _ in range(2))
         for part in sum(mini_batches, []):
             # With gradients on, though none is wanted: off, other kernels may run, which round otherwise.
             if several:
-                old_logprobs[part] = logprobs_of(policy, policy_hidden, part)[0].detach()
+                old_logprobs[part.rows] = logprobs_of(policy, policy_hidden, part)[0].detach()
             if watched:
-                ref_logprobs[part] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
+                ref_logprobs[part.rows] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
         names = (("policy_loss", "approx_kl", "clip_fraction", "ratio_mean") + ("kl", "entropy") * watched) if n_trained else ()
         totals = Counter({name: torch.zeros((), device=device) for name in names})
         lr = cfg.lr * schedule(step, total_steps, cfg.warmup_steps)
         set_lr(optimizers, lr)
         for mini_batch in mini_batches * cfg.inner_epochs:
-            n_sequences = int(runtime.sum_over_processes(sum(len(part) for part in mini_batch)))  # of the whole optimizer step
-            n_tokens = int(runtime.sum_over_processes(sum(int(counts[part].sum()) for part in mini_batch)))
+            n_sequences = int(runtime.sum_over_processes(sum(len(part.rows) for part in mini_batch)))  # of the whole optimizer step
+            n_tokens = int(runtime.sum_over_processes(sum(part.n_tokens for part in mini_batch)))
             for part in mini_batch:
                 logprobs, hidden = logprobs_of(policy, policy_hidden, part)
-                old = old_logprobs[part] if several else logprobs.detach()
-                given = logprobs, old, ref_logprobs[part] if watched else None, advantages[part], mask[part]
+                old = old_logprobs[part.rows] if several else logprobs.detach()
+                given = logprobs, old, ref_logprobs[part.rows] if watched else None, advantages[part.rows], mask[part.rows]
                 if cfg.loss == "grpo":
                     loss, stats = grpo_loss(*given, cfg.clip_eps, cfg.beta, n_sequences)
                 elif cfg.loss == "dr_grpo":
@@ -197,12 +196,12 @@ def main(cfg: Config) -> dict:
                     loss, stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
                 if watched:
-                    stats["entropy"] = head_entropy(hidden.detach(), policy.lm_head.weight, mask[part, :hidden.shape[1] - 1], cfg.temperature)
-                share = int(counts[part].sum()) / (n_trained * cfg.inner_epochs)  # means over the tokens of the whole step
+                    stats["entropy"] = head_entropy(hidden.detach(), policy.lm_head.weight, mask[part.rows, :part.longest - 1], cfg.temperature)
+                share = part.n_tokens / (n_trained * cfg.inner_epochs)  # means over the tokens of the whole step
                 totals.update(policy_loss=loss.detach() / len(mini_batches) / cfg.inner_epochs, **{name: value * share for name, value in stats.items()})
             if replay:  # the SFT term
-                batch = next(replay).to(device)
-                n_tokens = runtime.sum_over_processes(int(batch.loss_mask.sum()))
+                batch = next(replay)
+                n_tokens, batch = runtime.sum_over_processes(int(batch.loss_mask.sum())), batch.to(device)
                 with runtime.autocast(device):
                     hidden = policy_hidden(batch.tokens, doc_ids=batch.doc_ids)
                 loss = cfg.sft_coef * sft_loss_from_hidden(hidden, policy.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)

@@ -42,7 +42,7 @@ from minillm.losses import gae, head_entropy, head_logprobs, kl_k1, kl_k3, ppo_p
 from minillm.metrics import Progress, before_after, show_replies
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.rewards import load_rewards
-from minillm.rollouts import PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout, select
+from minillm.rollouts import PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout, select, split_rollout
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/prompts.jsonl", "data/prompts_eval.jsonl"
@@ -154,18 +154,17 @@ def main(cfg: Config) -> dict:
     def beside(x):  # (b, t) -> (b, T-1): 0 behind the longest of these rows
         return F.pad(x, (0, mask.shape[1] - x.shape[1]))
 
-    def logprobs_of(model, hidden_of, rows):
+    def logprobs_of(model, hidden_of, part):
         """(b, T-1) log p of the answers' tokens in these rows, 0 elsewhere; and the hidden states."""
-        longest = int(lengths[rows].max())
-        tokens = rollout.tokens[rows, :longest]  # padding is on the right: a causal model needs no mask
+        tokens = rollout.tokens[part.rows, :part.longest]  # padding is on the right: a causal model needs no mask
         with runtime.autocast(device):  # all models in one precision
             hidden = hidden_of(tokens)
-            return beside(head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[rows, :longest - 1])), hidden
+            return beside(head_logprobs(hidden, model.lm_head.weight, tokens, cfg.temperature, mask[part.rows, :part.longest - 1])), hidden
 
-    def values_of(rows):
+    def values_of(part):
         """(b, T-1): what the critic expects before each token is said, beside its logprob."""
         with runtime.autocast(device):
-            return beside(value_model.scores(values_hidden(rollout.tokens[rows, :int(lengths[rows].max())]))[:, :-1])
+            return beside(value_model.scores(values_hidden(rollout.tokens[part.rows, :part.longest]))[:, :-1])
 
     def evaluate(greedy: bool = True) -> dict:
         metrics = answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device) if greedy else {}
@@ -192,17 +191,17 @@ def main(cfg: Config) -> dict:
         texts, ended = read_answers(rollout, tokenizer)
         n_answers, n_response = (int(runtime.sum_over_processes(n)) for n in (len(texts), int(counts.sum())))
         rows = torch.randperm(len(texts), generator=runtime.generator("cpu", cfg.seed, step, 1))
-        # Each mini-batch in micro-batches of similar length. The same ones for old, reference and new logprobs: the first ratio is exactly 1.
-        mini_batches = [[m for m in part[lengths[part].argsort()].tensor_split(cfg.grad_accum) if len(m)] for part in rows.tensor_split(cfg.mini_batches)]
+        # The same micro-batches for old, reference and new logprobs: the first ratio is exactly 1.
+        mini_batches = split_rollout(rows, lengths, counts, cfg.mini_batches, cfg.grad_accum, device)
         old_logprobs, ref_logprobs, old_values = (torch.zeros(mask.shape, device=device) for _ in range(3))
         entropy = 0.0
         for part in sum(mini_batches, []):
             # With gradients on, though none is wanted: off, other kernels may run, which round otherwise.
             logprobs, hidden = logprobs_of(policy, policy_hidden, part)
-            old_logprobs[part] = logprobs.detach()
-            ref_logprobs[part] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
-            old_values[part] = values_of(part).detach()
-            asked = mask[part, :hidden.shape[1] - 1]
+            old_logprobs[part.rows] = logprobs.detach()
+            ref_logprobs[part.rows] = logprobs_of(ref_model, ref_hidden, part)[0].detach()
+            old_values[part.rows] = values_of(part).detach()
+            asked = mask[part.rows, :part.longest - 1]
             entropy = entropy + head_entropy(hidden, policy.lm_head.weight, asked, cfg.temperature) * asked.sum()
 
         # 5b Reward: the score at the last token of the answer, and at every token what it costs to stray from the reference
@@ -217,7 +216,7 @@ def main(cfg: Config) -> dict:
         normalised = (scores - reward_mean) / reward_std - cfg.missing_end_penalty * ~ended.to(device)
         kl = torch.where(mask, kl_k1(old_logprobs, ref_logprobs), 0.0)  # (B, T-1)
         rewards = -kl_coef.value * kl
-        rewards[torch.arange(len(rewards)), lengths - 2] += normalised  # token t stands in column t - 1
+        rewards[torch.arange(len(rewards), device=device), rollout.lengths - 2] += normalised  # token t stands in column t - 1
 
         # 5c Advantage
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.gae_lambda)
@@ -230,15 +229,15 @@ def main(cfg: Config) -> dict:
         set_lr(value_optimizers, cfg.value_lr * schedule(step, total_steps, cfg.warmup_steps))
         updates, totals = 0, Counter()
         for mini_batch in mini_batches * cfg.inner_epochs:
-            n_tokens = int(runtime.sum_over_processes(sum(int(counts[part].sum()) for part in mini_batch)))  # of the whole optimizer step
+            n_tokens = int(runtime.sum_over_processes(sum(part.n_tokens for part in mini_batch)))  # of the whole optimizer step
             sums = Counter()
             for part in mini_batch:
                 logprobs, _ = logprobs_of(policy, policy_hidden, part)
-                policy_loss, stats = ppo_policy_loss(logprobs, old_logprobs[part], advantages[part], mask[part], cfg.clip_eps, n_tokens)
-                value_loss, value_stats = ppo_value_loss(values_of(part), old_values[part], returns[part], mask[part], cfg.value_clip_eps, n_tokens)
+                policy_loss, stats = ppo_policy_loss(logprobs, old_logprobs[part.rows], advantages[part.rows], mask[part.rows], cfg.clip_eps, n_tokens)
+                value_loss, value_stats = ppo_value_loss(values_of(part), old_values[part.rows], returns[part.rows], mask[part.rows], cfg.value_clip_eps, n_tokens)
                 (policy_loss + value_loss).backward()
                 stats["value_clip_fraction"] = value_stats["clip_fraction"]
-                share = int(counts[part].sum()) / n_tokens
+                share = part.n_tokens / n_tokens
                 sums.update(policy_loss=policy_loss.detach(), value_loss=value_loss.detach(), **{name: value * share for name, value in stats.items()})
             updates += 1
             totals.update(sums)

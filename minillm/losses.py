@@ -170,11 +170,14 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     -logprob over sampled tokens is a noisy estimate of it, and after an update not even that.
     """
     _check("B, T", mask=mask, hidden=hidden[:, :-1, 0])
-    states, total = hidden[:, :-1][mask], torch.zeros((), device=hidden.device)
+    states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
+    if hidden.device.type == "cpu":  # as in head_logprobs
+        states, mask = states[mask], mask[mask]
+    states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
     for rows in _HeadLogprobs.chunks(states, weight):
         logprobs = (_fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
-        total = total - (logprobs.exp() * logprobs).sum()
-    return total / max(len(states), 1)
+        total = total - _masked((logprobs.exp() * logprobs).sum(-1), mask[rows]).sum()
+    return total / mask.sum().clamp(min=1)
 
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:

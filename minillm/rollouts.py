@@ -1,11 +1,12 @@
 """What the reinforcement-learning scripts share: prompts, the scores of what was sampled, demonstrations to replay."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from minillm.data import PackedLoader, check_conversation, encode_conversation, new_stats, read_records
+from minillm.data import PackedLoader, check_conversation, encode_conversation, new_stats, read_records, to_device
 from minillm.errors import UserError
 from minillm.evaluate import check_question, prompt_messages, reply_to, score
 from minillm.generate import eval_mode
@@ -114,7 +115,7 @@ def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
     asked = [(p.messages, texts[i * size:(i + 1) * size], p.record) for i, p in enumerate(prompts)]
     with torch.no_grad(), autocast(device):
         total, parts = score_answers(rewards, asked)
-    return torch.tensor(total, device=device), {name: torch.tensor(part, device=device) for name, part in parts.items()}
+    return to_device(torch.tensor(total), device), {name: to_device(torch.tensor(part), device) for name, part in parts.items()}
 
 
 def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int, temperature: float) -> dict:
@@ -130,6 +131,29 @@ def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_
     named = {"reward": total, **({f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {})}
     return {**{f"sampled_{name}": scores[name] for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None},
             **{f"sampled_{name}": value.mean().item() for name, value in named.items()}, "sampled_reward_std": total.std(correction=0).item()}
+
+
+# What is trained together.
+
+class MicroBatch(NamedTuple):
+    """Some rows of a rollout: their numbers (b,) on the device, how long the longest is, how many tokens their answers have."""
+
+    rows: torch.Tensor
+    longest: int
+    n_tokens: int
+
+
+def split_rollout(rows, lengths, counts, mini_batches: int, grad_accum: int, device) -> list:
+    """The rows, in this order, as mini_batches lists of at most grad_accum MicroBatches, each of rows of similar length.
+
+    rows (n,): numbers of rows; lengths, counts (B,): tokens of every row, and of its answer. All on the CPU: the update then
+    need not wait for the device to know a shape.
+    """
+    def micro_batch(part):
+        return MicroBatch(to_device(part, device), int(lengths[part].max()), int(counts[part].sum()))
+
+    return [[micro_batch(part) for part in mini[lengths[mini].argsort()].tensor_split(grad_accum) if len(part)]
+            for mini in rows.tensor_split(mini_batches)]
 
 
 # Demonstrations to replay beside the reward.

@@ -40,6 +40,7 @@ def start(device_name: str, seed: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here nearly every batch has one of its own
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
