@@ -6,6 +6,7 @@ replayed, and the program looks only now and then whether the rows have ended: t
 """
 
 import contextlib
+import functools
 import warnings
 from dataclasses import dataclass
 
@@ -85,11 +86,27 @@ def eval_mode(model):
         model.train(training)
 
 
-def _precision(model, rows: int):
-    """The context in which so many rows are decoded: without autocast where a CPU is faster so, else what it is outside."""
-    few = rows <= FEW[0] and sum(p.numel() for p in model.parameters()) <= FEW[1]
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return torch.autocast("cpu", enabled=False) if few and on_cpu else contextlib.nullcontext()
+@contextlib.contextmanager
+def _decoding(model, rows: int):
+    """So many rows are decoded here: without gradients, and without autocast where a CPU is faster so."""
+    weights = list(model.parameters())
+    kind = weights[0].device.type
+    few = kind == "cpu" and rows <= FEW[0] and sum(w.numel() for w in weights) <= FEW[1]
+    if few or not torch.is_autocast_enabled(kind):
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # cheaper than no_grad: a fifth of a small model's step
+            yield
+        return
+    # Autocast keeps its bf16 copy of a weight, instead of making it for every token again, only outside inference_mode, and only
+    # of weights that require a gradient. (generate and stream drop the copies at their end: through them no gradient would reach the weights.)
+    frozen = [w for w in weights if not w.requires_grad]
+    try:
+        for w in frozen:
+            w.requires_grad = True
+        with torch.no_grad():
+            yield
+    finally:
+        for w in frozen:
+            w.requires_grad = False
 
 
 def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVCache:
@@ -123,11 +140,19 @@ class StaticCache(KVCache):
         return self.keys[layer, :, :, :self.size], self.values[layer, :, :, :self.size]
 
 
+@functools.cache
+def _capture_stream(device):
+    """One for all captures: cuBLAS keeps a workspace for every stream that it was ever used on."""
+    return torch.cuda.Stream(device)
+
+
 class StaticStep:
     """The twin of `model(tokens[:, None], cache=cache)[:, -1]` that a CUDA graph can hold; elsewhere it runs as it stands.
 
     The first step of a bucket runs as it stands, the second is captured, and from then on it is replayed.
     """
+
+    newest = None  # of all graphs: the next one is captured into its memory, which PyTorch would give back late and in pieces
 
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
@@ -139,15 +164,17 @@ class StaticStep:
         return self.model(self.tokens, cache=self.static)[:, -1]
 
     def capture(self):
-        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.tokens.device)
+        pool = (StaticStep.newest.pool(),) if StaticStep.newest else ()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
-                self.graph.capture_begin(capture_error_mode="thread_local")  # the thread that makes batches ahead goes on
+                self.graph.capture_begin(*pool, capture_error_mode="thread_local")  # the thread that makes batches ahead goes on
                 try:
                     self.logits = self.forward()  # recorded, not computed
                 finally:
                     self.graph.capture_end()
+                    StaticStep.newest = self.graph
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without a CUDA graph, which is slower: {error}")
             self.captures = False
@@ -185,8 +212,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     prompt_lengths = prompt_lengths.to(device)
     valid = torch.arange(P, device=device) >= P - prompt_lengths[:, None]
 
-    # inference_mode is cheaper than no_grad: a fifth of the time of a small model's step.
-    with eval_mode(model), torch.inference_mode(), _precision(model, N):
+    with eval_mode(model), _decoding(model, N):
         cache = _new_cache(model, len(prompts), P, max_new_tokens)
         hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
         logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
@@ -216,6 +242,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
                     rows, tokens, running = rows[keep], tokens[keep], running[keep]
                     step = StaticStep(model, cache) if static else None
             logits = step(tokens) if static else model(tokens[:, None], cache=cache)[:, -1]
+    torch.clear_autocast_cache()
 
     ended = responses == end_id
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)  # up to its first end token
@@ -230,20 +257,22 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     return Rollout(tokens.masked_fill(column >= ends, pad_id), response_mask, logprobs.masked_fill(~response_mask, 0.0))
 
 
-@torch.inference_mode()
 def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0, generator=None):
     """Yield the tokens of one response as they are sampled; the end token is not yielded. Raises as generate does."""
     if not prompt:
         raise ValueError("the prompt needs at least one token")
-    with _precision(model, 1):
+    with _decoding(model, 1):
         cache = _new_cache(model, 1, len(prompt), max_new_tokens)
     tokens = torch.tensor([prompt], device=cache.keys.device)
-    with eval_mode(model):
-        for _ in range(max_new_tokens):
-            with _precision(model, 1):  # not around the yield: the caller's precision is the caller's
-                logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
-            tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
-            token = tokens.item()
-            if token == end_id:
-                return
-            yield token
+    try:
+        with eval_mode(model):
+            for _ in range(max_new_tokens):
+                with _decoding(model, 1):  # not around the yield: what the caller does there is not decoding
+                    logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
+                    tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
+                token = tokens.item()
+                if token == end_id:
+                    return
+                yield token
+    finally:
+        torch.clear_autocast_cache()

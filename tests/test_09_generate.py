@@ -17,6 +17,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.errors import UserError
 from minillm.generate import generate, sample, stream
@@ -285,6 +286,33 @@ def test_few_rows_are_decoded_in_float32_on_a_cpu(monkeypatch):
             break
         assert torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_makes_one_copy_of_a_weight_for_all_tokens(monkeypatch):
+    """Of frozen weights too. The classic mistakes: inference_mode, in which each token pays for a copy of the whole model; and
+    copies that outlive the generation, from which no gradient reaches the weights."""
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+                copied.append(args[0].data_ptr())
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("minillm.generate.FEW", (0, 0))
+    model = tiny_model()
+    model.model.layers[0].requires_grad_(False)
+    frozen = [p.requires_grad for p in model.parameters()]
+    matrices = [m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Linear)]
+    for run in (lambda: generate(model, PROMPTS, 6, end_id=-1), lambda: list(stream(model, [3, 4], 6, end_id=-1)),
+                lambda: next(stream(model, [3, 4], 6, end_id=-1))):
+        copied = []
+        with torch.autocast("cpu", torch.bfloat16):
+            with Copies():
+                run()
+            assert [copied.count(pointer) for pointer in matrices] == [1] * len(matrices)
+            assert [p.requires_grad for p in model.parameters()] == frozen
+            model(torch.tensor([[3, 4]])).sum().backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        model.zero_grad()
 
 
 # The step that a CUDA graph can hold: one program for every token
