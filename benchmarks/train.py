@@ -211,13 +211,14 @@ def memory(shapes, lengths, cfg, device) -> list:
     """Peak MiB of a step on one row of each length."""
     rows = []
     for shape in shapes:
-        for method in ("full", "LoRA", "LoRA, base in bf16"):
+        for method in ("full", "full, recompute", "LoRA", "LoRA, base in bf16", "LoRA, base in bf16, recompute"):
             rows.append({"shape": shape, "method": method})
             for length in lengths:
                 def two_steps():
                     config = config_of(shape, 151936 if shape in QWEN3 else 6400, length)
                     model = CausalLM(config).to(device, torch.bfloat16 if "bf16" in method else torch.float32)
-                    model = model if method == "full" else apply_lora(model, r=8, alpha=16)
+                    model = apply_lora(model, r=8, alpha=16) if "LoRA" in method else model
+                    model.model.recompute = "recompute" in method
                     step, _ = trainer(WAYS["minillm"], model, cfg.compile)
                     tokens = torch.randint(config.vocab_size, (1, length), device=device)
                     batch = Batch(tokens, torch.arange(length, device=device)[None] > 0, torch.zeros_like(tokens))

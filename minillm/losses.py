@@ -103,12 +103,17 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     states, targets = hidden[:, :-1], tokens[:, 1:].long()
     if mask is not None:
         _check("B, T", mask=mask, tokens=targets)
-        if hidden.device.type == "cpu":  # elsewhere, to pick rows out the program would have to wait for their number
+        if _picks_rows(hidden):
             picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
             return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
     logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
     logprobs = logprobs.view(batch, max(length - 1, 0))
     return logprobs if mask is None else _masked(logprobs, mask)
+
+
+def _picks_rows(x: Tensor) -> bool:
+    # Elsewhere, to pick out the rows of a mask, the program would have to wait for their number.
+    return x.device.type == "cpu"
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -171,7 +176,7 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     """
     _check("B, T", mask=mask, hidden=hidden[:, :-1, 0])
     states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
-    if hidden.device.type == "cpu":  # as in head_logprobs
+    if _picks_rows(hidden):
         states, mask = states[mask], mask[mask]
     states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
     for rows in _HeadLogprobs.chunks(states, weight):

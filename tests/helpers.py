@@ -1,6 +1,10 @@
-"""The one comparison that every test shares."""
+"""What tests share: the one comparison, and a GPU that must not be waited for."""
+
+import contextlib
 
 import torch
+
+from minillm import runtime
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -19,3 +23,20 @@ def close(actual, expected) -> bool:
     expected = torch.as_tensor(expected, dtype=dtype).detach().cpu()
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     return True
+
+
+@contextlib.contextmanager
+def waiting_forbidden():
+    """CUDA: whatever makes the program wait for the GPU is an error in here."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def forbid_waiting_in_updates(monkeypatch, module, name):
+    """CUDA: the same in a training script, from an optimizer step until it calls module.name."""
+    sum_gradients, function, set_mode = runtime.sum_gradients, getattr(module, name), torch.cuda.set_sync_debug_mode
+    monkeypatch.setattr(runtime, "sum_gradients", lambda parameters: (set_mode("error"), sum_gradients(parameters)))
+    monkeypatch.setattr(module, name, lambda *args, **options: (set_mode("default"), function(*args, **options))[1])

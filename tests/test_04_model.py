@@ -15,12 +15,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from minillm import model as model_file
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
                            document_block_mask, document_lengths, document_positions, llama3_frequencies, packed_forward, preset_config, rotate)
 from minillm.prefix import apply_prefix
-from tests.helpers import close
+from tests.helpers import close, waiting_forbidden
 
 SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
              intermediate_size=20)
@@ -120,6 +121,19 @@ def test_attention_worked_example():
     causal = attention_mask_2d(None, torch.zeros(1, 2), 2, 0, "cpu")
     for output in (attend(q, k, v, None), attend(q, k, v, causal), model_file._attend_in_two_products(q, k, v, causal)):
         assert close(output[0, 0, :, 0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_attention_takes_what_a_kernel_returns_however_it_lies_in_memory(monkeypatch, length):
+    """CUDA's kernels return the heads of a token side by side, CPUs' the tokens of a head."""
+    model, tokens = small_model(), ids(2, 4)
+    expected = model(tokens)[:, -length:]
+    kernel = F.scaled_dot_product_attention
+    lies_otherwise = lambda *args, **options: kernel(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lies_otherwise)
+    cache = KVCache(model.config, 2, 4)
+    model(tokens[:, :-length], cache=cache)
+    close(model(tokens[:, -length:], cache=cache), expected)
 
 
 def test_attention_mistake_no_scale():
@@ -372,18 +386,32 @@ def test_flex_attention_equals_the_plain_mask(kv_heads):
     close(model.hidden(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
 
 
+def test_one_program_serves_batches_of_all_shapes():
+    """As the scripts compile the models that read batches of ever other shapes: in one piece, once without and once with doc_ids."""
+    model, counter = small_model(), CompileCounter()
+    compiled = torch.compile(model.model, dynamic=True, backend=counter, fullgraph=True)
+    for rows, length in ((3, 7), (5, 12), (4, 9)):
+        tokens = ids(rows, length)
+        close(compiled(tokens), model.hidden(tokens))
+        doc_ids = torch.arange(length).expand(rows, length) // 4
+        close(compiled(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_compiled_forward_of_packed_rows_equals_its_plain_twin():
-    """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32."""
+    """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32; the mask is made without waiting."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig(vocab_size=64, num_hidden_layers=2)).cuda()
     tokens = torch.randint(64, (2, 384), device="cuda")
     doc_ids = (torch.rand(2, 384, device="cuda") < 0.02).long().cumsum(1)
     found = []
     for forward in (packed_forward(model, True), model.hidden):
+        forward(tokens, doc_ids=doc_ids).mean().backward()  # compiles
         model.zero_grad()
-        hidden = forward(tokens, doc_ids=doc_ids)
-        hidden.square().mean().backward()
+        with waiting_forbidden():
+            hidden = forward(tokens, doc_ids=doc_ids)
+            hidden.square().mean().backward()
         found.append((hidden.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     for compiled, plain in zip(*found):
         assert (compiled - plain).abs().max() < 2e-3 * plain.abs().max()  # TF32 inside the fused kernel

@@ -29,7 +29,7 @@ from minillm.losses import sft_loss, sft_loss_from_hidden
 from minillm.model import CausalLM, preset_config
 from minillm.optim import make_optimizers, schedule, set_lr
 from minillm.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers import close
+from tests.helpers import close, forbid_waiting_in_updates
 
 ROOT = Path(__file__).parent.parent
 BYTES = train_tokenizer(["a"], 259)
@@ -121,6 +121,14 @@ def gradients(monkeypatch, cfg):
                       lambda parameters, norm: recorded.append(torch.cat([p.grad.flatten() for p in parameters])))
         train_sft.main(replace(cfg, lr=0.0))
     return recorded
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_no_step_waits_for_the_gpu(monkeypatch, optimizer):
+    """But where a line is logged, the program is ahead of the device: no copy of a batch, no count of tokens holds it up."""
+    forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
+    train_sft.main(sft(device="cuda", compile=False, optimizer=optimizer, log_every=8, save_every=100))
 
 
 def test_micro_batches_change_no_gradient(monkeypatch):

@@ -347,6 +347,16 @@ def test_a_draw_is_that_of_multinomial():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_graphs_share_their_memory():
+    """One after the other: each with memory of its own, or on a stream of its own, for which cuBLAS keeps a workspace, they would fill the GPU."""
+    model, held = tiny_model().cuda(), []
+    for _ in range(6):
+        generate(model, PROMPTS, 20, end_id=-1, group_size=2)
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(held[1:])) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("error:decoding goes on without a CUDA graph")
 def test_a_captured_graph_samples_what_the_plain_step_samples(monkeypatch):
     monkeypatch.setattr("minillm.generate.BUCKET", 8)

@@ -18,7 +18,7 @@ from minillm.heads import load_reward_model
 from minillm.model import CausalLM, ModelConfig
 from minillm.preferences import pair_logprobs
 from minillm.tokenizer import train_tokenizer
-from tests.helpers import close
+from tests.helpers import close, forbid_waiting_in_updates
 
 LN2 = 0.6931471805599453
 THINGS = "abcdefghijklmnopqrstuvwxyzABCDEF"
@@ -104,6 +104,13 @@ def test_dpo_learns_32_pairs_by_heart(run, flags):
     result = run(train_dpo, "dpo", "--max_steps", 30, "--batch_size", 16, "--beta", 0.1, "--lr", 3e-3, *flags)
     assert result["preference_accuracy"] > 0.95
     assert result["chosen_rewards"] > result["rejected_rewards"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", [train_reward, train_dpo])
+def test_no_step_waits_for_the_gpu(monkeypatch, run, script):
+    forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
+    run(script, "out", "--device", "cuda", "--no-compile", "--max_steps", 6, "--log_every", 3)
 
 
 # ---------------------------------------------------------------- where it starts, what it says

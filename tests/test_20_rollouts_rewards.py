@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import rollouts
+from minillm import losses, rollouts
 from minillm.checkpoint import save_model
 from minillm.data import PackedLoader
 from minillm.errors import UserError
@@ -25,7 +25,7 @@ from minillm.heads import RewardModel, save_reward_model
 from minillm.losses import head_entropy
 from minillm.model import CausalLM, ModelConfig
 from minillm.rewards import load_rewards, score_answers
-from minillm.rollouts import Conversations, PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout
+from minillm.rollouts import Conversations, PromptLoader, States, load_prompts, read_answers, sampled_scores, score_rollout, split_rollout
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import close
 
@@ -257,11 +257,13 @@ def test_few_prompts_are_sampled_several_times(tmp_path, tokenizer, monkeypatch,
     assert Counter(seen.read_text().split()) == {str(p.record["answer"]): answers for p in everything}
 
 
-def test_entropy_of_whole_distributions():
+@pytest.mark.parametrize("picks", [True, False])
+def test_entropy_of_whole_distributions(monkeypatch, picks):
     """Logits 0, 0, 0, 0: ln 4. Logits ln 2, 0, 0 with a fourth at -inf: 1/2, 1/4, 1/4 -> 1.5 ln 2. At temperature 1/2 the
-    latter become 4/6, 1/6, 1/6 -> 0.8675632."""
+    latter become 4/6, 1/6, 1/6 -> 0.8675632. Rows outside the mask are picked out (on a CPU) or count nothing, NaN or not."""
+    monkeypatch.setattr(losses, "_picks_rows", lambda x: picks)
     weight = torch.eye(4)
-    hidden = torch.tensor([[[0.0] * 4, [math.log(2), 0, 0, -1e4], [9.0, 0, 0, 0]]])
+    hidden = torch.tensor([[[0.0] * 4, [math.log(2), 0, 0, -1e4], [math.nan, 0, 0, 0]]])
     entropy = lambda mask, **options: head_entropy(hidden, weight, torch.tensor([mask]), **options)
     close(entropy([True, False]), 1.3862944)
     close(entropy([False, True]), 1.0397208)
@@ -270,6 +272,18 @@ def test_entropy_of_whole_distributions():
     close(entropy([False, False]), 0.0)
     with pytest.raises(ValueError, match="one shape"):
         head_entropy(hidden, weight, torch.ones(1, 3, dtype=torch.bool))
+
+
+# ---------------------------------------------------------------- what is trained together
+
+def test_a_rollout_is_split_into_mini_and_micro_batches():
+    """Seven of eight rows in two mini-batches (in their order) of two micro-batches (the shorter rows first)."""
+    lengths, counts = torch.tensor([9, 3, 7, 5, 8, 2, 6, 4]), torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])
+    found = split_rollout(torch.tensor([4, 0, 2, 1, 7, 5, 3]), lengths, counts, 2, 2, "cpu")
+    assert [[part.rows.tolist() for part in mini] for mini in found] == [[[1, 2], [4, 0]], [[5, 7], [3]]]
+    assert [[(part.longest, part.n_tokens) for part in mini] for mini in found] == [[(7, 5), (9, 6)], [(4, 14), (5, 4)]]
+    assert [[part.rows.tolist() for part in mini] for mini in split_rollout(torch.tensor([3]), lengths, counts, 2, 2, "cpu")] == [[[3]], []]
+    assert split_rollout(torch.tensor([], dtype=torch.long), lengths, counts, 2, 1, "cpu") == [[], []]
 
 
 # ---------------------------------------------------------------- demonstrations beside the reward

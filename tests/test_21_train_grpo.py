@@ -16,9 +16,10 @@ from minillm.checkpoint import load_model, load_safetensors, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
+from minillm.metrics import Progress
 from minillm.model import CausalLM, ModelConfig
 from minillm.tokenizer import train_tokenizer
-from tests.helpers import close
+from tests.helpers import close, forbid_waiting_in_updates
 
 LETTERS = '''
 def letters(messages, answers, example):
@@ -128,6 +129,13 @@ def test_held_out_accuracy_is_logged_at_intervals(folder, run):
     assert {"sampled_reward", "sampled_reward_answer", "sampled_reward_letters", "sampled_accuracy", "accuracy_by_task"} <= set(evaluations[0])
     first = training_steps(folder / "grpo")[0]
     assert first["reward"] == pytest.approx(0.5 * first["reward_answer"] + first["reward_letters"], abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_update_waits_for_the_gpu(monkeypatch, folder, run):
+    """From the first optimizer step of a rollout to the last: the shapes of all micro-batches are known before."""
+    forbid_waiting_in_updates(monkeypatch, Progress, "step")
+    run("grpo", "--device", "cuda", "--no-compile", "--max_steps", 2, "--grad_accum", 2, "--beta", 0.04, "--sft_data", folder / "sft.jsonl")
 
 
 # ---------------------------------------------------------------- one distribution, one ratio

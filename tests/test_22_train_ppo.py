@@ -17,8 +17,9 @@ from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, ValueModel, load_reward_model, save_reward_model
+from minillm.metrics import Progress
 from minillm.tokenizer import train_tokenizer
-from tests.helpers import close
+from tests.helpers import close, forbid_waiting_in_updates
 from tests.test_21_train_grpo import (Crash, float32, folder, interrupt_at, logged, same_runs, small_model, spy, tokenizer,  # noqa: F401
                                       training_steps, turn, weights_of, write)
 
@@ -38,6 +39,13 @@ def run(folder, tokenizer):  # noqa: F811
 
 
 # ---------------------------------------------------------------- does it learn
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_update_waits_for_the_gpu(monkeypatch, run):
+    """Without --stop_kl, for which the program has to know each update's KL."""
+    forbid_waiting_in_updates(monkeypatch, Progress, "step")
+    run("ppo", "--device", "cuda", "--no-compile", "--max_steps", 2, "--grad_accum", 2, "--mini_batches", 2)
+
 
 def test_the_score_of_the_reward_model_rises(folder, run):
     result = run("ppo", "--max_steps", 40, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 5e-3)
