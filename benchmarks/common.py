@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine and its ceilings, what a model has to compute, timing side by side, peak memory, tables."""
 
+import contextlib
 import gc
 import importlib
 import json
@@ -141,6 +142,17 @@ def peer(package: str):
     except ImportError as e:
         print(f"{package} is left out: {e}", flush=True)
         return None
+
+
+@contextlib.contextmanager
+def as_it_comes():
+    """PyTorch's own choice among its attention kernels, for the peers: runtime.start takes cuDNN's away."""
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
 
 
 def transformers_twin(model, transformers):

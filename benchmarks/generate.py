@@ -35,7 +35,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import (QWEN3, Report, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer,
+from benchmarks.common import (QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer,
                                side_by_side, size_of, transformers_twin)
 from minillm import runtime
 from minillm.config import flag, parse_config
@@ -105,10 +105,14 @@ def measure(config, cfg, size: dict, report: Report, device, transformers=None, 
     if transformers:
         twin = transformers_twin(model, transformers).to(dtype).eval()
         options = dict(attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
-        ways["transformers"] = lambda n: twin.generate(inputs, max_new_tokens=n, **options)
+
+        def theirs(n, **more):
+            with as_it_comes():
+                twin.generate(inputs, max_new_tokens=n, **options, **more)
+
+        ways["transformers"] = theirs
         if device.type == "cuda":
-            options_static = options | {"cache_implementation": "static"}
-            ways["transformers, static"] = lambda n: twin.generate(inputs, max_new_tokens=n, **options_static)
+            ways["transformers, static"] = lambda n: theirs(n, cache_implementation="static")
 
     runs, found = {}, {name: dict.fromkeys(COLUMNS) for name in ways}
 

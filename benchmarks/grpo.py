@@ -21,6 +21,7 @@ checkpointing off and sampling by transformers; the two take turns, step by step
     peak MiB                     what PyTorch held at most: policy, reference, gradients, optimizer, rollout, activations
 """
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import QWEN3, Report, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer, size_of
+from benchmarks.common import QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer, size_of
 from minillm import runtime
 from minillm.checkpoint import save_model
 from minillm.config import flag, parse_config
@@ -134,6 +135,8 @@ def beside_trl(ours, tokenizer, text: str, size: dict, device) -> tuple:
 
     class TakeTurns(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
+            self.theirs = contextlib.ExitStack()
+            self.theirs.enter_context(as_it_comes())
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
             getattr(torch, device.type).synchronize()
@@ -143,6 +146,7 @@ def beside_trl(ours, tokenizer, text: str, size: dict, device) -> tuple:
             getattr(torch, device.type).synchronize()
             seconds.append(time.perf_counter() - self.began)
             peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20 if on_cuda else 0)
+            self.theirs.close()
             phases.append(ours.step())
 
     with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import QWEN3, Report, config_of, forward_flops, peak_memory_mb, peer, side_by_side, size_of, transformers_twin
+from benchmarks.common import QWEN3, Report, as_it_comes, config_of, forward_flops, peak_memory_mb, peer, side_by_side, size_of, transformers_twin
 from minillm import runtime
 from minillm.config import flag, parse_config
 from minillm.data import Batch, PackedLoader, ahead, pack
@@ -126,7 +126,7 @@ def plain(model, forward, batch, n_tokens):
 def theirs(model, forward, batch, n_tokens, mask=None, positions=None):
     mask = batch.doc_ids >= 0 if mask is None else mask
     labels = batch.tokens.masked_fill(~batch.loss_mask, -100)
-    with runtime.autocast(batch.tokens.device):
+    with runtime.autocast(batch.tokens.device), as_it_comes():
         return forward(input_ids=batch.tokens, attention_mask=mask, position_ids=positions, labels=labels, use_cache=False).loss
 
 

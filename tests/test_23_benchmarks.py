@@ -97,11 +97,13 @@ def test_recompute_is_the_plain_twin_of_generate():
 
 
 def test_memory_of_full_training_and_lora():
-    rows = bench_train.memory(["tiny"], [16], bench_train.Config(), CPU)
-    full, lora, lora_bf16 = (row["16 tokens"] for row in rows)
+    rows = bench_train.memory(["tiny"], [16, 256], bench_train.Config(), CPU)
+    full, _, lora, lora_bf16, _ = (row["16 tokens"] for row in rows)
     weights = 4 * sum(p.numel() for p in CausalLM(common.config_of("tiny", 6400, 16)).parameters()) / 2**20
     assert full > 4 * weights  # with gradients and AdamW's two moments
     assert lora_bf16 < lora < 0.6 * full
+    full, full_recompute, lora, lora_bf16, lora_recompute = (row["256 tokens"] for row in rows)
+    assert lora_recompute < lora_bf16 < lora < full and lora_recompute < full_recompute < full
 
 
 def same_losses(rows):
