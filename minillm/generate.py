@@ -128,16 +128,16 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, size: int):
         self.__dict__.update(cache.__dict__)
-        self.size, self.length = size, torch.full((1,), cache.length, device=cache.keys.device)
+        self.size, self.length = size, torch.full((1,), cache.length, device=cache.valid.device)
 
     def extend(self, tokens, attention_mask=None):
         self.valid.index_fill_(1, self.length, True)
         return self.valid[:, :self.size]
 
     def append(self, layer: int, keys, values):
-        self.keys[layer].index_copy_(2, self.length, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(2, self.length, values.to(self.values.dtype))
-        return self.keys[layer, :, :, :self.size], self.values[layer, :, :, :self.size]
+        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            stored.index_copy_(2, self.length, new.to(stored.dtype))
+        return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
 
 
 @functools.cache
@@ -157,8 +157,8 @@ class StaticStep:
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
         self.static = self.graph = self.logits = None
-        self.captures = cache.keys.is_cuda
-        self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.keys.device)
+        self.captures = cache.valid.is_cuda
+        self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.valid.device)
 
     def forward(self):
         return self.model(self.tokens, cache=self.static)[:, -1]
@@ -263,7 +263,7 @@ def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: f
         raise ValueError("the prompt needs at least one token")
     with _decoding(model, 1):
         cache = _new_cache(model, 1, len(prompt), max_new_tokens)
-    tokens = torch.tensor([prompt], device=cache.keys.device)
+    tokens = torch.tensor([prompt], device=cache.valid.device)
     try:
         with eval_mode(model):
             for _ in range(max_new_tokens):

@@ -124,9 +124,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, device="cpu", dtype=torch.float32):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.valid = torch.zeros(batch, max_length, device=device, dtype=torch.bool)
         self.length = 0  # positions filled so far
         self.prefix = None  # what a learned prefix (prefix.py) computes once for all these positions
@@ -144,13 +143,15 @@ class KVCache:
     def append(self, layer: int, keys, values):
         """Store (B, K, T, d) after the filled positions; return all of the layer's (B, K, S, d)."""
         end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length:end] = keys
+        self.values[layer][:, :, self.length:end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows):
         """Keep only these rows (a tensor of indices; a row may be repeated)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[rows]
         self.valid = self.valid[rows]
 
 
