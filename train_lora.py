@@ -117,7 +117,7 @@ def main(cfg: Config) -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute
-    forward = packed_forward(model, cfg.compile)
+    forward = packed_forward(model, cfg.compile and runtime.can_compile(device))
 
     # 4. Optimizer: its state too is only that of the trained parameters
     peak_lr = cfg.lr or LR[cfg.peft]

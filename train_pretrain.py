@@ -77,7 +77,7 @@ def main(cfg: Config) -> dict:
     else:
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute
-    forward = packed_forward(model, cfg.compile)
+    forward = packed_forward(model, cfg.compile and runtime.can_compile(device))
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")

@@ -82,7 +82,7 @@ def main(cfg: Config) -> dict:
         runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute
-    forward = packed_forward(model, cfg.compile)
+    forward = packed_forward(model, cfg.compile and runtime.can_compile(device))
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")

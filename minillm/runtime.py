@@ -6,6 +6,7 @@ processes, a sum (not a mean) is exactly the gradient of the one big batch.
 """
 
 import contextlib
+import importlib.util
 import math
 import os
 import random
@@ -40,6 +41,8 @@ def start(device_name: str, seed: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
+        if not can_compile(device):
+            say("Triton is not installed: nothing is compiled, so training takes longer")
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here nearly every batch has one of its own
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -117,12 +120,17 @@ def autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile is worth it there: on CUDA, with Triton, which PyTorch for Windows does not bring."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def maybe_compile(model, enabled: bool, device: torch.device, dynamic: bool = False):
     """torch.compile on CUDA when `enabled`; the returned module shares its weights with `model`.
 
     dynamic: one program for batches of all shapes, where their shapes differ.
     """
-    return torch.compile(model, dynamic=dynamic) if enabled and device.type == "cuda" else model
+    return torch.compile(model, dynamic=dynamic) if enabled and can_compile(device) else model
 
 
 class Interrupt:

@@ -123,6 +123,15 @@ def gradients(monkeypatch, cfg):
     return recorded
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_compiled_is_on_cuda_and_where_triton_is(monkeypatch, triton):
+    """PyTorch for Windows has CUDA but no Triton: there the same command trains uncompiled, instead of failing."""
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object() if triton and name == "triton" else None)
+    model = torch.nn.Linear(1, 1)
+    assert (runtime.maybe_compile(model, True, torch.device("cuda")) is not model) == triton
+    assert runtime.maybe_compile(model, False, torch.device("cuda")) is runtime.maybe_compile(model, True, torch.device("cpu")) is model
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_no_step_waits_for_the_gpu(monkeypatch, optimizer):
