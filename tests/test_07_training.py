@@ -123,6 +123,7 @@ def gradients(monkeypatch, cfg):
     return recorded
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what PyTorch loads to compile says so of itself
 @pytest.mark.parametrize("triton", [True, False])
 def test_compiled_is_on_cuda_and_where_triton_is(monkeypatch, triton):
     """PyTorch for Windows has CUDA but no Triton: there the same command trains uncompiled, instead of failing."""

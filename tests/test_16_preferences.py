@@ -521,11 +521,11 @@ def test_the_judge_as_a_reward_is_a_probability_and_half_for_its_own_answer(lm_f
 # ---------------------------------------------------------------- AI feedback
 
 def label(**flags):
-    """data/label_preferences.py, run in this process."""
+    """data/label_preferences.py, run in this process on the CPU."""
     spec = importlib.util.spec_from_file_location("label_preferences", ROOT / "data" / "label_preferences.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script, script.main(parse_config(script.Config, "", [x for k, v in flags.items() for x in (f"--{k}", str(v))]))
+    return script, script.main(parse_config(script.Config, "", [x for k, v in {"device": "cpu", **flags}.items() for x in (f"--{k}", str(v))]))
 
 
 @pytest.fixture
