@@ -389,4 +389,9 @@ def packed_forward(model: CausalLM, enabled: bool):
     if not enabled or model.lm_head.weight.device.type != "cuda":
         return model.hidden
     compiled = torch.compile(model.hidden)
-    return lambda tokens, doc_ids: compiled(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids))
+
+    def forward(tokens, doc_ids):
+        blocks = document_block_mask(doc_ids) if tokens.shape[1] >= 128 else None  # flex attention has no kernel for rows below a block
+        return compiled(tokens, doc_ids=doc_ids, block_mask=blocks)
+
+    return forward

@@ -399,12 +399,13 @@ def test_one_program_serves_batches_of_all_shapes():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_compiled_forward_of_packed_rows_equals_its_plain_twin():
+@pytest.mark.parametrize("length", [30, 127, 128, 129, 384])
+def test_the_compiled_forward_of_packed_rows_equals_its_plain_twin(length):
     """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32; the mask is made without waiting."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig(vocab_size=64, num_hidden_layers=2)).cuda()
-    tokens = torch.randint(64, (2, 384), device="cuda")
-    doc_ids = (torch.rand(2, 384, device="cuda") < 0.02).long().cumsum(1)
+    tokens = torch.randint(64, (2, length), device="cuda")
+    doc_ids = (torch.rand(2, length, device="cuda") < 0.02).long().cumsum(1)
     found = []
     for forward in (packed_forward(model, True), model.hidden):
         forward(tokens, doc_ids=doc_ids).mean().backward()  # compiles
