@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                                # a GPU: some minutes; a CPU: small sizes, about two minutes
     python benchmarks/train.py --preset base --max_seq_len 2048 --batch_size 12
-    python benchmarks/train.py --memory                       # what fits on which GPU; each model is compiled anew: long
+    python benchmarks/train.py --memory                       # what fits (on a GPU each model is compiled anew: long)
     python benchmarks/train.py --quick                        # does it run? (seconds; the numbers mean nothing)
 
 All rows of a table train on the same conversations (random tokens, lengths log-normal with a mean of about 0.37 of a row, 60 %
@@ -58,11 +58,11 @@ COLUMNS = ["useful tokens/s", "computed tokens/s", "ms a step", "time x", "% mat
 SIZES = {  # steps: optimizer steps of a turn
     "cuda": dict(preset="small", vocab_size=6400, max_seq_len=768, batch_size=32, steps=4, repeats=5, batch=(8, 32, 128),
                  context=(512, 2048, 8192, 32768), vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b"),
-                 memory_lengths=(1024, 4096, 16384)),
+                 memory_shapes=(*PRESETS, *QWEN3), memory_lengths=(1024, 4096, 16384)),
     "cpu": dict(preset="tiny", vocab_size=1024, max_seq_len=256, batch_size=8, steps=3, repeats=3, context=(128, 512, 2048),
-                batch=(2, 8, 32), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
+                batch=(2, 8, 32), vocabulary=(1024, 8192, 32768), model=("tiny", "mini"), memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
     "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64), batch=(1,),
-                  vocabulary=(600,), model=("tiny",)),
+                  vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
 }
 
 
@@ -76,7 +76,7 @@ class Config:
     repeats: int = flag(0, "turns of each row, of which the median counts (default: 5, on a CPU 3)", low=0)
     peers: bool = flag(True, "transformers beside ours, where it is installed")
     memory: bool = flag(False, "instead: peak memory of full fine-tuning and LoRA, for every shape and length")
-    shapes: list[str] = flag([*PRESETS, *QWEN3], "shapes for --memory")
+    shapes: list[str] = flag([], f"shapes for --memory, of {', '.join([*PRESETS, *QWEN3])} (default: all, on a CPU the presets)")
     compile: bool = flag(True, "torch.compile (on CUDA)")
     quick: bool = flag(False, "tiny sizes")
     json: str = flag("", "file to write the numbers to")
@@ -216,7 +216,9 @@ def memory(shapes, lengths, cfg, device) -> list:
             for length in lengths:
                 def two_steps():
                     config = config_of(shape, 151936 if shape in QWEN3 else 6400, length)
-                    model = CausalLM(config).to(device, torch.bfloat16 if "bf16" in method else torch.float32)
+                    torch.set_default_dtype(torch.bfloat16 if "bf16" in method else torch.float32)  # never held in both
+                    model = CausalLM(config).to(device)
+                    torch.set_default_dtype(torch.float32)
                     model = apply_lora(model, r=8, alpha=16) if "LoRA" in method else model
                     model.model.recompute = "recompute" in method
                     step, _ = trainer(WAYS["minillm"], model, cfg.compile)
@@ -235,14 +237,13 @@ def main(cfg: Config) -> dict:
     """Measure and print; returns the numbers."""
     if unknown := [part for part in cfg.parts if part not in PARTS]:
         raise UserError(f"--parts {' '.join(unknown)}: must be of {', '.join(PARTS)}")
+    if unknown := [shape for shape in cfg.shapes if shape not in (*PRESETS, *QWEN3)]:
+        raise UserError(f"--shapes {' '.join(unknown)}: must be of {', '.join([*PRESETS, *QWEN3])}")
     device = runtime.start(cfg.device, cfg.seed)
     size = size_of(SIZES, cfg, device)
     report = Report(device, cfg.quick, cfg.json)
     if cfg.memory:
-        if device.type == "cuda":
-            report.add("peak MiB of training, one row", memory(cfg.shapes, size["memory_lengths"], cfg, device))
-        else:
-            print("--memory needs a GPU: what a CPU holds says nothing about one")
+        report.add("peak MiB of training, one row", memory(cfg.shapes or size["memory_shapes"], size["memory_lengths"], cfg, device))
         return report.results
 
     transformers = peer("transformers") if cfg.peers else None

@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
 def held_out_loss(model, dataset: TokenDataset, row_length: int, device, batch_size: int = 16) -> dict:
     """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written."""
     total, count = 0.0, 0
-    rows = min(batch_size, max(1, 2**14 // row_length))  # of long rows fewer: it must not need more memory than training does
+    rows = min(batch_size, max(1, 2**14 // row_length))  # of long rows fewer: their masks grow with the square of the length
     with eval_mode(model):
         for batch in PackedLoader(dataset, rows, row_length, seed=0, shuffle=False).epoch_batches(0):
             batch = batch.to(device)

@@ -87,17 +87,28 @@ def eval_mode(model):
 
 
 @contextlib.contextmanager
+def _own_copies():
+    """The bf16 copies of weights that autocast keeps are this generation's alone: a weight may have changed since older ones were
+    made, or change before they would be used again."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
 def _decoding(model, rows: int):
     """So many rows are decoded here: without gradients, and without autocast where a CPU is faster so."""
     weights = list(model.parameters())
     kind = weights[0].device.type
     few = kind == "cpu" and rows <= FEW[0] and sum(w.numel() for w in weights) <= FEW[1]
     if few or not torch.is_autocast_enabled(kind):
-        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # cheaper than no_grad: a fifth of a small model's step
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # cheaper than no_grad: a tenth of a small model's step
             yield
         return
     # Autocast keeps its bf16 copy of a weight, instead of making it for every token again, only outside inference_mode, and only
-    # of weights that require a gradient. (generate and stream drop the copies at their end: through them no gradient would reach the weights.)
+    # of weights that require a gradient.
     frozen = [w for w in weights if not w.requires_grad]
     try:
         for w in frozen:
@@ -212,7 +223,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     prompt_lengths = prompt_lengths.to(device)
     valid = torch.arange(P, device=device) >= P - prompt_lengths[:, None]
 
-    with eval_mode(model), _decoding(model, N):
+    with eval_mode(model), _own_copies(), _decoding(model, N):
         cache = _new_cache(model, len(prompts), P, max_new_tokens)
         hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
         logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
@@ -242,7 +253,6 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
                     rows, tokens, running = rows[keep], tokens[keep], running[keep]
                     step = StaticStep(model, cache) if static else None
             logits = step(tokens) if static else model(tokens[:, None], cache=cache)[:, -1]
-    torch.clear_autocast_cache()
 
     ended = responses == end_id
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)  # up to its first end token
@@ -264,15 +274,12 @@ def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: f
     with _decoding(model, 1):
         cache = _new_cache(model, 1, len(prompt), max_new_tokens)
     tokens = torch.tensor([prompt], device=cache.valid.device)
-    try:
-        with eval_mode(model):
-            for _ in range(max_new_tokens):
-                with _decoding(model, 1):  # not around the yield: what the caller does there is not decoding
-                    logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
-                    tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
-                token = tokens.item()
-                if token == end_id:
-                    return
-                yield token
-    finally:
-        torch.clear_autocast_cache()
+    with eval_mode(model), _own_copies():
+        for _ in range(max_new_tokens):
+            with _decoding(model, 1):  # not around the yield: what the caller does there is not decoding
+                logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
+                tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
+            token = tokens.item()
+            if token == end_id:
+                return
+            yield token

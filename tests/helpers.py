@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 
 from minillm import runtime
@@ -36,7 +37,21 @@ def waiting_forbidden():
 
 
 def forbid_waiting_in_updates(monkeypatch, module, name):
-    """CUDA: the same in a training script, from an optimizer step until it calls module.name."""
-    sum_gradients, function, set_mode = runtime.sum_gradients, getattr(module, name), torch.cuda.set_sync_debug_mode
-    monkeypatch.setattr(runtime, "sum_gradients", lambda parameters: (set_mode("error"), sum_gradients(parameters)))
-    monkeypatch.setattr(module, name, lambda *args, **options: (set_mode("default"), function(*args, **options))[1])
+    """CUDA: the same in a training script, from an optimizer step until it calls module.name; returns the list of both, as they come."""
+    with pytest.raises(RuntimeError, match="synchronizing"), waiting_forbidden():
+        torch.zeros((), device="cuda").item()
+    happened = []
+
+    def before(owner, name, mode):
+        function = getattr(owner, name)
+
+        def call(*args, **options):
+            happened.append(name)
+            torch.cuda.set_sync_debug_mode(mode)
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    before(runtime, "sum_gradients", "error")
+    before(module, name, "default")
+    return happened

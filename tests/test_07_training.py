@@ -137,8 +137,9 @@ def test_compiled_is_on_cuda_and_where_triton_is(monkeypatch, triton):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_no_step_waits_for_the_gpu(monkeypatch, optimizer):
     """But where a line is logged, the program is ahead of the device: no copy of a batch, no count of tokens holds it up."""
-    forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
-    train_sft.main(sft(device="cuda", compile=False, optimizer=optimizer, log_every=8, save_every=100))
+    happened = forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
+    train_sft.main(sft(device="cuda", compile=False, optimizer=optimizer, log_every=5, save_every=100))
+    assert happened == (["sum_gradients"] * 5 + ["finite_mean"]) * 2
 
 
 def test_micro_batches_change_no_gradient(monkeypatch):

@@ -289,8 +289,7 @@ def test_few_rows_are_decoded_in_float32_on_a_cpu(monkeypatch):
 
 
 def test_autocast_makes_one_copy_of_a_weight_for_all_tokens(monkeypatch):
-    """Of frozen weights too. The classic mistakes: inference_mode, in which each token pays for a copy of the whole model; and
-    copies that outlive the generation, from which no gradient reaches the weights."""
+    """Of frozen weights too. The classic mistake: inference_mode, in which each token pays for a copy of the whole model."""
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
@@ -310,9 +309,31 @@ def test_autocast_makes_one_copy_of_a_weight_for_all_tokens(monkeypatch):
                 run()
             assert [copied.count(pointer) for pointer in matrices] == [1] * len(matrices)
             assert [p.requires_grad for p in model.parameters()] == frozen
-            model(torch.tensor([[3, 4]])).sum().backward()
-        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-        model.zero_grad()
+
+
+def test_a_generation_sees_the_weights_as_they_are(monkeypatch):
+    """Inside the caller's autocast weights change: copies from before are not used, and none are left, by a stream that the
+    caller leaves or a generation that fails either."""
+    monkeypatch.setattr("minillm.generate.FEW", (0, 0))
+    model, first, second = tiny_model(), tiny_model(), tiny_model(seed=1)
+    tokens, replies = torch.tensor([[3, 4]]), lambda m: generate(m, PROMPTS, 6, end_id=-1, temperature=0).responses()
+
+    def fails():
+        with pytest.raises(ValueError, match="negative"):  # at the first draw
+            generate(model, PROMPTS, 6, end_id=-1, temperature=-1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = replies(second)
+        assert replies(first) != expected
+        for run in (lambda: replies(model), lambda: next(stream(model, [3, 4], 6, END)), fails):
+            model.load_state_dict(first.state_dict())
+            model(tokens)  # makes copies
+            model.load_state_dict(second.state_dict())
+            assert replies(model) == expected
+            model.load_state_dict(first.state_dict())
+            run()
+            model.load_state_dict(second.state_dict())
+            assert model(tokens).equal(second(tokens))
 
 
 # The step that a CUDA graph can hold: one program for every token

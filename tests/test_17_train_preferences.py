@@ -1,5 +1,6 @@
 """Chapter 17: train_reward.py and train_dpo.py as they run: what they start from, what they log, what they leave behind."""
 
+import itertools
 import json
 import math
 
@@ -109,8 +110,9 @@ def test_dpo_learns_32_pairs_by_heart(run, flags):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("script", [train_reward, train_dpo])
 def test_no_step_waits_for_the_gpu(monkeypatch, run, script):
-    forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
+    happened = forbid_waiting_in_updates(monkeypatch, runtime, "finite_mean")
     run(script, "out", "--device", "cuda", "--no-compile", "--max_steps", 6, "--log_every", 3)
+    assert [name for name, _ in itertools.groupby(happened)] == ["sum_gradients", "finite_mean"] * 2 and happened.count("sum_gradients") == 6
 
 
 # ---------------------------------------------------------------- where it starts, what it says

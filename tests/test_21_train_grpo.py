@@ -134,8 +134,9 @@ def test_held_out_accuracy_is_logged_at_intervals(folder, run):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_update_waits_for_the_gpu(monkeypatch, folder, run):
     """From the first optimizer step of a rollout to the last: the shapes of all micro-batches are known before."""
-    forbid_waiting_in_updates(monkeypatch, Progress, "step")
-    run("grpo", "--device", "cuda", "--no-compile", "--max_steps", 2, "--grad_accum", 2, "--beta", 0.04, "--sft_data", folder / "sft.jsonl")
+    happened = forbid_waiting_in_updates(monkeypatch, Progress, "step")
+    run("grpo", "--device", "cuda", "--no-compile", "--max_steps", 2, "--mini_batches", 3, "--grad_accum", 2, "--beta", 0.04, "--sft_data", folder / "sft.jsonl")
+    assert happened == (["sum_gradients"] * 3 + ["step"]) * 2
 
 
 # ---------------------------------------------------------------- one distribution, one ratio

@@ -43,8 +43,9 @@ def run(folder, tokenizer):  # noqa: F811
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_update_waits_for_the_gpu(monkeypatch, run):
     """Without --stop_kl, for which the program has to know each update's KL."""
-    forbid_waiting_in_updates(monkeypatch, Progress, "step")
+    happened = forbid_waiting_in_updates(monkeypatch, Progress, "step")
     run("ppo", "--device", "cuda", "--no-compile", "--max_steps", 2, "--grad_accum", 2, "--mini_batches", 2)
+    assert happened == (["sum_gradients"] * 8 + ["step"]) * 2  # of 2 passes over 2 mini-batches, for policy and value model
 
 
 def test_the_score_of_the_reward_model_rises(folder, run):

@@ -164,9 +164,13 @@ def test_a_package_that_is_not_here_is_said_and_left_out(capsys):
     assert capsys.readouterr().out == "no_such_package is left out: No module named 'no_such_package'\n"
 
 
-def test_memory_tables_need_a_gpu(capsys):
-    bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
-    assert "needs a GPU" in capsys.readouterr().out
+def test_memory(capsys):
+    results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
+    rows = results["peak MiB of training, one row"]
+    assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16", "LoRA, base in bf16, recompute"]
+    assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
+    with pytest.raises(UserError, match="--shapes huge: must be of tiny, "):
+        bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["huge"], device="cpu"))
 
 
 def test_they_are_commands_wherever_one_stands(tmp_path):
