@@ -71,7 +71,7 @@ class Config:
     parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
     preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
     vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
-    max_seq_len: int = flag(0, "tokens per row (default: 768, on a CPU 256)", low=0)
+    max_seq_len: int = flag(0, "tokens per row (default: 768, on a CPU 256; with --memory several)", low=0)
     batch_size: int = flag(0, "rows per step (default: 32, on a CPU 8)", low=0)
     repeats: int = flag(0, "turns of each row, of which the median counts (default: 5, on a CPU 3)", low=0)
     peers: bool = flag(True, "transformers beside ours, where it is installed")
@@ -243,7 +243,8 @@ def main(cfg: Config) -> dict:
     size = size_of(SIZES, cfg, device)
     report = Report(device, cfg.quick, cfg.json)
     if cfg.memory:
-        report.add("peak MiB of training, one row", memory(cfg.shapes or size["memory_shapes"], size["memory_lengths"], cfg, device))
+        lengths = (cfg.max_seq_len,) if cfg.max_seq_len else size["memory_lengths"]
+        report.add("peak MiB of training, one row", memory(cfg.shapes or size["memory_shapes"], lengths, cfg, device))
         return report.results
 
     transformers = peer("transformers") if cfg.peers else None

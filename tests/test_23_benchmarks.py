@@ -168,6 +168,8 @@ def test_memory(capsys):
     results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
     rows = results["peak MiB of training, one row"]
     assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16", "LoRA, base in bf16, recompute"]
+    again = bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["tiny"], max_seq_len=24, device="cpu"))
+    assert set(again["peak MiB of training, one row"][0]) == {"shape", "method", "24 tokens"}
     assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
     with pytest.raises(UserError, match="--shapes huge: must be of tiny, "):
         bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["huge"], device="cpu"))
