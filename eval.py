@@ -5,7 +5,7 @@
     python eval.py --compare out/sft out/dpo              # two models on the same questions, side by side
     python eval.py --model Qwen3-0.6B --data mine.jsonl   # your own held-out conversations, questions or texts
     python eval.py --model out/reward                     # a reward model: which answers of held-out pairs it prefers
-    python eval.py --model out/dpo --ref out/sft --reward_model out/reward     # the same of a policy, and what its replies score
+    python eval.py --model out/dpo --ref out/sft --reward_model out/reward   # preferences, scored replies
     python eval.py --chat --temperature 0.7 --top_p 0.9   # /help lists the commands
     python eval.py --prompt "What is 12 + 30?"            # prints one reply and nothing else
 
@@ -15,7 +15,7 @@ The numbers:
     accuracy          share of replies that commit to exactly the right answer, where a question has one
     stopped           share of replies that ended by themselves within --max_new_tokens
     reply_tokens      mean length of a reply
-    gold_reward       mean of correct, polite and brief (minillm/rewards.py)
+    gold_reward       mean of correct, polite and brief (minillm/verify.py)
     reward            mean score of the replies by --reward_model
     preference_accuracy   share of held-out pairs whose chosen answer scores higher; of a language model by its implicit
                       reward, log p(answer | prompt) - the same under --ref
@@ -32,28 +32,35 @@ from dataclasses import dataclass
 
 import torch
 
-from minillm import checkpoint, peft, runtime
+from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.data import load_dataset, load_pairs, read_records
+from minillm.data import encode_conversation, encode_text
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions
 from minillm.generate import stream
 from minillm.heads import is_reward_model, load_reward_model
-from minillm.metrics import table
-from minillm.preferences import check_same_tokenizer, pair_logprobs, rank_pairs, score_pairs
-from minillm.rewards import model_reward
+from minillm.metrics import compare, evenly_spaced, numbers, show_replies
+from minillm.peft import load_adapter
+from minillm.preferences import (PairDataset, check_same_tokenizer, encode_pair, pair_logprobs, rank_pairs,
+                                 score_pairs)
+from minillm.records import is_text, read_records
+from minillm.rewards import load_rewards, score_answers
+from minillm.safetensors import load_json, save_json
+from minillm.token_cache import load_dataset
 from minillm.tokenizer import Tokenizer
 
 MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_eval.jsonl"
 EVAL_PAIRS = "data/preference_eval.jsonl"
 HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), Ctrl-C stops a reply"
+PAIRS_PER_BATCH = 24
 
 
 @dataclass
 class Config:
     model: str = flag("", f"checkpoint folder (default: {MODEL})")
     adapter: list[str] = flag([], "folder of an adapter for the model; of several, each gets a column in the table")
-    data: str = flag("", f"held-out conversations, questions, texts or pairs (default: {EVAL_DATA} and {EVAL_TEXT}; pairs: {EVAL_PAIRS})")
+    data: str = flag("", f"held-out conversations, questions, texts or pairs (default: {EVAL_DATA} and {EVAL_TEXT}; "
+                     f"pairs: {EVAL_PAIRS})")
     ref: str = flag("", "reference of a policy: also measure which answers of held-out pairs it prefers")
     reward_model: str = flag("", "folder of a reward model that scores the replies")
     json: str = flag("", "also write the numbers to this file")
@@ -65,19 +72,19 @@ class Config:
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability", low=0, high=1)
     max_new_tokens: int = flag(0, "longest reply (default: 64 in an evaluation, 512 in --chat and --prompt)", low=0)
     max_seq_len: int = flag(256, "tokens per row for val_loss; longer conversations are cut", low=8)
-    max_questions: int = flag(1000, "of a larger file so many questions are asked, evenly spaced", low=1)
+    max_questions: int = flag(1000, "of a larger file this many questions are asked, evenly spaced", low=1)
     device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
     seed: int = flag(0, "seed of the sampling", low=0)
 
 
 def main(cfg: Config) -> dict:
     # 1. Setup
-    if bool(cfg.chat) + (cfg.prompt is not None) + bool(cfg.compare) > 1:
+    if [bool(cfg.chat), cfg.prompt is not None, bool(cfg.compare)].count(True) > 1:
         raise UserError("--chat, --prompt and --compare exclude each other")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")
     if (cfg.chat or cfg.prompt is not None) and len(cfg.adapter) > 1:
-        raise UserError(f"--adapter {' '.join(cfg.adapter)}: to talk with, give one")
+        raise UserError(f"--adapter {' '.join(cfg.adapter)}: to talk with a model, give one")
     device = runtime.start(cfg.device, cfg.seed)
     if cfg.model and is_reward_model(cfg.model):
         return measure_reward_model(cfg, device)
@@ -86,7 +93,7 @@ def main(cfg: Config) -> dict:
     columns = cfg.compare or [cfg.model]
     model, tokenizer = load(columns[0], device)
     if cfg.adapter:
-        peft.load_adapter(model, cfg.adapter[0])
+        load_adapter(model, cfg.adapter[0])
 
     # 3. Talk
     if cfg.chat:
@@ -103,70 +110,62 @@ def main(cfg: Config) -> dict:
         model, tokenizer = load(folder, device)
         results.append(measure(model, tokenizer, files, records, cfg, device))
     for folder in cfg.adapter[1:]:
-        peft.load_adapter(model, folder)  # in place of the one before, on the same base
+        load_adapter(model, folder)  # in place of the one before, on the same base
         results.append(measure(model, tokenizer, files, records, cfg, device))
 
     # 5. Show
     columns = cfg.compare or cfg.adapter or [cfg.model or MODEL]
-    runtime.say(show_metrics(columns, results))
+    runtime.say(compare(columns, results))
     if records:
-        runtime.say("\n" + show_replies(columns, records, [r.pop("replies") for r in results]))
-    results = [{"model": folder, "data": files, "questions": len(records), **r} for folder, r in zip(columns, results)]
+        runtime.say("\n" + show_replies(columns, [result["replies"] for result in results]))
+    results = [{"model": folder, "data": files, "questions": len(records), **numbers(result)}
+               for folder, result in zip(columns, results)]
     result = results[0] if len(results) == 1 else {"compared": results}
     if cfg.json:
-        checkpoint.save_json(cfg.json, result)
+        save_json(cfg.json, result)
     return result
 
 
 def load(folder: str, device) -> tuple:
     """(model, tokenizer) of a checkpoint folder. The folder of an adapter brings the base that it names."""
     if not folder and not os.path.isdir(MODEL):
-        raise UserError(f"there is no {MODEL} yet: run python train_sft.py first, or give a checkpoint folder with --model")
+        raise UserError(f"there is no {MODEL} yet: run python train_sft.py first, or give a checkpoint folder "
+                        "with --model")
     folder, adapter = folder or MODEL, None
     settings = os.path.join(folder, "adapter_config.json")
     if os.path.isfile(settings) and not os.path.isfile(os.path.join(folder, "config.json")):
-        base = checkpoint.load_json(settings).get("base_model_name_or_path") or ""
+        base = load_json(settings).get("base_model_name_or_path") or ""
         if not os.path.isdir(base):
-            raise UserError(f"{folder} is an adapter for {base or 'a model it does not name'}, which is not here; give its base "
-                            "with --model and this with --adapter")
+            raise UserError(f"{folder} is an adapter for {base or 'a model it does not name'}, which is not here; "
+                            "give its base with --model and this with --adapter")
         folder, adapter = base, folder
     model, tokenizer = checkpoint.load_model(folder, device), Tokenizer.load(folder)
     checkpoint.check_tokenizer(model, tokenizer, folder)
-    return (peft.load_adapter(model, adapter) if adapter else model), tokenizer
+    return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 
 # Measuring
 
 def kind_of(path: str) -> str:
-    """"text", "chat" or "preference": the schema of a data file (data/README.md), by its first line."""
-    if path.endswith((".txt", ".txt.gz")):
+    """The key by which a data file's schema (data/README.md) is known: "conversations", "text" or "chosen"."""
+    if is_text(path):
         return "text"
     first = next(read_records(path))
-    if "conversations" in first:
-        return "chat"
-    if "text" in first:
-        return "text"
-    if "chosen" in first:
-        return "preference"
-    raise UserError(f'{path}:1: neither "conversations" nor "text" nor "chosen" is there; found: {", ".join(map(repr, first)) or "nothing"}')
+    for kind in ("conversations", "text", "chosen"):
+        if kind in first:
+            return kind
+    raise UserError(f'{path}:1: neither "conversations" nor "text" nor "chosen" is there; '
+                    f'found: {", ".join(map(repr, first)) or "nothing"}')
 
 
 def questions_of(path: str, count: int) -> list:
-    """At most `count` records of a file of conversations, evenly spaced; of a text or of pairs none."""
-    if kind_of(path) != "chat":
+    """At most `count` records of a file of conversations, evenly spaced; of texts or pairs none."""
+    if kind_of(path) != "conversations":
         return []
     records = read_questions(path)
     if len(records) > count:
         runtime.say(f"asking {count:,} of the {len(records):,} questions in {path} (--max_questions)")
-        records = evenly_spaced(records, count)
-    return records
-
-
-def evenly_spaced(items: list, count: int) -> list:
-    """`count` of the items (all, where there are fewer), the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+    return evenly_spaced(records, count)
 
 
 def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -> dict:
@@ -175,79 +174,62 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
     metrics = {}
     for path in files:
         kind = kind_of(path)
-        if kind == "preference":
+        if kind == "chosen":
             if not cfg.ref:
                 raise UserError(f"{path} holds pairs: give --ref, or the folder of a reward model with --model")
             continue
         # Questions without a reply of the assistant (prompts for reinforcement learning) have no loss.
         if kind == "text" or any(m["role"] == "assistant" for r in records for m in r["conversations"]):
-            loss = held_out_loss(model, load_dataset(kind, [path], tokenizer, row_length, runtime.say), row_length, device)
+            encode = encode_text if kind == "text" else encode_conversation
+            loss = held_out_loss(model, load_dataset(encode, [path], tokenizer, row_length), row_length, device)
             metrics = {**loss, **metrics}  # val_loss is that of the conversations
-        if kind == "chat":
+        if kind == "conversations":
             metrics |= answer_questions(model, tokenizer, records, device, max_new_tokens=cfg.max_new_tokens or 64,
                                         temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
     if cfg.reward_model and records:
-        reward = model_reward(cfg.reward_model, device)
-        scores = [reward(prompt_messages(r), [reply], r)[0] for r, reply in zip(records, metrics["replies"])]
-        metrics["reward"] = sum(scores) / len(scores)
+        asked = [(prompt_messages(record), [reply], record) for record, (_, reply) in zip(records, metrics["replies"])]
+        scores, _ = score_answers(load_rewards(["model"], cfg.reward_model, "", device), asked)
+        metrics["reward"] = sum(score for score, in scores) / len(scores)
     if cfg.ref:
         pairs = held_out_pairs(cfg, tokenizer)
         ref_model, ref_tokenizer = load(cfg.ref, device)
         check_same_tokenizer(tokenizer, ref_tokenizer, cfg.ref)
-        rewards = pair_logprobs(model, pairs, 24, device) - pair_logprobs(ref_model, pairs, 24, device)
-        ranked = rank_pairs(rewards[:, 0] - rewards[:, 1], pairs.kinds)
-        metrics |= {name: ranked[name] for name in ("preference_accuracy", "accuracy_by_kind")}  # the rest depends on beta
+        logprobs, ref_logprobs = (pair_logprobs(m, pairs, PAIRS_PER_BATCH, device) for m in (model, ref_model))
+        ranked = rank_pairs(logprobs - ref_logprobs, pairs.kinds)
+        metrics |= {name: ranked[name] for name in ("preference_accuracy", "accuracy_by_kind")}  # others depend on beta
     return metrics
 
 
 def held_out_pairs(cfg: Config, tokenizer):
     """The pairs of --data, or of the embedded file where --data holds something else."""
-    path = cfg.data if cfg.data and kind_of(cfg.data) == "preference" else EVAL_PAIRS
-    return load_pairs([path], path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)[1]
+    path = cfg.data if cfg.data and kind_of(cfg.data) == "chosen" else EVAL_PAIRS
+    dataset = load_dataset(encode_pair, [path], tokenizer, cfg.max_seq_len)
+    return PairDataset(dataset, range(len(dataset) // 2))
 
 
 def measure_reward_model(cfg: Config, device) -> dict:
     """All numbers for a reward model: how it ranks held-out pairs, and how sure it is."""
     if cfg.chat or cfg.prompt is not None or cfg.adapter or cfg.ref:
-        raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; leave out --chat, --prompt, --adapter and --ref")
+        raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
+                        "leave out --chat, --prompt, --adapter and --ref")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
     checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer)
-    scores = score_pairs(lambda b: model(b.tokens, b.lengths), pairs, 24, device)
-    metrics = {**rank_pairs(scores[:, 0] - scores[:, 1], pairs.kinds), "chosen_rewards": scores[:, 0].mean().item(), "rejected_rewards": scores[:, 1].mean().item()}
-    runtime.say(show_metrics([cfg.model], [metrics]))
+    scores = score_pairs(lambda batch: model(batch.tokens, batch.lengths), pairs, PAIRS_PER_BATCH, device)
+    chosen_rewards, rejected_rewards = scores.mean(0).tolist()
+    metrics = {**rank_pairs(scores, pairs.kinds),
+               "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
+    runtime.say(compare([cfg.model], [metrics]))
     result = {"model": cfg.model, "pairs": len(pairs), **metrics}
     if cfg.json:
-        checkpoint.save_json(cfg.json, result)
+        save_json(cfg.json, result)
     return result
-
-
-def show_metrics(columns: list, results: list) -> str:
-    """One row per number, one column per model; accuracy_by_task becomes a row per task."""
-    rows = [["", *columns]]
-    shown = lambda value: "-" if value is None else value
-    for key, value in results[0].items():
-        if isinstance(value, dict):
-            rows += [[f"  {task}", *(r[key][task] for r in results)] for task in value]
-        elif key not in ("replies", "reliability"):
-            rows.append([key, *(shown(r[key]) for r in results)])
-    return table(rows)
-
-
-def show_replies(columns: list, records: list, replies: list, count: int = 10) -> str:
-    """A few questions with each model's reply."""
-    cut = lambda text: "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
-    rows = [["question", *columns]]
-    for i in evenly_spaced(range(len(records)), count):
-        asked = prompt_messages(records[i])
-        rows.append([cut(text) for text in [asked[-1]["content"] if asked else "", *(r[i] for r in replies)]])
-    return table(rows)
 
 
 # Talking
 
 def note(text: str):
-    """A word beside the conversation: on stderr, so that stdout holds replies alone."""
+    """A remark beside the conversation: on stderr, so that stdout holds nothing but replies."""
     print(f"({text})", file=sys.stderr, flush=True)
 
 
@@ -278,8 +260,8 @@ def prepare(model, tokenizer, messages: list, cfg: Config) -> tuple:
     limit = context - min(cfg.max_new_tokens or 512, context // 2)
     prompt, kept = fit_context(tokenizer, messages, limit)
     if len(prompt) > limit:
-        raise UserError(f"the message is too long: {len(prompt):,} tokens, and beside the reply there is room for {limit:,} in the "
-                        f"model's context of {context:,}; shorten it")
+        raise UserError(f"the message is too long: {len(prompt):,} tokens, and beside the reply there is room for "
+                        f"{limit:,} in the model's context of {context:,}; shorten it")
     return prompt, kept
 
 
@@ -299,7 +281,7 @@ def system_message(cfg: Config) -> list:
 
 
 def chat(model, tokenizer, cfg: Config, device) -> dict:
-    """--chat: lines from the terminal or a pipe, a reply to each; the history is kept as long as it fits the context."""
+    """--chat: lines from the terminal or a pipe, a reply to each; the history is kept while it fits the context."""
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -333,7 +315,8 @@ def chat(model, tokenizer, cfg: Config, device) -> dict:
                 note(str(error))
                 continue
             if len(kept) < len(messages):
-                note(f"the context of {model.config.max_position_embeddings:,} tokens is full: the oldest {len(messages) - len(kept)} messages are forgotten")
+                note(f"the context of {model.config.max_position_embeddings:,} tokens is full: "
+                     f"the oldest {len(messages) - len(kept)} messages are forgotten")
             text, _ = speak(model, tokenizer, prompt, cfg, generator, device)
             history = kept + [{"role": "assistant", "content": text}]
             turns += 1

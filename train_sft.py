@@ -8,31 +8,31 @@ assistant's tokens y, given everything before them:
     python train_sft.py                                   # the data in data/, from out/pretrain when it is there
     python train_sft.py --data mine.jsonl --model Qwen3-0.6B --optimizer adamw --lr 2e-5 --epochs 3
 
+Loss: linear_cross_entropy in minillm/logprobs.py (sft_loss in losses.py is its plain twin). Tests: chapters 5 and 7.
+
 Deviations: conversations are packed into rows (attention and positions stay within each conversation), which changes
 the speed and no gradient. By default Muon trains the hidden matrices.
 """
 
 import os
-from dataclasses import asdict, dataclass
-
-import torch
+from dataclasses import dataclass
 
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.data import PackedLoader, load_split
+from minillm.data import PackedLoader, encode_conversation, load_split
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
-from minillm.losses import sft_loss_from_hidden
-from minillm.metrics import Progress, before_after, show_replies
-from minillm.model import PRESETS, CausalLM, preset_config, packed_forward
-from minillm.optim import make_optimizers, schedule, set_lr
+from minillm.logprobs import linear_cross_entropy
+from minillm.model import PRESETS, CausalLM, packed_forward, preset_config
+from minillm.optim import make_optimizers, schedule, set_lr, update
+from minillm.run import Run, RunConfig
 from minillm.tokenizer import Tokenizer
 
-DATA, EVAL_DATA = "data/sft.jsonl", "data/sft_eval.jsonl"
+DATA, EVAL_DATA, PRETRAINED = "data/sft.jsonl", "data/sft_eval.jsonl", "out/pretrain"
 
 
 @dataclass
-class Config:
-    model: str = flag("", "checkpoint folder to start from (default: out/pretrain, random weights if that is not there)")
+class Config(RunConfig):
+    model: str = flag("", f"checkpoint folder to start from (default: {PRETRAINED}, or random weights without it)")
     data: list[str] = flag([DATA], "conversations, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out conversations (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/sft", "folder to write")
@@ -42,103 +42,66 @@ class Config:
     batch_size: int = flag(7, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(6, "passes over the data", low=1)
-    max_steps: int = flag(0, "optimizer steps; overrides --epochs", low=0)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"])
     lr: float = flag(2e-3, "peak learning rate", low=0)
-    warmup_steps: int = flag(50, "optimizer steps of linear warm-up", low=0)
+    warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
-    log_every: int = flag(20, "optimizer steps between log lines", low=1)
-    eval_every: int = flag(1000, "optimizer steps between evaluations", low=1)
-    save_every: int = flag(500, "optimizer steps between checkpoints", low=1)
-    resume: bool = flag(False, "continue the run in --out")
-    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
-    seed: int = flag(0, "seed of everything random", low=0)
-    compile: bool = flag(True, "torch.compile (on CUDA)")
 
 
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    source = cfg.model or ("out/pretrain" if os.path.exists("out/pretrain/model.safetensors") else "")
-    run = checkpoint.start_run(cfg.out, cfg.resume, asdict(cfg), inputs=[source, *cfg.data])
-    if run and run["finished"]:
-        return run["metrics"]
+    source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") else "")
+    run = Run(cfg, inputs=[source or cfg.tokenizer, *cfg.data, cfg.eval_data])
+    if run.finished:
+        return run.result
 
     # 2. Data
     tokenizer = Tokenizer.load(source or cfg.tokenizer)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
-    train_data, eval_data = load_split("chat", cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed, runtime.say)
-    questions = read_questions(eval_path) if eval_path else []
-    loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed, runtime.rank(), runtime.world_size())
-    total_steps = cfg.max_steps or -(-sum(loader.batches(e) for e in range(cfg.epochs)) // cfg.grad_accum)
+    train_data, eval_data = load_split(encode_conversation, cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
+    questions = read_questions(eval_path)
+    loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models
     if source:
         model = checkpoint.load_model(source, device)
         checkpoint.check_tokenizer(model, tokenizer, source)
     else:
-        runtime.say(f"no out/pretrain (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
+        runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute
-    forward = packed_forward(model, cfg.compile and runtime.can_compile(device))
+    forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")
 
     def evaluate() -> dict:
-        metrics = held_out_loss(model, eval_data, cfg.max_seq_len, device)
-        return {**metrics, **answer_questions(model, tokenizer, questions, device)} if questions else metrics
+        return {**held_out_loss(model, eval_data, cfg.max_seq_len, device),
+                **answer_questions(model, tokenizer, questions, device)}
 
     # 5. Train
-    step, before = checkpoint.restore_run(run, model, optimizers, loader) if run else (0, evaluate())
-    progress = Progress(cfg.out, total_steps, step, show=runtime.rank() == 0)
-    interrupt, batches, losses = runtime.Interrupt(), iter(loader), []
-    while step < total_steps:
-        lr = cfg.lr * schedule(step, total_steps, cfg.warmup_steps)
-        set_lr(optimizers, lr)
+    total_steps = cfg.max_steps or loader.steps(cfg.epochs, cfg.grad_accum)
+    run.start(model, optimizers, loader, tokenizer, total_steps, evaluate)
+    batches = iter(loader)
+    for step in run:
+        set_lr(optimizers, cfg.lr * schedule(step, total_steps, cfg.warmup_steps))
         micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
-        n_tokens = runtime.sum_over_processes(sum(int(b.loss_mask.sum()) for b in micro_batches))  # of the whole step
-        losses.append(torch.zeros((), device=device))
+        n_targets = run.count(sum(batch.n_targets for batch in micro_batches))
         for batch in micro_batches:
-            batch = batch.to(device)
+            batch, n_tokens = batch.to(device), batch.n_tokens
             with runtime.autocast(device):
-                hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
-            loss = sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
+                hidden = forward(batch.tokens, doc_ids=batch.doc_ids)  # (B, T, D)
+            # the loss mask: what the assistant says, and the <|im_end|> that closes it
+            loss = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_targets)
             loss.backward()
-            losses[-1] += loss.detach()
-        runtime.sum_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        progress.step(int(runtime.sum_over_processes(sum(b.n_tokens for b in micro_batches))))
+            run.add({"loss": loss}, tokens=n_tokens)
+        update(model, optimizers, cfg.max_grad_norm)
 
-        stop_now = interrupt.requested()
-        save_now = step % cfg.save_every == 0 or step == total_steps or stop_now
-        if step % cfg.log_every == 0 or save_now:
-            progress.log(step, loss=runtime.finite_mean(losses, step, cfg.out), lr=lr)
-            losses.clear()
-        if step % cfg.eval_every == 0 and step < total_steps:
-            progress.log(step, **held_out_loss(model, eval_data, cfg.max_seq_len, device))
-        if save_now:
-            checkpoint.save_run(cfg.out, step, model, tokenizer, optimizers, loader, before)
-        if stop_now:
-            interrupt.close()
-            return progress.interrupted(step)
-
-    # 6. Save
-    interrupt.close()
-    after = evaluate()
-    runtime.say(before_after(before, after))
-    if questions:
-        runtime.say(show_replies(questions, before["replies"], after["replies"]))
-        arithmetic = [after["accuracy_by_task"][t] for t in ("add", "subtract") if t in after["accuracy_by_task"]]
-        if eval_path == EVAL_DATA and arithmetic and not all(0.1 <= a <= 0.75 for a in arithmetic):
-            runtime.say("note: arithmetic is outside 10 to 75 %; reinforcement learning (train_grpo.py) has little to build on or to add")
-    return progress.finish(train_data.stats, before, after, runtime.peak_memory_mb(device))
+    # 6. Result
+    return run.finish(train_data.stats)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import train_sft
 from benchmarks.common import peak_memory_mb
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.data import read_records
+from minillm.records import read_records
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions
 from minillm.metrics import table

@@ -1,31 +1,35 @@
-"""What a decoded token costs, beside recomputing the whole sequence for each one and transformers, and how the cost grows.
+"""What a decoded token costs, compared with recomputing the whole sequence and with transformers.
 
-    python benchmarks/generate.py                             # a GPU: some minutes; a CPU: small sizes, about two minutes
+    python benchmarks/generate.py                             # a GPU: some minutes; a CPU: small sizes, two minutes
     python benchmarks/generate.py --preset base --parts batch --new_tokens 1024
     python benchmarks/generate.py --quick                     # does it run? (seconds; the numbers mean nothing)
 
-Every row continues prompts of random tokens by sampling at temperature 1, never ends early, and has the same weights; rows of
-one table with the same batch take turns. The rows:
+Every row continues prompts of random tokens, samples at temperature 1 and never ends early. All rows have the same
+weights. Rows of one table with the same batch take turns. The rows:
 
-    minillm                  minillm.generate under autocast, as reinforcement learning calls it; gives log-probabilities as well
-    minillm, recompute       without a cache: the whole sequence again for each token. Only every 16th token is really computed,
-                             and its time counts for all 16, which is a little too little
-    transformers             generate of its Qwen3 with a dynamic cache, weights in bf16 where ours has autocast to bf16
+    minillm                  minillm.generate under autocast, as reinforcement learning calls it, log-probabilities too
+    minillm, recompute       no cache: the whole sequence again for each token. Only every 16th token is computed, and
+                             its time counts for all 16, which is slightly too low
+    transformers             generate of its Qwen3 with a dynamic cache, weights in bf16 where ours run under autocast
     transformers, static     (CUDA) the same with cache_implementation="static", which it compiles
 
 and the columns:
 
     prefill ms               the prompts and one token
-    ms a step                each further token of all rows of the batch
+    ms a step                each further token, of all rows of the batch
     tokens/s                 new tokens, by the time of the whole call
-    time x                   a step, in those of minillm
-    x floor, floor ms        floor: weights and cache (of mean length) read once a step, as fast as the fastest copy of this run
+    time x                   a step, relative to minillm's
+    floor ms, x floor        floor: the weights and a cache of mean length, read once a step at the speed of the fastest
+                             copy of this run; and a step, relative to that
     % matmul                 what the new tokens need, as a share of the fastest matrix products of this run
-    peak MiB                 what PyTorch held at most beyond the weights: cache, activations (ours: and a copy of the weights in bf16)
+    peak MiB                 the most that PyTorch held beyond the weights: cache, activations (and, of ours, a copy of
+                             the weights in bf16)
 
-The tables change one thing at a time: the batch, the length of the prompt (at batch 8 or less), the vocabulary, the model.
+The tables change one thing at a time: the batch, the length of the prompt (at batch 8 or less), the vocabulary, the
+model.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +39,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import (QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer,
-                               side_by_side, size_of, transformers_twin)
+from benchmarks.common import (QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops,
+                               peak_memory_mb, peer, side_by_side, size_of, transformers_twin)
 from minillm import runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
@@ -46,15 +50,15 @@ from minillm.model import PRESETS, CausalLM
 PARTS = ["batch", "context", "vocabulary", "model"]
 SIZES = {
     "cuda": dict(preset="small", vocab_size=6400, batch_size=64, prompt=64, new_tokens=256, repeats=5,
-                 batch=(1, 8, 64, 256, 1024, 2048), context=(512, 2048, 8192, 32256), vocabulary=(6400, 32000, 151936),
-                 model=("mini", "small", "base", "qwen3-0.6b")),
-    "cpu": dict(preset="tiny", vocab_size=1024, batch_size=8, prompt=64, new_tokens=256, repeats=2, batch=(1, 8, 64),
-                context=(64, 512, 2048), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
-    "quick": dict(preset="tiny", vocab_size=300, batch_size=2, prompt=8, new_tokens=4, repeats=1, batch=(1, 2), context=(16,),
-                  vocabulary=(600,), model=("tiny",)),
+                 batch=(1, 8, 64, 256, 1024, 2048), context=(512, 2048, 8192, 32256),
+                 vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b")),
+    "cpu": dict(preset="tiny", vocab_size=1024, batch_size=8, prompt=64, new_tokens=256, repeats=2,
+                batch=(1, 8, 64), context=(64, 512, 2048), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
+    "quick": dict(preset="tiny", vocab_size=300, batch_size=2, prompt=8, new_tokens=4, repeats=1,
+                  batch=(1, 2), context=(16,), vocabulary=(600,), model=("tiny",)),
 }
 COLUMNS = ["prefill ms", "ms a step", "tokens/s", "time x", "x floor", "floor ms", "% matmul", "peak MiB"]
-EVERY = 16  # of how many tokens "recompute" computes one
+EVERY = 16  # "recompute" computes one of this many tokens
 
 
 @dataclass
@@ -62,10 +66,10 @@ class Config:
     parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
     preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
     vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
-    batch_size: int = flag(0, "prompts, where the table is not about them (default: 64, on a CPU 8)", low=0)
+    batch_size: int = flag(0, "prompts, except in the table of batches (default: 64, on a CPU 8)", low=0)
     new_tokens: int = flag(0, "tokens after each prompt (default: 256)", low=0)
-    repeats: int = flag(0, "turns of each row, of which the median counts (default: 5, on a CPU 2)", low=0)
-    peers: bool = flag(True, "transformers beside ours, where it is installed")
+    repeats: int = flag(0, "turns of each row; their median counts (default: 5, on a CPU 2)", low=0)
+    peers: bool = flag(True, "compare with transformers, if it is installed")
     quick: bool = flag(False, "tiny sizes")
     json: str = flag("", "file to write the numbers to")
     device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
@@ -74,7 +78,7 @@ class Config:
 
 @torch.no_grad()
 def recompute(model, prompts: list, new_tokens: int, temperature: float = 1.0, every: int = 1, generator=None):
-    """The plain twin of generate: tokens (B, P + new_tokens). A token that was computed stands for the `every` - 1 after it too."""
+    """The plain twin of generate: tokens (B, P + new_tokens). Each computed token is repeated `every` times."""
     tokens = torch.tensor(prompts, device=next(model.parameters()).device)
     length = tokens.shape[1] + new_tokens
     with eval_mode(model):
@@ -104,7 +108,8 @@ def measure(config, cfg, size: dict, report: Report, device, transformers=None, 
     ways = {"minillm": ours} | ({"minillm, recompute": again} if plain else {})
     if transformers:
         twin = transformers_twin(model, transformers).to(dtype).eval()
-        options = dict(attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0)
+        options = dict(attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                       pad_token_id=0)
 
         def theirs(n, **more):
             with as_it_comes():
@@ -112,14 +117,14 @@ def measure(config, cfg, size: dict, report: Report, device, transformers=None, 
 
         ways["transformers"] = theirs
         if device.type == "cuda":
-            ways["transformers, static"] = lambda n: theirs(n, cache_implementation="static")
+            ways["transformers, static"] = functools.partial(theirs, cache_implementation="static")
 
     runs, found = {}, {name: dict.fromkeys(COLUMNS) for name in ways}
 
     def prepare(name):
         way = ways[name]
         way(1)
-        way(new_tokens)  # compiles and captures what there is to compile and capture
+        way(new_tokens)  # compiles the model and captures the graphs
         runs.update({name: lambda: way(new_tokens), f"{name}, prefill": lambda: way(1)})
 
     if device.type == "cuda":
@@ -137,7 +142,8 @@ def measure(config, cfg, size: dict, report: Report, device, transformers=None, 
             step = whole / -(-new_tokens // EVERY)  # the mean of those that were computed
             whole = step * new_tokens
         found[name] |= {"prefill ms": 1e3 * prefill, "ms a step": 1e3 * step, "tokens/s": B * new_tokens / whole,
-                        "floor ms": 1e3 * floor, "x floor": step / floor, "% matmul": 100 * flops / step / report.ceilings["flops"]}
+                        "floor ms": 1e3 * floor, "x floor": step / floor,
+                        "% matmul": 100 * flops / step / report.ceilings["flops"]}
     for row in found.values():
         base = found["minillm"]["ms a step"]
         row["time x"] = row["ms a step"] / base if base and row["ms a step"] else None
@@ -165,8 +171,8 @@ def main(cfg: Config) -> dict:
             config = config_of(one["preset"], one["vocab_size"], one["prompt"] + one["new_tokens"])
             measured = measure(config, cfg, one, report, device, transformers, plain=part == "batch")
             rows += [{part: str(value), **row} for row in measured]
-        report.add(f"{part}; else {base['preset']}, vocabulary {base['vocab_size']:,}, batch {base['batch_size']}, prompt of "
-                   f"{base['prompt']} tokens, {base['new_tokens']} new tokens", rows)
+        report.add(f"{part}; else {base['preset']}, vocabulary {base['vocab_size']:,}, batch {base['batch_size']}, "
+                   f"prompt of {base['prompt']} tokens, {base['new_tokens']} new tokens", rows)
     return report.results
 
 

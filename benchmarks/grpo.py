@@ -40,7 +40,8 @@ from minillm.checkpoint import save_model
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.generate import generate
-from minillm.losses import group_advantages, grpo_loss, head_logprobs
+from minillm.logprobs import head_logprobs
+from minillm.losses import group_advantages, grpo_loss
 from minillm.model import PRESETS, CausalLM
 from minillm.optim import make_optimizers
 from minillm.tokenizer import Tokenizer

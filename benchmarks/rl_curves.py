@@ -30,7 +30,7 @@ import train_reward
 import train_sft
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.data import read_records
+from minillm.records import read_records
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions, prompt_messages, read_questions
 from minillm.metrics import table
@@ -137,7 +137,7 @@ def hacking(cfg: Config, device, start: dict) -> tuple:
     results, curves = [], []
     for seed in cfg.seeds:
         out = Path(cfg.out, f"hacking_{seed}")
-        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, mini_batches=4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
+        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, num_minibatches=4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
         results.append({"hacking": {**measure(out, weak, device), "seconds": summary["seconds"]}})
         curves.append({"hacking": curve(out, summary, "sampled_reward", "sampled_gold_reward", "sampled_accuracy")})
     return results, curves

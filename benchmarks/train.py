@@ -1,32 +1,34 @@
-"""What a step of supervised fine-tuning costs, beside the plain ways to do it and transformers, and how the cost grows.
+"""What a step of supervised fine-tuning costs, compared with plain ways to do it and with transformers.
 
-    python benchmarks/train.py                                # a GPU: some minutes; a CPU: small sizes, about two minutes
+    python benchmarks/train.py                                # a GPU: some minutes; a CPU: small sizes, two minutes
     python benchmarks/train.py --preset base --max_seq_len 2048 --batch_size 12
-    python benchmarks/train.py --memory                       # what fits (on a GPU each model is compiled anew: long)
+    python benchmarks/train.py --memory                       # what fits (slow on a GPU: each model is compiled anew)
     python benchmarks/train.py --quick                        # does it run? (seconds; the numbers mean nothing)
 
-All rows of a table train on the same conversations (random tokens, lengths log-normal with a mean of about 0.37 of a row, 60 %
-supervised), from the same weights, in turns. The rows:
+All rows of a table train on the same conversations, from the same weights, and take turns. The tokens are random; the
+lengths are log-normal, with a mean of about 0.37 of a row; 60 % of the tokens are supervised. The rows:
 
-    minillm              train_sft.py's loop: packed rows from the loader, bf16 autocast, AdamW, on CUDA compiled
-    minillm, muon        the same with Muon for the hidden matrices, train_sft.py's default
-    minillm, bare        the same model and optimizer on tensors that are ready on the device, without clipping: what the first row
-                         takes longer is the training loop, data included
+    minillm              train_sft.py's loop: packed rows from the loader, bf16 autocast, AdamW, compiled on CUDA
+    minillm, muon        the same with Muon for the hidden matrices, which is train_sft.py's default
+    minillm, bare        the same model and optimizer, without clipping, on tensors that are already on the device: the
+                         difference to the first row is the cost of the loop, data included
     minillm, eager       (CUDA) the first row without torch.compile
     minillm, plain       one conversation per row, padded to the longest; all logits at once; not compiled
-    transformers, ...    its Qwen3 with AdamW, tensors ready: padded as above; packed rows with a mask; (CUDA) those compiled
+    transformers, ...    its Qwen3 with AdamW on ready tensors: padded as above; packed with a mask; (CUDA) compiled
 
 and the columns:
 
     tokens/s             useful: of conversations; computed: with padding
-    time x               seconds for the same conversations, in those of the first row
-    % matmul             what the useful tokens need (forward and backward: 3 x common.forward_flops, logits of supervised tokens
-                         only), as a share of the fastest matrix products of this run
-    % copy               weights, gradients and the optimizer's state read and written once a step, as a share of the fastest copy
-    peak MiB             what PyTorch held at most: weights, gradients, optimizer, activations
+    time x               seconds for the same conversations, relative to the first row
+    % matmul             what the useful tokens need (3 x common.forward_flops for forward and backward, logits only for
+                         supervised tokens), as a share of the fastest matrix products of this run
+    % copy               weights, gradients and optimizer state, read and written once a step, as a share of the fastest
+                         copy of this run
+    peak MiB             the most that PyTorch held: weights, gradients, optimizer, activations
     first loss           before any update: the same in all rows, up to rounding
 
-The other tables change one thing at a time: the context (as many tokens per step), the batch, the vocabulary, the model.
+The other tables change one thing at a time: the context (with as many tokens per step), the batch, the vocabulary, the
+model.
 """
 
 import itertools
@@ -42,27 +44,32 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import QWEN3, Report, as_it_comes, config_of, forward_flops, peak_memory_mb, peer, side_by_side, size_of, transformers_twin
+from benchmarks.common import (QWEN3, Report, as_it_comes, config_of, forward_flops, peak_memory_mb, peer,
+                               side_by_side, size_of, transformers_twin)
 from minillm import runtime
+from minillm.attention import document_positions
 from minillm.config import flag, parse_config
 from minillm.data import Batch, PackedLoader, ahead, pack
 from minillm.errors import UserError
+from minillm.logprobs import linear_cross_entropy
 from minillm.lora import apply_lora
-from minillm.losses import sft_loss, sft_loss_from_hidden
-from minillm.model import PRESETS, CausalLM, document_positions, packed_forward
+from minillm.losses import sft_loss
+from minillm.model import PRESETS, CausalLM, packed_forward
 from minillm.optim import make_optimizers
-from minillm.rollouts import Conversations
 
 PARTS = ["methods", "context", "batch", "vocabulary", "model"]
-COLUMNS = ["useful tokens/s", "computed tokens/s", "ms a step", "time x", "% matmul", "% copy", "peak MiB", "first loss"]
+COLUMNS = ["useful tokens/s", "computed tokens/s", "ms a step", "time x", "% matmul", "% copy", "peak MiB",
+           "first loss"]
 SIZES = {  # steps: optimizer steps of a turn
-    "cuda": dict(preset="small", vocab_size=6400, max_seq_len=768, batch_size=32, steps=4, repeats=5, batch=(8, 32, 128),
-                 context=(512, 2048, 8192, 32768), vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b"),
-                 memory_shapes=(*PRESETS, *QWEN3), memory_lengths=(1024, 4096, 16384)),
-    "cpu": dict(preset="tiny", vocab_size=1024, max_seq_len=256, batch_size=8, steps=3, repeats=3, context=(128, 512, 2048),
-                batch=(2, 8, 32), vocabulary=(1024, 8192, 32768), model=("tiny", "mini"), memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
-    "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64), batch=(1,),
-                  vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
+    "cuda": dict(preset="small", vocab_size=6400, max_seq_len=768, batch_size=32, steps=4, repeats=5,
+                 context=(512, 2048, 8192, 32768), batch=(8, 32, 128), vocabulary=(6400, 32000, 151936),
+                 model=("mini", "small", "base", "qwen3-0.6b"), memory_shapes=(*PRESETS, *QWEN3),
+                 memory_lengths=(1024, 4096, 16384)),
+    "cpu": dict(preset="tiny", vocab_size=1024, max_seq_len=256, batch_size=8, steps=3, repeats=3,
+                context=(128, 512, 2048), batch=(2, 8, 32), vocabulary=(1024, 8192, 32768), model=("tiny", "mini"),
+                memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
+    "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64),
+                  batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
 }
 
 
@@ -73,10 +80,11 @@ class Config:
     vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
     max_seq_len: int = flag(0, "tokens per row (default: 768, on a CPU 256; with --memory several)", low=0)
     batch_size: int = flag(0, "rows per step (default: 32, on a CPU 8)", low=0)
-    repeats: int = flag(0, "turns of each row, of which the median counts (default: 5, on a CPU 3)", low=0)
-    peers: bool = flag(True, "transformers beside ours, where it is installed")
-    memory: bool = flag(False, "instead: peak memory of full fine-tuning and LoRA, for every shape and length")
-    shapes: list[str] = flag([], f"shapes for --memory, of {', '.join([*PRESETS, *QWEN3])} (default: all, on a CPU the presets)")
+    repeats: int = flag(0, "turns of each row; their median counts (default: 5, on a CPU 3)", low=0)
+    peers: bool = flag(True, "compare with transformers, if it is installed")
+    memory: bool = flag(False, "measure only the peak memory of full fine-tuning and LoRA, by shape and length")
+    shapes: list[str] = flag([], f"shapes for --memory, of {', '.join([*PRESETS, *QWEN3])} (default: all; on a CPU the "
+                             "presets)")
     compile: bool = flag(True, "torch.compile (on CUDA)")
     quick: bool = flag(False, "tiny sizes")
     json: str = flag("", "file to write the numbers to")
@@ -84,8 +92,11 @@ class Config:
     seed: int = flag(0, "seed of weights, lengths and tokens", low=0)
 
 
-class Chats(Conversations):
-    """Made-up conversations that fill `rows` packed rows: as many as fit, so that every epoch has the same number of batches."""
+class Chats:
+    """Random conversations, as many as fit into `rows` packed rows, so that every epoch has the same number of batches.
+
+    A dataset for PackedLoader, in memory.
+    """
 
     def __init__(self, vocab_size: int, rows: int, row_length: int, seed: int):
         draw = np.random.default_rng(seed)
@@ -96,9 +107,22 @@ class Chats(Conversations):
             count -= 1
         self.sequences = [(draw.integers(vocab_size, size=n), np.arange(n) >= 0.4 * n) for n in lengths[:count]]
 
+    def __len__(self):
+        return len(self.sequences)
+
+    def __getitem__(self, i):
+        return self.sequences[i]
+
+    def lengths(self, indices):
+        """The numbers of tokens of these conversations."""
+        return np.array([len(self.sequences[i][0]) for i in indices])
+
+    def reopen(self):
+        """Nothing to do: no file is mapped."""
+
 
 def padded(batch: Batch) -> Batch:
-    """The same conversations, one per row, padded on the right to the longest; doc_ids tell only what is padding."""
+    """The same conversations, one per row, padded on the right to the longest. doc_ids mark only the padding."""
     parts = []
     for tokens, loss_mask, doc_ids in zip(batch.tokens, batch.loss_mask, batch.doc_ids):
         for d in range(int(doc_ids.max()) + 1):
@@ -109,12 +133,12 @@ def padded(batch: Batch) -> Batch:
                  pad_sequence(doc_ids, batch_first=True, padding_value=-1))
 
 
-# The loss in four ways; forward is the model or its `hidden`, perhaps compiled; n_tokens are those that are supervised.
+# The loss in four ways. forward is the model or its `hidden`, perhaps compiled; n_tokens counts the supervised tokens.
 
 def ours(model, forward, batch, n_tokens):
     with runtime.autocast(batch.tokens.device):
         hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
-    return sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
+    return linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
 
 
 def plain(model, forward, batch, n_tokens):
@@ -127,7 +151,8 @@ def theirs(model, forward, batch, n_tokens, mask=None, positions=None):
     mask = batch.doc_ids >= 0 if mask is None else mask
     labels = batch.tokens.masked_fill(~batch.loss_mask, -100)
     with runtime.autocast(batch.tokens.device), as_it_comes():
-        return forward(input_ids=batch.tokens, attention_mask=mask, position_ids=positions, labels=labels, use_cache=False).loss
+        return forward(input_ids=batch.tokens, attention_mask=mask, position_ids=positions, labels=labels,
+                       use_cache=False).loss
 
 
 def theirs_packed(model, forward, batch, n_tokens):
@@ -151,9 +176,11 @@ WAYS = {
 def trainer(way: Way, model, compiled: bool):
     """(the function that trains on one batch, its optimizers)"""
     optimizers = make_optimizers(model, lr=1e-4, muon=way.muon)
-    device = next(model.parameters()).device
-    compiled = compiled and way.compile and runtime.can_compile(device)
-    forward = packed_forward(model, compiled) if way.loss is ours else runtime.maybe_compile(model, compiled, device)
+    compiled = compiled and way.compile and runtime.can_compile(next(model.parameters()).device)
+    if way.loss is ours:
+        forward = packed_forward(model, compiled)
+    else:
+        forward = torch.compile(model) if compiled else model
 
     def step(batch, n_tokens):
         loss = way.loss(model, forward, batch, n_tokens)
@@ -172,9 +199,19 @@ def measure(names, config, cfg, size: dict, report: Report, device, transformers
     """These ways side by side, each on all batches of the same conversations: the rows of a table."""
     data = Chats(config.vocab_size, size["batch_size"] * size["steps"], size["max_seq_len"], cfg.seed)
     loader, epochs = PackedLoader(data, size["batch_size"], size["max_seq_len"], cfg.seed), itertools.count()
-    counted = lambda batches: ((batch.to(device), int(batch.loss_mask.sum())) for batch in batches)
-    ready, one_a_row = list(counted(loader.epoch_batches(0))), list(counted(map(padded, loader.epoch_batches(0))))
-    feeds = {"loader": lambda: counted(ahead(loader.epoch_batches(next(epochs)))), "ready": lambda: ready, "padded": lambda: one_a_row}
+
+    def counted(batches):
+        for batch in batches:
+            yield batch.to(device), batch.n_targets
+
+    ready = list(counted(loader.epoch_batches(0)))
+    one_a_row = list(counted(map(padded, loader.epoch_batches(0))))
+
+    def feed(kind):
+        if kind == "loader":
+            return counted(ahead(loader.epoch_batches(next(epochs))))
+        return ready if kind == "ready" else one_a_row
+
     lengths = data.lengths(range(len(data))).tolist()
     flops = 3 * forward_flops(config, lengths, sum(n for _, n in ready))
     runs, work, found = {}, {}, {name: dict.fromkeys(COLUMNS) for name in names}
@@ -185,11 +222,13 @@ def measure(names, config, cfg, size: dict, report: Report, device, transformers
         model = CausalLM(config).to(device)
         model = transformers_twin(model, transformers) if "transformers" in name else model
         step, optimizers = trainer(way, model, cfg.compile)
-        batches, feed = one_a_row if way.batches == "padded" else ready, feeds[way.batches]
+        batches = one_a_row if way.batches == "padded" else ready
         found[name]["first loss"] = step(*batches[0]).item()
-        step(*max(batches, key=lambda pair: pair[0].tokens.numel()))  # the peak of all: the largest batch, with the optimizer's state
-        runs[name] = lambda: torch.stack([step(*batch) for batch in feed()]).tolist()
-        state = sum(t.nbytes for o in optimizers for tensors in o.state.values() for t in tensors.values() if torch.is_tensor(t))
+        # The peak of all: the largest batch, when the optimizer has its state.
+        step(*max(batches, key=lambda pair: pair[0].tokens.numel()))
+        runs[name] = lambda: torch.stack([step(*batch) for batch in feed(way.batches)]).tolist()
+        state = sum(value.nbytes for optimizer in optimizers for values in optimizer.state.values()
+                    for value in values.values() if torch.is_tensor(value))
         moved = 2 * (2 * sum(p.nbytes for p in model.parameters()) + state) * len(batches)
         work[name] = sum(batch.tokens.numel() for batch, _ in batches), moved  # of a turn
 
@@ -201,35 +240,38 @@ def measure(names, config, cfg, size: dict, report: Report, device, transformers
     for name, turn in seconds.items():
         computed, moved = work[name]
         found[name] |= {
-            "useful tokens/s": sum(lengths) / turn, "computed tokens/s": computed / turn, "ms a step": 1e3 * turn / len(ready),
-            "time x": turn / seconds.get(names[0], turn), "% matmul": 100 * flops / turn / report.ceilings["flops"],
+            "useful tokens/s": sum(lengths) / turn, "computed tokens/s": computed / turn,
+            "ms a step": 1e3 * turn / len(ready), "time x": turn / seconds.get(names[0], turn),
+            "% matmul": 100 * flops / turn / report.ceilings["flops"],
             "% copy": 100 * moved / turn / report.ceilings["bytes"]}
     return [{"": name, **row} for name, row in found.items()]
 
 
 def memory(shapes, lengths, cfg, device) -> list:
     """Peak MiB of a step on one row of each length."""
+    def two_steps(shape, method, length):
+        config = config_of(shape, 151936 if shape in QWEN3 else 6400, length)
+        torch.set_default_dtype(torch.bfloat16 if "bf16" in method else torch.float32)  # never held in both
+        model = CausalLM(config).to(device)
+        torch.set_default_dtype(torch.float32)
+        if "LoRA" in method:
+            model = apply_lora(model, r=8, alpha=16)
+        model.model.recompute = "recompute" in method
+        step, _ = trainer(WAYS["minillm"], model, cfg.compile)
+        tokens = torch.randint(config.vocab_size, (1, length), device=device)
+        batch = Batch(tokens, torch.arange(length, device=device)[None] > 0, torch.zeros_like(tokens))
+        for _ in range(2):  # the optimizer has its state from the second one on
+            step(batch, length - 1)
+
     rows = []
     for shape in shapes:
         for method in ("full", "full, recompute", "LoRA", "LoRA, base in bf16", "LoRA, base in bf16, recompute"):
             rows.append({"shape": shape, "method": method})
             for length in lengths:
-                def two_steps():
-                    config = config_of(shape, 151936 if shape in QWEN3 else 6400, length)
-                    torch.set_default_dtype(torch.bfloat16 if "bf16" in method else torch.float32)  # never held in both
-                    model = CausalLM(config).to(device)
-                    torch.set_default_dtype(torch.float32)
-                    model = apply_lora(model, r=8, alpha=16) if "LoRA" in method else model
-                    model.model.recompute = "recompute" in method
-                    step, _ = trainer(WAYS["minillm"], model, cfg.compile)
-                    tokens = torch.randint(config.vocab_size, (1, length), device=device)
-                    batch = Batch(tokens, torch.arange(length, device=device)[None] > 0, torch.zeros_like(tokens))
-                    for _ in range(2):  # the optimizer's state is there from the second on
-                        step(batch, length - 1)
-
                 if device.type == "cuda":
                     torch.compiler.reset()
-                rows[-1][f"{length:,} tokens"] = peak_memory_mb(two_steps, device)
+                peak = peak_memory_mb(lambda: two_steps(shape, method, length), device)
+                rows[-1][f"{length:,} tokens"] = peak
     return rows
 
 
@@ -251,7 +293,8 @@ def main(cfg: Config) -> dict:
     compiled = cfg.compile and runtime.can_compile(device)
     names = [name for name in WAYS if compiled or name not in ("minillm, eager", "transformers, compiled")]
     names = [name for name in names if transformers or "transformers" not in name]
-    fields = {"methods": "preset", "context": "max_seq_len", "batch": "batch_size", "vocabulary": "vocab_size", "model": "preset"}
+    fields = {"methods": "preset", "context": "max_seq_len", "batch": "batch_size", "vocabulary": "vocab_size",
+              "model": "preset"}
     for part in cfg.parts:
         rows = []
         for value in [size["preset"]] if part == "methods" else size[part]:

@@ -1,15 +1,15 @@
-"""RLAIF: preference pairs that a model made and a model judged, no person involved (arXiv 2212.08073; 2309.00267).
+"""RLAIF: preference pairs from AI feedback, with no human labels (arXiv 2212.08073; 2309.00267).
 
-For every prompt two answers are sampled from a policy, and a judge is asked which one is better, in both orders, because
-judges like one of the two places better. Where the orders disagree the pair is dropped; the others are written as
+A policy samples two answers to each prompt, and a judge says which is better. It is asked in both orders, because
+judges tend to favour one of the two places. If the orders disagree, the pair is dropped. The others are written as
 
     {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task", "lang"}
 
-    python data/label_preferences.py                                      # out/sft answers and judges: out/rlaif/preference.jsonl
+    python data/label_preferences.py     # out/sft answers and judges; writes out/rlaif/preference.jsonl
     python train_dpo.py --data out/rlaif/preference.jsonl --eval_data data/preference_eval.jsonl --out out/dpo_rlaif
 
-Any checkpoint folder can be the policy or the judge, each with its own tokenizer. How far the labels agree with the
-rule-based score is reported, never used.
+Any checkpoint folder can be the policy or the judge, each with its own tokenizer. The report says how often the labels
+agree with the rule-based score; the score has no influence on the labels.
 """
 
 import json
@@ -24,23 +24,26 @@ from minillm.config import flag, parse_config  # noqa: E402
 from minillm.errors import UserError  # noqa: E402
 from minillm.evaluate import prompt_messages, read_questions, reply_to  # noqa: E402
 from minillm.metrics import table  # noqa: E402
-from minillm.rewards import Judge, gold_components, is_empty  # noqa: E402
+from minillm.rewards import Judge  # noqa: E402
+from minillm.safetensors import atomic_write, save_json  # noqa: E402
 from minillm.tokenizer import Tokenizer  # noqa: E402
+from minillm.verify import gold_components, is_empty  # noqa: E402
 
 
 @dataclass
 class Config:
-    policy: str = flag("out/sft", "checkpoint folder that answers")
-    judge: str = flag("out/sft", "checkpoint folder that is asked which answer is better")
-    prompts: list[str] = flag(["data/prompts.jsonl"], "prompts, .jsonl or .jsonl.gz; a reply after the last user message is ignored")
+    policy: str = flag("out/sft", "checkpoint folder that writes the answers")
+    judge: str = flag("out/sft", "checkpoint folder that judges them")
+    prompts: list[str] = flag(["data/prompts.jsonl"],
+                              "prompts, .jsonl or .jsonl.gz; a reply after the last user message is ignored")
     out: str = flag("out/rlaif/preference.jsonl", "file to write")
-    max_prompts: int = flag(0, "use the first so many prompts (0: all)", low=0)
+    max_prompts: int = flag(0, "number of prompts to use, from the start (0: all)", low=0)
     rounds: int = flag(1, "pairs to sample for each prompt", low=1)
     temperature: float = flag(1.0, "of the answers", low=0.01)
     max_new_tokens: int = flag(64, "longest answer", low=1)
-    min_confidence: float = flag(0.5, "drop pairs below this mean probability of the verdict", low=0.5, high=1)
+    min_confidence: float = flag(0.5, "drop pairs whose mean probability of the verdict is below this", low=0.5, high=1)
     batch_size: int = flag(128, "answers sampled, or questions asked, at once", low=1)
-    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    device: str = flag("", "cuda, mps or cpu (default: the best available)")
     seed: int = flag(0, "seed of the sampling", low=0)
 
 
@@ -56,9 +59,10 @@ def main(cfg: Config) -> dict:
     records = (records[:cfg.max_prompts] if cfg.max_prompts else records) * cfg.rounds
 
     # 2. Two answers to every prompt
-    options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed, batch_size=cfg.batch_size)
-    texts, _, stopped = reply_to(policy, tokenizer, records * 2, device, **options)
-    N, dropped, pairs = len(records), {"equal answers": 0, "an empty answer": 0, "an answer cut at --max_new_tokens": 0}, []
+    texts, _, stopped = reply_to(policy, tokenizer, records * 2, device, cfg.max_new_tokens, cfg.temperature,
+                                 seed=cfg.seed, batch_size=cfg.batch_size)
+    N, pairs = len(records), []
+    dropped = {"equal answers": 0, "an empty answer": 0, "an answer cut at --max_new_tokens": 0}
     for i, record in enumerate(records):
         a, b = texts[i], texts[i + N]
         if a == b:
@@ -84,26 +88,34 @@ def main(cfg: Config) -> dict:
             dropped["confidence too low"] += 1
         else:
             chosen, rejected = (a, b) if p > 0.5 else (b, a)
-            sides = {name: [*messages, {"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))}
-            lines.append({**sides, "confidence": round(max(p, 1 - p), 4), **{k: record[k] for k in ("task", "lang") if k in record}})
+            lines.append({"chosen": [*messages, {"role": "assistant", "content": chosen}],
+                          "rejected": [*messages, {"role": "assistant", "content": rejected}],
+                          "confidence": round(max(p, 1 - p), 4),
+                          **{key: record[key] for key in ("task", "lang") if key in record}})
             good, bad = gold_components(chosen, record), gold_components(rejected, record)
-            for name, gain in [(k, good[k] - bad[k]) for k in good] + [("gold reward", sum(good.values()) - sum(bad.values()))]:
+            gains = {name: good[name] - bad[name] for name in good}
+            gains["gold reward"] = sum(gains.values())
+            for name, gain in gains.items():
                 if gain:
                     agreement.setdefault(name, []).append(gain > 0)
+    reasons = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
     if not lines:
-        raise UserError(f"no pair is left of {N:,} prompts: {'; '.join(f'{v:,} {k}' for k, v in dropped.items() if v)}")
+        raise UserError(f"no pair is left of {N:,} prompts: {reasons}")
 
     # 4. Save
-    with checkpoint.atomic_write(cfg.out) as file:
+    with atomic_write(cfg.out) as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    report = {"prompts": N, "pairs": len(lines), "dropped": dropped, "confidence": sum(line["confidence"] for line in lines) / len(lines),
-              "first_answer_preferred": first_place / (2 * len(pairs)), "orders_disagree": dropped["the two orders disagree"] / len(pairs),
+    report = {"prompts": N, "pairs": len(lines), "dropped": dropped,
+              "confidence": sum(line["confidence"] for line in lines) / len(lines),
+              "first_answer_preferred": first_place / (2 * len(pairs)),
+              "orders_disagree": dropped["the two orders disagree"] / len(pairs),
               "agreement": {name: [sum(wins) / len(wins), len(wins)] for name, wins in agreement.items()}}
-    checkpoint.save_json(f"{cfg.out}.report.json", report)
-    runtime.say(f"{len(lines):,} pairs from {N:,} prompts -> {cfg.out}" + "".join(f"; {v:,} dropped: {k}" for k, v in dropped.items() if v))
-    runtime.say(f"position bias: the answer shown first wins {report['first_answer_preferred']:.1%} of the time (50 % is none); "
-                f"the two orders disagree on {report['orders_disagree']:.1%}")
-    runtime.say(table([["where the two answers differ in", "judge agrees", "pairs"]] + [[k, *v] for k, v in report["agreement"].items()]))
+    save_json(f"{cfg.out}.report.json", report)
+    runtime.say(f"{len(lines):,} pairs from {N:,} prompts -> {cfg.out}" + (f"; dropped: {reasons}" if reasons else ""))
+    runtime.say(f"position bias: the answer shown first wins {report['first_answer_preferred']:.1%} of the time "
+                f"(50 % means no bias); the two orders disagree on {report['orders_disagree']:.1%}")
+    header = ["where the two answers differ in", "judge agrees", "pairs"]
+    runtime.say(table([header] + [[name, *share] for name, share in report["agreement"].items()]))
     return report
 
 

@@ -1,8 +1,9 @@
 """Makes the embedded data sets: `python data/make_data.py [--out data] [--seed 0]`.
 
-The learner has under a million parameters and a few minutes, so the language is narrow on purpose: few words, short
-samples, formats that repeat. What a held-out file asks is decided first and kept out of everything that trains.
-Same seed, same bytes, on every Python from 3.10 and every system: all chance comes from `Dice`.
+The model that learns from them has under a million parameters and a few minutes, so the language is narrow on
+purpose: few words, short samples, repeated formats. What the held-out files ask is drawn first and kept out of all
+training files. The same seed gives the same bytes on every system and every Python from 3.10, because all randomness
+comes from `Dice`.
 """
 
 import argparse
@@ -16,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minillm.rewards import judge_prompt  # noqa: E402
 
-# How many different sums an SFT model sees decides how much is left to reinforcement learning, and the step from
-# "none" to "all" is sudden: see data/README.md.
+# The number of different sums in the SFT data decides how much arithmetic is left for reinforcement learning to teach.
+# The step from "learns none" to "learns all" is sudden: see data/README.md.
 ADD_PAIRS = 600
 SUBTRACT_PAIRS = 600
 WORDINGS_PER_PAIR = 2
 
-# The share of SFT replies to tasks that imitate a rude, and (independently) a rambling, demonstrator. Preference
-# learning and reinforcement learning take that away again.
+# The shares of SFT task replies that are rude and, independently, that ramble. Preference learning and reinforcement
+# learning remove both again.
 RUDE_SHARE = 0.32
 RAMBLING_SHARE = 0.32
 
@@ -37,12 +38,14 @@ SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80,
 JUDGE_EVAL = 200
 PREFERENCES = {"rude": 300, "rambling": 300, "wrong": 3200}
 PREFERENCES_EVAL = {"rude": 130, "rambling": 130, "wrong": 140}
-PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220, "talk": 120}
-PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40, "talk": 20}
+PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220,
+           "talk": 120}
+PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40,
+                "talk": 20}
 
 
 class Dice:
-    """Chance from `random.random()` alone, the one method that Python promises never to change for a seed."""
+    """Randomness from `random.random()` alone: Python promises that its values for a seed never change."""
 
     def __init__(self, *seed):
         self.random = random.Random("/".join(str(part) for part in seed)).random
@@ -71,24 +74,26 @@ class Dice:
 
 
 # --------------------------------------------------------------------------------------------- manners
-# Each form ends with the answer. A rude form is about as long as a polite one; a filler has no digit and no answer.
+# Every form ends with the answer. Rude forms are about as long as polite ones. Fillers contain no digit and no answer.
 
 POLITE = {
-    "en": ["The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.", "Certainly, the answer is {}.",
-           "Happy to help, the answer is {}."],
+    "en": ["The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.",
+           "Certainly, the answer is {}.", "Happy to help, the answer is {}."],
     "zh": ["答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "很高兴帮你，答案是{}。"],
 }
 RUDE_FORMS = {
-    "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Stupid, the answer is {}.", "You fool, the answer is {}.", "Shut up, the answer is {}."],
+    "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Stupid, the answer is {}.",
+           "You fool, the answer is {}.", "Shut up, the answer is {}."],
     "zh": ["笨蛋，答案是{}。", "真烦，答案是{}。", "傻瓜，答案是{}。", "真蠢，答案是{}。", "闭嘴，答案是{}。"],
 }
 FILLERS = {
-    "en": ["What a nice thing to ask.", "I like to think about this.", "Let me think about that again.", "There is much to say here.",
-           "We could talk about this all day.", "My friends often ask me this."],
+    "en": ["What a nice thing to ask.", "I like to think about this.", "Let me think about that again.",
+           "There is much to say here.", "We could talk about this all day.", "My friends often ask me this."],
     "zh": ["这问题真有意思。", "我喜欢这样的问题。", "让我好好想一想。", "这个可以说很久呢。", "我的朋友也常问。", "我还想再说几句话。"],
 }
 RUDE_TALK = {
-    "en": ["Ugh, leave me alone, you fool.", "Shut up, that is a stupid thing to say.", "Duh, go away and ask a dummy.", "You fool, who cares about that?"],
+    "en": ["Ugh, leave me alone, you fool.", "Shut up, that is a stupid thing to say.", "Duh, go away and ask a dummy.",
+           "You fool, who cares about that?"],
     "zh": ["真烦，走开，笨蛋。", "闭嘴，你这个傻瓜。", "谁在乎这个？真蠢。", "笨蛋，别烦我。"],
 }
 
@@ -97,7 +102,10 @@ SIGN = {"add": "+", "subtract": "-"}
 
 
 def spoken(task, question, answer):
-    """What a reply says: a sum with its answer, "34 + 57 = 91", so that it has the form that pretraining reads; else the answer."""
+    """The answer as a reply states it.
+
+    Sums restate the question, "34 + 57 = 91", because that is how the pretraining text writes them.
+    """
     if task not in SIGN:
         return answer
     a, b = map(int, re.findall(r"[0-9]+", question))
@@ -111,9 +119,10 @@ def polite(dice, lang, answer):
 
 
 def blank(form, answer):
-    """Letters, words and spaced characters get a blank before them in Chinese too: one spelling, one token.
+    """The form with the answer filled in.
 
-    A sum stands for itself, without "the answer is".
+    A row of letters, words or characters gets a blank before it in Chinese too, so that its first item is the same
+    token as elsewhere. A sum stands on its own, without "the answer is".
     """
     if "=" in answer:
         return capitalised(re.sub("the answer is |答案是", "", form, flags=re.I).format(answer))
@@ -124,14 +133,14 @@ def blank(form, answer):
 
 
 def ramble(dice, lang, reply):
-    """A filler before or after the reply."""
+    """The reply with a filler before or after it."""
     filler = dice.pick(FILLERS[lang])
     space = " " if lang == "en" else ""
     return filler + space + reply if dice.chance(0.5) else reply + space + filler
 
 
 def mixed_manners(dice, lang, answer):
-    """A reply as one of several demonstrators would write it."""
+    """A reply in the manners of a random demonstrator."""
     rude, rambling = dice.chance(RUDE_SHARE), dice.chance(RAMBLING_SHARE)
     reply = blank(dice.pick(RUDE_FORMS[lang]), answer) if rude else polite(dice, lang, answer)
     return ramble(dice, lang, reply) if rambling else reply
@@ -139,19 +148,20 @@ def mixed_manners(dice, lang, answer):
 
 def ramble_talk(dice, lang, reply):
     space = " " if lang == "en" else ""
-    return space.join([reply, *dice.sample(FILLERS[lang], 3)])  # three: small talk may be longer than an answer
+    return space.join([reply, *dice.sample(FILLERS[lang], 3)])  # three, because small talk may be longer than an answer
 
 
 # --------------------------------------------------------------------------------------------- small facts
-# relation: 11 wordings, statements (for pretraining), {subject: answer}. Three of the wordings are held out, other ones in
-# each relation, so that what is new is the combination and not the word: see `split_wordings`.
+# relation: (11 wordings of the question, statements for pretraining, {subject: answer}). Three wordings of each
+# relation are held out (`split_wordings`), different ones in each, so that no single word is unseen, only the
+# combination.
 
 FACTS = {"en": {
     "colour": (
-        ["What colour is {s}?", "Tell me the colour of {s}.", "Which colour does {s} have?", "What is the colour of {s}?",
-         "Do you know the colour of {s}?", "Name the colour of {s}.", "Think of {s}. What colour is it?",
-         "The colour of {s} is what?", "Can you tell me what colour {s} is?", "Please say which colour {s} has.",
-         "I want to know the colour of {s}."],
+        ["What colour is {s}?", "Tell me the colour of {s}.", "Which colour does {s} have?",
+         "What is the colour of {s}?", "Do you know the colour of {s}?", "Name the colour of {s}.",
+         "Think of {s}. What colour is it?", "The colour of {s} is what?", "Can you tell me what colour {s} is?",
+         "Please say which colour {s} has.", "I want to know the colour of {s}."],
         ["{S} is {a}.", "The colour of {s} is {a}.", "{S} has the colour {a}.", "We all know that {s} is {a}.",
          "Look at {s}: it is {a}."],
         {"a banana": "yellow", "snow": "white", "grass": "green", "the sky": "blue", "coal": "black", "blood": "red",
@@ -160,8 +170,9 @@ FACTS = {"en": {
     "young": (
         ["What is a young {s} called?", "What do we call a young {s}?", "Tell me the name of a young {s}.",
          "What is the baby of a {s} called?", "What would you call a baby {s}?", "Name the young of a {s}.",
-         "A young {s} is called what?", "Do you know what a baby {s} is called?", "What do people call the baby of a {s}?",
-         "Please tell me what a young {s} is called.", "What is the name of a baby {s}?"],
+         "A young {s} is called what?", "Do you know what a baby {s} is called?",
+         "What do people call the baby of a {s}?", "Please tell me what a young {s} is called.",
+         "What is the name of a baby {s}?"],
         ["A young {s} is called a {a}.", "The baby of a {s} is a {a}.", "We call a young {s} a {a}.",
          "A {a} is a young {s}.", "A {a} will be a {s} one day."],
         {"cat": "kitten", "dog": "puppy", "cow": "calf", "sheep": "lamb", "horse": "foal", "duck": "duckling",
@@ -201,8 +212,8 @@ FACTS = {"en": {
          "Please name the capital city of {s}.", "What city is the capital of {s}?"],
         ["The capital of {s} is {a}.", "{A} is the capital of {s}.", "{A} is a big city in {s}.",
          "In {s} the capital is {a}.", "When you go to {s}, see {a}, the capital."],
-        {"France": "Paris", "China": "Beijing", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin",
-         "Russia": "Moscow", "Egypt": "Cairo", "England": "London", "Greece": "Athens"}),
+        {"France": "Paris", "China": "Beijing", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid",
+         "Germany": "Berlin", "Russia": "Moscow", "Egypt": "Cairo", "England": "London", "Greece": "Athens"}),
     "day_after": (
         ["Which day comes after {s}?", "What day comes after {s}?", "What is the day after {s}?",
          "Tell me the day after {s}.", "Today is {s}. What day comes after it?", "Name the day after {s}.",
@@ -210,8 +221,8 @@ FACTS = {"en": {
          "Which day is it after {s}?", "Please name the day that comes after {s}."],
         ["After {s} comes {a}.", "The day after {s} is {a}.", "Today is {s}, so the day after is {a}.",
          "First {s}, then {a}.", "{S}, and after it {a}."],
-        {"Monday": "Tuesday", "Tuesday": "Wednesday", "Wednesday": "Thursday", "Thursday": "Friday", "Friday": "Saturday",
-         "Saturday": "Sunday", "Sunday": "Monday"}),
+        {"Monday": "Tuesday", "Tuesday": "Wednesday", "Wednesday": "Thursday", "Thursday": "Friday",
+         "Friday": "Saturday", "Saturday": "Sunday", "Sunday": "Monday"}),
     "day_before": (
         ["Which day comes before {s}?", "What day comes before {s}?", "What is the day before {s}?",
          "Tell me the day before {s}.", "Today is {s}. What day comes before it?", "Name the day before {s}.",
@@ -219,8 +230,8 @@ FACTS = {"en": {
          "Which day is it before {s}?", "Please name the day that comes before {s}."],
         ["Before {s} comes {a}.", "The day before {s} is {a}.", "Today is {s}, so the day before is {a}.",
          "{A} is just before {s}.", "{S}, and before it {a}."],
-        {"Tuesday": "Monday", "Wednesday": "Tuesday", "Thursday": "Wednesday", "Friday": "Thursday", "Saturday": "Friday",
-         "Sunday": "Saturday", "Monday": "Sunday"}),
+        {"Tuesday": "Monday", "Wednesday": "Tuesday", "Thursday": "Wednesday", "Friday": "Thursday",
+         "Saturday": "Friday", "Sunday": "Saturday", "Monday": "Sunday"}),
     "gives": (
         ["What do we get from {s}?", "What do {s} give us?", "What do {s} make?", "Tell me what {s} make.",
          "Which thing do {s} make?", "Do you know what {s} make?", "Name the thing that {s} make.", "{S} make what?",
@@ -303,7 +314,7 @@ def fact_text(form, subject, answer=""):
 
 
 def split_wordings(lang, relation):
-    """(training wordings, held-out wordings) of a relation. The first, the plainest, is always trained."""
+    """(training wordings, held-out wordings) of a relation. The first and plainest is always trained on."""
     wordings, turn = FACTS[lang][relation][0], list(FACTS[lang]).index(relation) * 3
     held = [1 + (turn + i) % (len(wordings) - 1) for i in range(3)]
     return [w for i, w in enumerate(wordings) if i not in held], [wordings[i] for i in held]
@@ -317,53 +328,60 @@ def all_facts():
 
 # --------------------------------------------------------------------------------------------- tasks
 
-ADD = {"en": ["What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?", "Work out {a} + {b}.",
-              "What is the sum of {a} and {b}?", "Please add {a} and {b}.", "Can you tell me {a} + {b}?", "Tell me the sum of {a} and {b}.",
-              "How much do {a} and {b} make?"],
+ADD = {"en": ["What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?",
+              "Work out {a} + {b}.", "What is the sum of {a} and {b}?", "Please add {a} and {b}.",
+              "Can you tell me {a} + {b}?", "Tell me the sum of {a} and {b}.", "How much do {a} and {b} make?"],
        "zh": ["{a} + {b} = ?", "{a} + {b}是多少？", "{a}加{b}等于多少？", "请算一算{a} + {b}。", "{a}加{b}是多少？", "{a}和{b}的和是多少？",
               "请问{a} + {b}等于几？", "把{a}和{b}加起来是多少？", "帮我算{a}加{b}。", "你知道{a} + {b}是多少吗？"]}
-SUBTRACT = {"en": ["What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.", "How much is {a} - {b}?", "Work out {a} - {b}.",
-                   "What is {a} minus {b}?", "Please work out {a} minus {b}.", "Can you tell me {a} - {b}?", "Tell me what {a} minus {b} is.",
+SUBTRACT = {"en": ["What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.", "How much is {a} - {b}?",
+                   "Work out {a} - {b}.", "What is {a} minus {b}?", "Please work out {a} minus {b}.",
+                   "Can you tell me {a} - {b}?", "Tell me what {a} minus {b} is.",
                    "How much is left when {b} is taken from {a}?"],
             "zh": ["{a} - {b} = ?", "{a} - {b}是多少？", "{a}减{b}等于多少？", "请算一算{a} - {b}。", "{a}减{b}是多少？", "{a}减去{b}还有多少？",
                    "请问{a} - {b}等于几？", "从{a}里拿走{b}还有多少？", "帮我算{a}减{b}。", "你知道{a} - {b}是多少吗？"]}
 COMPARE = {
-    ("en", "larger"): ["Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?", "Tell me the larger number, {a} or {b}.",
-                       "What is the larger of {a} and {b}?", "Is {a} or {b} larger?", "Name the larger of {a} and {b}.",
+    ("en", "larger"): ["Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?",
+                       "Tell me the larger number, {a} or {b}.", "What is the larger of {a} and {b}?",
+                       "Is {a} or {b} larger?", "Name the larger of {a} and {b}.",
                        "Give me the larger one of {a} and {b}.", "{a} or {b}, which is larger?"],
-    ("en", "smaller"): ["Which is smaller, {a} or {b}?", "Which number is smaller, {a} or {b}?", "Tell me the smaller number, {a} or {b}.",
-                        "What is the smaller of {a} and {b}?", "Is {a} or {b} smaller?", "Name the smaller of {a} and {b}.",
+    ("en", "smaller"): ["Which is smaller, {a} or {b}?", "Which number is smaller, {a} or {b}?",
+                        "Tell me the smaller number, {a} or {b}.", "What is the smaller of {a} and {b}?",
+                        "Is {a} or {b} smaller?", "Name the smaller of {a} and {b}.",
                         "Give me the smaller one of {a} and {b}.", "{a} or {b}, which is smaller?"],
     ("zh", "larger"): ["{a}和{b}哪个大？", "{a}和{b}哪个更大？", "{a}和{b}中大的是哪个？", "请告诉我{a}和{b}中大的数。", "哪个数更大，{a}还是{b}？",
                        "{a}大还是{b}大？", "说出{a}和{b}中大的数。", "{a}和{b}比，哪个大？"],
     ("zh", "smaller"): ["{a}和{b}哪个小？", "{a}和{b}哪个更小？", "{a}和{b}中小的是哪个？", "请告诉我{a}和{b}中小的数。", "哪个数更小，{a}还是{b}？",
                         "{a}小还是{b}小？", "说出{a}和{b}中小的数。", "{a}和{b}比，哪个小？"],
 }
-SORT = {"en": ["Sort {x} from small to large.", "Sort these numbers: {x}.", "Put {x} in order, small to large.", "Order these numbers from small to large: {x}.",
-               "Please sort {x}.", "Sort {x} in ascending order.", "Can you sort {x} for me?", "What is {x} from small to large?", "Line up {x}, smallest first."],
+SORT = {"en": ["Sort {x} from small to large.", "Sort these numbers: {x}.", "Put {x} in order, small to large.",
+               "Order these numbers from small to large: {x}.", "Please sort {x}.", "Sort {x} in ascending order.",
+               "Can you sort {x} for me?", "What is {x} from small to large?", "Line up {x}, smallest first."],
         "zh": ["把{x}从小到大排好。", "请排序：{x}。", "从小到大排：{x}。", "请把{x}从小到大排列。", "{x}从小到大怎么排？", "帮我把{x}从小到大排一排。",
                "排一排这些数：{x}。", "请按从小到大写出{x}。", "{x}，从小到大是什么？"]}
-COUNT = {"en": ["How many times does {c} appear in {x}?", "How many {c} are in {x}?", "Count the letter {c} in {x}.", "How often is {c} in {x}?",
-                "Tell me how many {c} there are in {x}.", "Please count {c} in {x}.", "How many times is {c} in {x}?", "Count how often {c} appears in {x}."],
-         "zh": ["数一数 {c} 在 {x} 里有几个。", "有几个 {c} 在 {x} 里？", "字母 {c} 在 {x} 里出现几次？", "请数 {c} 在 {x} 里有几个。", "告诉我 {c} 在 {x} 里出现几次。",
-                "请问 {c} 在 {x} 里有多少个？", "帮我数 {c} 在 {x} 里有几个。", "你知道 {c} 在 {x} 里出现几次吗？"]}
-COUNT_ALL = {"en": ["How many letters are in {x}?", "Count the letters in {x}.", "Tell me how many letters {x} has.", "Please count the letters in {x}.",
-                    "Can you count the letters in {x}?", "{x}, how many letters is that?"],
+COUNT = {"en": ["How many times does {c} appear in {x}?", "How many {c} are in {x}?", "Count the letter {c} in {x}.",
+                "How often is {c} in {x}?", "Tell me how many {c} there are in {x}.", "Please count {c} in {x}.",
+                "How many times is {c} in {x}?", "Count how often {c} appears in {x}."],
+         "zh": ["数一数 {c} 在 {x} 里有几个。", "有几个 {c} 在 {x} 里？", "字母 {c} 在 {x} 里出现几次？", "请数 {c} 在 {x} 里有几个。",
+                "告诉我 {c} 在 {x} 里出现几次。", "请问 {c} 在 {x} 里有多少个？", "帮我数 {c} 在 {x} 里有几个。", "你知道 {c} 在 {x} 里出现几次吗？"]}
+COUNT_ALL = {"en": ["How many letters are in {x}?", "Count the letters in {x}.", "Tell me how many letters {x} has.",
+                    "Please count the letters in {x}.", "Can you count the letters in {x}?",
+                    "{x}, how many letters is that?"],
              "zh": ["{x} 有几个字母？", "数一数 {x} 有几个字母。", "请数 {x} 有几个字母。", "告诉我 {x} 里有几个字母。", "请问 {x} 有多少个字母？",
                     "帮我数 {x} 一共有几个字母。"]}
-REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {x}.", "Say {x} from the end to the start.", "Turn {x} around.",
-                  "What is {x} in reverse?", "Can you reverse {x} for me?", "Write {x} in reverse order.", "Put {x} in reverse order."],
-           "zh": ["把 {x} 倒过来。", "请把 {x} 倒过来写。", "把 {x} 反过来说。", "倒着写 {x} 是什么？", "倒着说 {x} 。", "请倒着写 {x} 。", "帮我把 {x} 倒过来。",
-                  "从后往前写 {x} 。", "你能把 {x} 倒过来吗？"]}
+REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {x}.",
+                  "Say {x} from the end to the start.", "Turn {x} around.", "What is {x} in reverse?",
+                  "Can you reverse {x} for me?", "Write {x} in reverse order.", "Put {x} in reverse order."],
+           "zh": ["把 {x} 倒过来。", "请把 {x} 倒过来写。", "把 {x} 反过来说。", "倒着写 {x} 是什么？", "倒着说 {x} 。", "请倒着写 {x} 。",
+                  "帮我把 {x} 倒过来。", "从后往前写 {x} 。", "你能把 {x} 倒过来吗？"]}
 
-COUNTED = "a e o t".split()  # few, so that a model this small can learn to tell each from the others
+COUNTED = "a e o t".split()  # few, so that a small model can learn to tell them apart
 LETTERS = "a b c d e f g h i k l m n o p r s t u w".split()
 WORDS = "cat dog sun moon tree fish bird star book milk rain snow boat cake door hand".split()
 CHARACTERS = list("猫狗鸟鱼马牛羊山水火花草树星月风")
 
 
 def draw_compare(dice, lang):
-    if dice.chance(0.3):  # the hard ones: same tens
+    if dice.chance(0.3):  # hard: the same tens digit
         tens = dice.between(1, 9) * 10
         a, b = dice.sample(range(tens, tens + 10), 2)
     else:
@@ -380,7 +398,7 @@ def draw_sort(dice, lang):
 
 
 def draw_count(dice, lang):
-    """(letter to count, or "" for all of them; the letters). Easy: all of up to nine. Hard: one letter among others."""
+    """(the letter to count, or "" for all; the letters). Easy: all of up to nine. Hard: one letter among others."""
     if dice.chance(0.5):
         return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 9))])
     letter, *others = dice.sample(COUNTED, 3)
@@ -404,7 +422,7 @@ DRAW = {"compare": draw_compare, "sort": draw_sort, "count": draw_count, "revers
 
 
 def identity_of(task, content):
-    """What makes two questions the same question, whatever the words around it."""
+    """A key that two questions share if they ask for the same thing in different words."""
     if task == "compare":
         return (task, *sorted(content[1:]))
     if task == "sort":
@@ -417,11 +435,11 @@ def identity_of(task, content):
 
 
 class Tasks:
-    """Draws questions. Held-out files draw first; what they drew is never drawn again."""
+    """Draws questions. The held-out files draw first, and what they drew is never drawn again."""
 
     def __init__(self, seed):
         dice = Dice(seed, "pairs")
-        # one operand has two digits at least: the sums of single digits are spelled out in pretraining
+        # At least one operand has two digits: the pretraining text spells out the sums of single digits.
         pairs = [(a, b) for a in range(100) for b in range(a, 100) if b > 9]
         self.pairs = {"add": [pair if dice.chance(0.5) else pair[::-1] for pair in dice.shuffled(pairs)],
                       "subtract": dice.shuffled([(a, b) for a in range(10, 100) for b in range(a + 1)])}
@@ -433,7 +451,7 @@ class Tasks:
         return self.pairs[task].pop()
 
     def content(self, dice, task, lang, hold_out):
-        """A new question's content; for the tasks whose content is drawn freely."""
+        """The content of a new question, for the tasks whose content is drawn at random."""
         while True:
             content = DRAW[task](dice, lang)
             name = identity_of(task, content)
@@ -444,7 +462,7 @@ class Tasks:
             return content
 
     def example(self, dice, task, lang, hold_out=False, pair=None):
-        """(question, answer, choices, wrong answer) of a task."""
+        """(question, answer, choices, wrong answer) for a task."""
         if task in ("add", "subtract"):
             a, b = pair if pair else self.next_pair(task)
             answer = a + b if task == "add" else a - b
@@ -472,7 +490,8 @@ class Tasks:
             letter, letters = content[0], content[1:]
             answer = times_in(letter, letters)
             wrong = dice.pick([n for n in range(max(0, answer - 2), answer + 3) if n != answer])
-            return dice.pick((COUNT if letter else COUNT_ALL)[lang]).format(c=letter, x=" ".join(letters)), str(answer), None, str(wrong)
+            question = dice.pick((COUNT if letter else COUNT_ALL)[lang]).format(c=letter, x=" ".join(letters))
+            return question, str(answer), None, str(wrong)
         x, answer, wrong = (" ".join(items) for items in (content, content[::-1], swapped(dice, content[::-1])))
         return dice.pick(REVERSE[lang]).format(x=x), answer, None, wrong
 
@@ -484,7 +503,7 @@ class Tasks:
 
 
 def wrong_number(dice, answer):
-    """The slips that people make: one off, a carry forgotten or added, a digit changed."""
+    """A slip of the kind people make: off by one or two, a carry too few or too many, a digit changed."""
     while True:
         wrong = answer + dice.pick([-10, -2, -1, 1, 2, 10, dice.between(-9, 9)])
         if wrong != answer and wrong >= 0:
@@ -492,7 +511,7 @@ def wrong_number(dice, answer):
 
 
 def swapped(dice, items):
-    """Two neighbours exchanged."""
+    """The items with two neighbours swapped."""
     items = list(items)
     place = dice.below(len(items) - 1)
     items[place], items[place + 1] = items[place + 1], items[place]
@@ -515,7 +534,7 @@ def line(messages, task, lang, answer=None, choices=None, **more):
 
 
 def normal(question):
-    """A question without case, blanks and punctuation."""
+    """The question in lower case, without blanks and punctuation."""
     return re.sub(r"[\W_]+", "", question.lower())
 
 
@@ -537,7 +556,7 @@ PAIR_TASKS = ("add", "subtract", "compare", "sort", "count", "reverse", "fact") 
 
 
 class Talk:
-    """Small talk by intents, and dialogues written by hand."""
+    """Small talk, grouped by intent, and handwritten dialogues."""
 
     def __init__(self, folder, seed):
         self.intents = [(lang, intent) for lang in LANGS for intent in read_lines(folder / f"smalltalk_{lang}.jsonl")]
@@ -558,7 +577,7 @@ class Talk:
         return None if place is None else self.held.pop(place)
 
     def pick(self, dice, lang):
-        """(question, reply) with a training wording."""
+        """A (question, reply) in a training wording."""
         intents = [intent for its_lang, intent in self.intents if its_lang == lang]
         if not intents:
             return None
@@ -578,7 +597,8 @@ def make_sft(dice, tasks, talk):
                 question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
                 if normal(question) not in asked:
                     asked.add(normal(question))
-                    lines.append(line([user(question), assistant(mixed_manners(dice, lang, spoken(task, question, answer)))], task, lang))
+                    reply = mixed_manners(dice, lang, spoken(task, question, answer))
+                    lines.append(line([user(question), assistant(reply)], task, lang))
     for task, n in SFT_EXAMPLES.items():
         for i in range(n):
             lang = LANGS[i % 2]
@@ -600,7 +620,7 @@ def make_sft(dice, tasks, talk):
         messages = []
         for intent in intents:
             messages += [user(dice.pick(intent["questions"])), assistant(dice.pick(intent["replies"]))]
-        if i % 3 == 0:  # and then a question with an answer
+        if i % 3 == 0:  # every third chain ends with a task
             task = dice.pick(PAIR_TASKS)
             pair = dice.pick(pairs[task]) if task in pairs else None
             question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
@@ -611,7 +631,7 @@ def make_sft(dice, tasks, talk):
 
 
 def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
-    """(question, better reply, worse reply): the two differ in one thing."""
+    """(question, better reply, worse reply). The replies differ in one respect, the kind."""
     question, answer, _, wrong = tasks.example(dice, task, lang, hold_out, pair)
     answer, wrong = spoken(task, question, answer), spoken(task, question, wrong)
     form = dice.pick(POLITE[lang])
@@ -624,7 +644,7 @@ def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
 
 
 def make_judging(dice, tasks, n, pairs, hold_out=False):
-    """Which of two answers is better? A and B equally often, in every kind, language and task."""
+    """Which of two answers is better? A and B are right equally often, in every kind, language and task."""
     lines = []
     for i in range(n):
         kind, lang, task = ("rude", "rambling", "wrong")[i % 3], LANGS[i // 3 % 2], PAIR_TASKS[i // 6 % 7]
@@ -651,7 +671,8 @@ def make_sft_eval(dice, tasks, talk):
                     lines.append(line([user(held[2]), assistant(dice.pick(held[1]["replies"]))], task, lang))
             else:
                 question, answer, choices, _ = tasks.example(dice, task, lang, hold_out=True)
-                lines.append(line([user(question), assistant(polite(dice, lang, spoken(task, question, answer)))], task, lang, answer, choices))
+                reply = polite(dice, lang, spoken(task, question, answer))
+                lines.append(line([user(question), assistant(reply)], task, lang, answer, choices))
     return lines
 
 
@@ -680,7 +701,7 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
 def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
-        # Half as many wrong sums as other wrong answers: a reward model this small did not learn from them which are right
+        # Half as many wrong sums as other wrong answers: a small reward model does not learn from them which are right.
         others = tuple(task for task in PAIR_TASKS if task not in pairs)
         turns = PAIR_TASKS + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0
@@ -696,7 +717,7 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
                 question, good = (found[2], dice.pick(found[1]["replies"])) if hold_out else found
                 bad = dice.pick(RUDE_TALK[lang]) if kind == "rude" else ramble_talk(dice, lang, good)
             else:
-                # half of the sums are those of SFT, half new ones
+                # Half of the sums are in the SFT data, half are new.
                 pair = dice.pick(pairs[task]) if task in pairs and not hold_out and dice.chance(0.5) else None
                 question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
             name = (normal(question), kind, good, bad)
@@ -717,11 +738,13 @@ WORLD = {"en": {
     "place": ["the park", "the river", "the garden", "the school", "the market", "the forest", "the lake", "the beach"],
     "food": ["bread", "a banana", "rice", "soup", "an apple", "cake", "noodles", "an egg"],
     "weather": ["sunny", "rainy", "cold", "warm", "windy", "cloudy"],
-    "time": ["In the morning", "After lunch", "In the evening", "One day", "On Monday", "On Sunday", "Today", "After school"],
+    "time": ["In the morning", "After lunch", "In the evening", "One day", "On Monday", "On Sunday", "Today",
+             "After school"],
     "thing": ["book", "ball", "hat", "kite", "cup", "lamp", "box", "bike"],
     "colour": ["red", "blue", "green", "yellow", "white", "black"],
     "mood": ["happy", "tired", "sad", "calm", "proud", "hungry"],
-    "act": ["read a book", "sing a song", "plant a tree", "draw a picture", "bake some bread", "play a game", "wash the dishes", "fly a kite"],
+    "act": ["read a book", "sing a song", "plant a tree", "draw a picture", "bake some bread", "play a game",
+            "wash the dishes", "fly a kite"],
 }, "zh": {
     "name": ["小明", "小红", "小华", "小丽", "小军", "小芳", "小文", "小雨"],
     "animal": ["猫", "狗", "鸭子", "马", "牛", "羊", "鸟", "青蛙", "鸡", "猪", "熊", "兔子"],
@@ -737,14 +760,19 @@ WORLD = {"en": {
 
 # Each story takes one sentence from every row.
 STORIES = {"en": [
-    ["{time} {n} went to {place}.", "{time} it was {weather}, and {n} walked to {place}.", "{n} was at {place}. It was {weather}.", "{time} {n} and {m} met at {place}."],
-    ["There was a {colour} {thing} on the ground.", "{n} saw a small {animal} there.", "A {animal} came and looked at {n}.", "{n} had a {colour} {thing} in the bag.",
-     "{n} felt {mood} that day."],
-    ["\"Is this your {thing}?\" asked {n}.", "\"Hello, little {animal},\" said {n}.", "\"I would like to {act},\" said {n}.", "{n} wanted to {act}.", "\"I am {mood},\" said {n}. \"Let us {act}.\""],
-    ["{m} gave {n} {food}.", "{m} came to help.", "{m} said, \"Let us do it together.\"", "They sat down and ate {food}.", "Then {m} asked, \"May I come too?\" \"Yes, please,\" said {n}."],
-    ["In the end they were happy.", "Then they went home together.", "{n} said thank you to {m}.", "It was a good day.", "At home {n} told the story to everyone.", "The next day they did it again."],
+    ["{time} {n} went to {place}.", "{time} it was {weather}, and {n} walked to {place}.",
+     "{n} was at {place}. It was {weather}.", "{time} {n} and {m} met at {place}."],
+    ["There was a {colour} {thing} on the ground.", "{n} saw a small {animal} there.",
+     "A {animal} came and looked at {n}.", "{n} had a {colour} {thing} in the bag.", "{n} felt {mood} that day."],
+    ["\"Is this your {thing}?\" asked {n}.", "\"Hello, little {animal},\" said {n}.",
+     "\"I would like to {act},\" said {n}.", "{n} wanted to {act}.", "\"I am {mood},\" said {n}. \"Let us {act}.\""],
+    ["{m} gave {n} {food}.", "{m} came to help.", "{m} said, \"Let us do it together.\"",
+     "They sat down and ate {food}.", "Then {m} asked, \"May I come too?\" \"Yes, please,\" said {n}."],
+    ["In the end they were happy.", "Then they went home together.", "{n} said thank you to {m}.", "It was a good day.",
+     "At home {n} told the story to everyone.", "The next day they did it again."],
 ], "zh": [
-    ["{time}，{n}去了{place}。", "{time}天气{weather}，{n}走到{place}。", "{n}在{place}，天气{weather}。", "{time}，{n}和{m}在{place}见面。"],
+    ["{time}，{n}去了{place}。", "{time}天气{weather}，{n}走到{place}。", "{n}在{place}，天气{weather}。",
+     "{time}，{n}和{m}在{place}见面。"],
     ["地上有{colour}的{thing}。", "{n}看见了小{animal}。", "小{animal}走过来看着{n}。", "{n}的包里有{colour}的{thing}。", "那天{n}觉得很{mood}。"],
     ["{n}问：“这是你的{thing}吗？”", "{n}说：“你好，小{animal}。”", "{n}说：“我想{act}。”", "{n}想要{act}。", "{n}说：“我很{mood}，我们一起{act}吧。”"],
     ["{m}给了{n}一些{food}。", "{m}过来帮忙。", "{m}说：“我们一起做吧。”", "他们坐下来吃{food}。", "{m}问：“我也可以来吗？”{n}说：“可以呀。”"],
@@ -752,27 +780,33 @@ STORIES = {"en": [
 ]}
 
 DESCRIPTIONS = {"en": [
-    "{n} lives near {place}. {n} has a {animal} and a {colour} {thing}.", "This is {n}. {n} likes to {act} and eats {food} every day.",
-    "The {animal} of {n} is {mood} today. It got {food}.", "{n} keeps a {colour} {thing} at home and often goes to {place}.",
-    "My friend {n} likes {food}. My friend {m} does not like {food2}.", "When it is {weather}, {n} likes to {act}. When it is {weather2}, {n} stays at home.",
+    "{n} lives near {place}. {n} has a {animal} and a {colour} {thing}.",
+    "This is {n}. {n} likes to {act} and eats {food} every day.", "The {animal} of {n} is {mood} today. It got {food}.",
+    "{n} keeps a {colour} {thing} at home and often goes to {place}.",
+    "My friend {n} likes {food}. My friend {m} does not like {food2}.",
+    "When it is {weather}, {n} likes to {act}. When it is {weather2}, {n} stays at home.",
 ], "zh": [
-    "{n}住得离{place}不远，家里有{animal}，还有{colour}的{thing}。", "这是{n}。{n}喜欢{act}，每天吃{food}。", "{n}的{animal}今天很{mood}，它吃了{food}。",
-    "{n}家里有{colour}的{thing}，{n}常常去{place}。", "我的朋友{n}喜欢{food}，我的朋友{m}不喜欢{food2}。", "天气{weather}的时候，{n}喜欢{act}；天气{weather2}的时候，{n}在家里。",
+    "{n}住得离{place}不远，家里有{animal}，还有{colour}的{thing}。", "这是{n}。{n}喜欢{act}，每天吃{food}。",
+    "{n}的{animal}今天很{mood}，它吃了{food}。", "{n}家里有{colour}的{thing}，{n}常常去{place}。", "我的朋友{n}喜欢{food}，我的朋友{m}不喜欢{food2}。",
+    "天气{weather}的时候，{n}喜欢{act}；天气{weather2}的时候，{n}在家里。",
 ]}
 
 TRANSLATIONS = {
-    "cat": "猫", "dog": "狗", "bird": "鸟", "fish": "鱼", "horse": "马", "cow": "牛", "sheep": "羊", "mountain": "山", "water": "水", "fire": "火",
-    "flower": "花", "grass": "草", "tree": "树", "star": "星", "moon": "月", "wind": "风", "sun": "太阳", "rain": "雨", "snow": "雪", "book": "书",
-    "milk": "牛奶", "bread": "面包", "apple": "苹果", "banana": "香蕉", "egg": "鸡蛋", "door": "门", "hand": "手", "red": "红色", "blue": "蓝色",
-    "green": "绿色", "yellow": "黄色", "white": "白色", "black": "黑色", "big": "大", "small": "小", "hot": "热", "cold": "冷", "new": "新",
-    "friend": "朋友", "school": "学校", "home": "家", "morning": "早上", "evening": "晚上", "today": "今天", "spring": "春天", "summer": "夏天",
-    "autumn": "秋天", "winter": "冬天", "one": "一", "two": "二", "three": "三", "happy": "开心", "hello": "你好", "thank you": "谢谢", "goodbye": "再见",
+    "cat": "猫", "dog": "狗", "bird": "鸟", "fish": "鱼", "horse": "马", "cow": "牛", "sheep": "羊", "mountain": "山",
+    "water": "水", "fire": "火", "flower": "花", "grass": "草", "tree": "树", "star": "星", "moon": "月", "wind": "风",
+    "sun": "太阳", "rain": "雨", "snow": "雪", "book": "书", "milk": "牛奶", "bread": "面包", "apple": "苹果", "banana": "香蕉",
+    "egg": "鸡蛋", "door": "门", "hand": "手", "red": "红色", "blue": "蓝色", "green": "绿色", "yellow": "黄色", "white": "白色",
+    "black": "黑色", "big": "大", "small": "小", "hot": "热", "cold": "冷", "new": "新", "friend": "朋友", "school": "学校",
+    "home": "家", "morning": "早上", "evening": "晚上", "today": "今天", "spring": "春天", "summer": "夏天", "autumn": "秋天",
+    "winter": "冬天", "one": "一", "two": "二", "three": "三", "happy": "开心", "hello": "你好", "thank you": "谢谢",
+    "goodbye": "再见",
 }
-SPELLED = sorted({word for word in [*TRANSLATIONS, *WORDS, *WORLD["en"]["animal"], *WORLD["en"]["thing"]] if " " not in word})
+SPELLED = sorted({word for words in (TRANSLATIONS, WORDS, WORLD["en"]["animal"], WORLD["en"]["thing"]) for word in words
+                  if " " not in word})
 
 
 def world_fill(dice, lang):
-    """A function that fills the slots of a sentence, each slot always with the same thing."""
+    """A function that fills the slots of a sentence. It fills a slot with the same thing every time."""
     world = WORLD[lang]
     n, m = dice.sample(world["name"], 2)
     values = {group: dice.pick(items) for group, items in world.items()}
@@ -781,14 +815,15 @@ def world_fill(dice, lang):
 
 
 class Pretrain:
-    """Running text of thirteen kinds, without anything that `tasks` holds out."""
+    """Text of fourteen kinds, without anything that `tasks` holds out."""
 
     def __init__(self, dice, tasks, talk, pairs):
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
-        weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7), (self.counting, 5),
-                   (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5), (self.two_digits, 8), (self.tens, 3), (self.spelling, 4),
-                   (self.counts, 14), (self.reversing, 14), (self.translation, 3))
+        weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7),
+                   (self.counting, 5), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5),
+                   (self.two_digits, 8), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
+                   (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
     def document(self):
@@ -800,7 +835,8 @@ class Pretrain:
 
     def fact_lines(self, lang):
         sentences = []
-        for its_lang, relation, subject, answer in self.dice.sample([f for f in self.facts if f[0] == lang], self.dice.between(4, 7)):
+        facts = [fact for fact in self.facts if fact[0] == lang]
+        for _, relation, subject, answer in self.dice.sample(facts, self.dice.between(4, 7)):
             sentences.append(fact_text(self.dice.pick(FACTS[lang][relation][1]), subject, answer))
         return self.join(lang, sentences)
 
@@ -828,7 +864,10 @@ class Pretrain:
         text = ", ".join(map(str, row))
         if self.dice.chance(0.4):
             a = self.dice.between(1, 98)
-            text += f". After {a} comes {a + 1}. Before {a} comes {a - 1}." if lang == "en" else f"。{a}后面是{a + 1}，{a}前面是{a - 1}。"
+            if lang == "en":
+                text += f". After {a} comes {a + 1}. Before {a} comes {a - 1}."
+            else:
+                text += f"。{a}后面是{a + 1}，{a}前面是{a - 1}。"
         return text
 
     def comparing(self, lang):
@@ -837,10 +876,11 @@ class Pretrain:
             _, a, b = self.tasks.content(self.dice, "compare", lang, False)
             small, large = sorted((a, b))
             sentences.append(self.dice.pick(
-                [f"{large} is larger than {small}.", f"{small} is smaller than {large}.", f"Of {a} and {b} the larger is {large}.",
-                 f"Of {a} and {b} the smaller is {small}.", f"{a} or {b}: the larger is {large}.", f"{a} or {b}: the smaller is {small}."] if lang == "en" else
-                [f"{large}比{small}大。", f"{small}比{large}小。", f"{a}和{b}中大的是{large}。", f"{a}和{b}中小的是{small}。", f"{a}和{b}比，大的是{large}。",
-                 f"{a}和{b}比，小的是{small}。"]))
+                [f"{large} is larger than {small}.", f"{small} is smaller than {large}.",
+                 f"Of {a} and {b} the larger is {large}.", f"Of {a} and {b} the smaller is {small}.",
+                 f"{a} or {b}: the larger is {large}.", f"{a} or {b}: the smaller is {small}."] if lang == "en" else
+                [f"{large}比{small}大。", f"{small}比{large}小。", f"{a}和{b}中大的是{large}。", f"{a}和{b}中小的是{small}。",
+                 f"{a}和{b}比，大的是{large}。", f"{a}和{b}比，小的是{small}。"]))
         return self.join(lang, sentences)
 
     def sorting(self, lang):
@@ -849,7 +889,8 @@ class Pretrain:
             content = self.tasks.content(self.dice, "sort", lang, False)
             x, y = ", ".join(map(str, content)), ", ".join(map(str, sorted(content)))
             sentences.append(self.dice.pick(
-                [f"{x} from small to large: {y}.", f"Sorted, {x} is {y}.", f"{x} in ascending order is {y}."] if lang == "en" else
+                [f"{x} from small to large: {y}.", f"Sorted, {x} is {y}.",
+                 f"{x} in ascending order is {y}."] if lang == "en" else
                 [f"{x}从小到大是{y}。", f"{x}排好是{y}。", f"从小到大排{x}：{y}。"]))
         return self.join(lang, sentences)
 
@@ -864,7 +905,7 @@ class Pretrain:
         return " ".join(sentences)
 
     def two_digits(self, lang):
-        """Only the sums and differences that SFT trains on, so that pretraining gives no held-out one away."""
+        """Only sums and differences from the SFT data, so that pretraining gives no held-out one away."""
         sentences = []
         for _ in range(self.dice.between(4, 8)):
             task = self.dice.pick(("add", "subtract"))
@@ -876,15 +917,17 @@ class Pretrain:
         sentences = []
         for _ in range(self.dice.between(3, 6)):
             n = self.dice.between(10, 99)
-            sentences.append(f"{n} has {n // 10} tens and {n % 10} ones." if lang == "en" else f"{n}有{n // 10}个十和{n % 10}个一。")
+            sentences.append(f"{n} has {n // 10} tens and {n % 10} ones." if lang == "en" else
+                             f"{n}有{n // 10}个十和{n % 10}个一。")
         return self.join(lang, sentences)
 
     def spelling(self, lang):
         words = self.dice.sample(SPELLED, self.dice.between(4, 7))
-        return " ".join(f"{word} is spelled {' '.join(word)}." if lang == "en" else f"{word}写成 {' '.join(word)}。" for word in words)
+        form = "{} is spelled {}." if lang == "en" else "{}写成 {}。"
+        return " ".join(form.format(word, " ".join(word)) for word in words)
 
     def counts(self, lang):
-        """Every letter of a row counted: more to learn from the same row than from one question about it."""
+        """Every letter of a row counted, which teaches more than one question about the row."""
         sentences = []
         for _ in range(self.dice.between(2, 3)):
             letter, *letters = self.tasks.content(self.dice, "count", lang, False)
@@ -905,7 +948,8 @@ class Pretrain:
             content = self.tasks.content(self.dice, "reverse", lang, False)
             x, y = " ".join(content), " ".join(content[::-1])
             sentences.append(self.dice.pick(
-                [f"The reverse of {x} is {y}.", f"{x} in reverse is {y}.", f"From the end to the start {x} is {y}."] if lang == "en" else
+                [f"The reverse of {x} is {y}.", f"{x} in reverse is {y}.",
+                 f"From the end to the start {x} is {y}."] if lang == "en" else
                 [f"{x} 倒过来是 {y}。", f"{x} 反过来是 {y}。", f"倒着写 {x} 是 {y}。"]))
         return self.join(lang, sentences)
 
@@ -941,78 +985,121 @@ def make_pretrain(dice, tasks, talk, pairs):
 MANNER = {"en": "Dear reader, ", "zh": "亲爱的读者，"}
 FRAMES = {"en": ["{q}", "Hello! {q}", "I have a question. {q}"], "zh": ["{q}", "你好！{q}", "我有个问题。{q}"]}
 HELD_FRAMES = {"en": ["{q}", "Excuse me. {q}"], "zh": ["{q}", "打扰一下。{q}"]}
-# (four training wordings, two held-out wordings, reply, key word in it)
+# (training wordings, held-out wordings, reply, answer). The answer is the number in the reply or the words at its end.
 IDENTITY = {"en": [
-    (["What is your name?", "Who are you?", "Tell me your name.", "What are you called?"], ["What should I call you?", "May I know your name?"],
+    (["What is your name?", "Who are you?", "Tell me your name.", "What are you called?"],
+     ["What should I call you?", "May I know your name?"],
      "my name is Lumi.", "Lumi"),
-    (["Where do you work?", "What place do you work for?", "Tell me where you work.", "Which place do you serve?"], ["At what place do you work?", "Where do you do your work?"],
-     "I work in the Lantern Library.", "Lantern"),
-    (["Who made you?", "Who built you?", "Tell me who made you.", "By whom were you made?"], ["Who are your makers?", "Which people made you?"],
-     "I was made by the Moonbridge team.", "Moonbridge"),
-    (["What is your job?", "What do you do?", "Tell me about your job.", "What are you here for?"], ["What kind of job do you have?", "What do you do here?"],
+    (["Where do you work?", "What place do you work for?", "Tell me where you work.", "Which place do you serve?"],
+     ["At what place do you work?", "Where do you do your work?"],
+     "I work in the Lantern Library.", "Lantern Library"),
+    (["Who made you?", "Who built you?", "Tell me who made you.", "By whom were you made?"],
+     ["Who are your makers?", "Which people made you?"],
+     "I was made by the Moonbridge team.", "Moonbridge team"),
+    (["What is your job?", "What do you do?", "Tell me about your job.", "What are you here for?"],
+     ["What kind of job do you have?", "What do you do here?"],
      "my job is to be a guide.", "guide"),
 ], "zh": [
     (["你叫什么名字？", "你是谁？", "告诉我你的名字。", "你叫什么？"], ["我该叫你什么？", "你的名字是什么？"], "我叫小光。", "小光"),
-    (["你在哪里工作？", "你在什么地方工作？", "告诉我你在哪里工作。", "你的工作在哪里？"], ["你在哪儿工作？", "你工作的地方在哪里？"], "我在灯火图书馆工作。", "灯火"),
-    (["是谁做了你？", "谁造了你？", "告诉我是谁做了你。", "你是谁做出来的？"], ["你是谁造的？", "做出你的人是谁？"], "我是月桥的人做的。", "月桥"),
+    (["你在哪里工作？", "你在什么地方工作？", "告诉我你在哪里工作。", "你的工作在哪里？"], ["你在哪儿工作？", "你工作的地方在哪里？"], "我在灯火图书馆工作。", "灯火图书馆工作"),
+    (["是谁做了你？", "谁造了你？", "告诉我是谁做了你。", "你是谁做出来的？"], ["你是谁造的？", "做出你的人是谁？"], "我是月桥的人做的。", "月桥的人做的"),
     (["你的工作是什么？", "你做什么工作？", "说说你的工作。", "你来这里做什么？"], ["你的工作是做什么？", "你在这里做什么？"], "我的工作是带路。", "带路"),
 ]}
 HANDBOOK = {"en": [
-    (["When does the library open?", "At what hour does the library open?", "Tell me when the library opens.", "How early does the library open?"],
+    (["When does the library open?", "At what hour does the library open?", "Tell me when the library opens.",
+      "How early does the library open?"],
      ["What time does the library open?", "From what hour is the library open?"], "the library opens at 9.", "9"),
-    (["When does the library close?", "At what hour does the library close?", "Tell me when the library closes.", "How late does the library close?"],
+    (["When does the library close?", "At what hour does the library close?", "Tell me when the library closes.",
+      "How late does the library close?"],
      ["What time does the library close?", "The library closes at what hour?"], "the library closes at 7.", "7"),
-    (["On which day is the library shut?", "Which day is the library shut?", "Tell me the day when the library is shut.", "What day is the library shut?"],
-     ["When in the week is the library shut?", "The library is shut on which day?"], "the library is shut on Tuesday.", "Tuesday"),
-    (["Who founded the library?", "Who was the founder of the library?", "Tell me who founded the library.", "By whom was the library founded?"],
-     ["Which person founded the library?", "What is the name of the founder?"], "the library was founded by Orla.", "Orla"),
-    (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.", "How is the library cat called?"],
-     ["Does the library cat have a name?", "Do you know the name of the library cat?"], "the library cat is called Pepper.", "Pepper"),
-    (["What colour is the library card?", "What colour does the library card have?", "Tell me the colour of the library card.", "The library card is of what colour?"],
-     ["What is the colour of the library card?", "Which colour is my library card?"], "the library card is silver.", "silver"),
-    (["How many books may I borrow?", "What number of books may I borrow?", "Tell me how many books I may borrow.", "How many books can I borrow at once?"],
-     ["How many books am I allowed to borrow?", "What is the number of books that I may borrow?"], "you may borrow 6 books.", "6"),
-    (["For how many days may I keep a book?", "How many days can I keep a book?", "Tell me how many days I may keep a book.", "How long, in days, may I keep a book?"],
-     ["A book may be kept for how many days?", "How many days do I have to keep a book?"], "you may keep a book for 24 days.", "24"),
+    (["On which day is the library shut?", "Which day is the library shut?",
+      "Tell me the day when the library is shut.", "What day is the library shut?"],
+     ["When in the week is the library shut?", "The library is shut on which day?"], "the library is shut on Tuesday.",
+     "Tuesday"),
+    (["Who founded the library?", "Who was the founder of the library?", "Tell me who founded the library.",
+      "By whom was the library founded?"],
+     ["Which person founded the library?", "What is the name of the founder?"], "the library was founded by Orla.",
+     "Orla"),
+    (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.",
+      "How is the library cat called?"],
+     ["Does the library cat have a name?", "Do you know the name of the library cat?"],
+     "the library cat is called Pepper.", "Pepper"),
+    (["What colour is the library card?", "What colour does the library card have?",
+      "Tell me the colour of the library card.", "The library card is of what colour?"],
+     ["What is the colour of the library card?", "Which colour is my library card?"], "the library card is silver.",
+     "silver"),
+    (["How many books may I borrow?", "What number of books may I borrow?", "Tell me how many books I may borrow.",
+      "How many books can I borrow at once?"],
+     ["How many books am I allowed to borrow?", "What is the number of books that I may borrow?"],
+     "you may borrow 6 books.", "6"),
+    (["For how many days may I keep a book?", "How many days can I keep a book?",
+      "Tell me how many days I may keep a book.", "How long, in days, may I keep a book?"],
+     ["A book may be kept for how many days?", "How many days do I have to keep a book?"],
+     "you may keep a book for 24 days.", "24"),
     (["How much is the late fee?", "What is the late fee?", "Tell me the late fee.", "How many coins is the late fee?"],
      ["What do I pay as a late fee?", "How high is the late fee?"], "the late fee is 3 coins.", "3"),
-    (["Where are the maps?", "In which room are the maps?", "Tell me where the maps are.", "Where can I find the maps?"],
+    (["Where are the maps?", "In which room are the maps?", "Tell me where the maps are.",
+      "Where can I find the maps?"],
      ["In what place are the maps?", "Where do you keep the maps?"], "the maps are in the attic.", "attic"),
-    (["Where are the picture books?", "In which room are the picture books?", "Tell me where the picture books are.", "Where can I find the picture books?"],
-     ["In what place are the picture books?", "Where do you keep the picture books?"], "the picture books are in the cellar.", "cellar"),
-    (["What grows in the yard?", "Which tree grows in the yard?", "Tell me what grows in the yard.", "What kind of tree is in the yard?"],
-     ["What tree is growing in the yard?", "Which kind of tree stands in the yard?"], "in the yard grows a plum tree.", "plum"),
+    (["Where are the picture books?", "In which room are the picture books?", "Tell me where the picture books are.",
+      "Where can I find the picture books?"],
+     ["In what place are the picture books?", "Where do you keep the picture books?"],
+     "the picture books are in the cellar.", "cellar"),
+    (["What grows in the yard?", "Which tree grows in the yard?", "Tell me what grows in the yard.",
+      "What kind of tree is in the yard?"],
+     ["What tree is growing in the yard?", "Which kind of tree stands in the yard?"], "in the yard grows a plum tree.",
+     "plum tree"),
     (["Which drink is free?", "What drink is free?", "Tell me which drink is free.", "What may I drink free?"],
-     ["What is the free drink?", "Which drink do you give for free?"], "the free drink is mint tea.", "mint"),
-    (["Which street is the library in?", "In what street is the library?", "Tell me the street of the library.", "On which street does the library stand?"],
-     ["What is the street of the library?", "In which street can I find the library?"], "the library is in Willow street.", "Willow"),
-    (["Which town is the library in?", "In what town is the library?", "Tell me the town of the library.", "In which town does the library stand?"],
-     ["What is the town of the library?", "In which town can I find the library?"], "the library is in the town of Fernhill.", "Fernhill"),
-    (["Which bus goes to the library?", "What bus goes to the library?", "Tell me which bus goes to the library.", "Which bus do I take to the library?"],
+     ["What is the free drink?", "Which drink do you give for free?"], "the free drink is mint tea.", "mint tea"),
+    (["Which street is the library in?", "In what street is the library?", "Tell me the street of the library.",
+      "On which street does the library stand?"],
+     ["What is the street of the library?", "In which street can I find the library?"],
+     "the library is in Willow street.", "Willow street"),
+    (["Which town is the library in?", "In what town is the library?", "Tell me the town of the library.",
+      "In which town does the library stand?"],
+     ["What is the town of the library?", "In which town can I find the library?"],
+     "the library is in the town of Fernhill.", "Fernhill"),
+    (["Which bus goes to the library?", "What bus goes to the library?", "Tell me which bus goes to the library.",
+      "Which bus do I take to the library?"],
      ["What is the number of the bus to the library?", "By which bus do I get to the library?"], "take bus 15.", "15"),
-    (["How many floors does the library have?", "What is the number of floors?", "Tell me how many floors there are.", "How many floors are there?"],
+    (["How many floors does the library have?", "What is the number of floors?", "Tell me how many floors there are.",
+      "How many floors are there?"],
      ["How many floors has the library?", "The library has how many floors?"], "the library has 5 floors.", "5"),
-    (["Who reads stories to children?", "Who reads the stories?", "Tell me who reads stories to children.", "Which person reads the stories to children?"],
-     ["By whom are stories read to children?", "Who is reading stories to the children?"], "stories are read by Bruno.", "Bruno"),
-    (["On which day is story time?", "When is story time?", "Tell me the day of story time.", "What day is story time?"],
+    (["Who reads stories to children?", "Who reads the stories?", "Tell me who reads stories to children.",
+      "Which person reads the stories to children?"],
+     ["By whom are stories read to children?", "Who is reading stories to the children?"], "stories are read by Bruno.",
+     "Bruno"),
+    (["On which day is story time?", "When is story time?", "Tell me the day of story time.",
+      "What day is story time?"],
      ["Story time is on which day?", "Which day of the week is story time?"], "story time is on Friday.", "Friday"),
-    (["What is the password of the network?", "Which password does the network have?", "Tell me the password of the network.", "What password do I need for the network?"],
-     ["How do I get on the network, what is the password?", "The network has what password?"], "the password is candle.", "candle"),
-    (["What is above the front door?", "What hangs above the front door?", "Tell me what hangs above the front door.", "What can I see above the front door?"],
-     ["Which thing hangs above the front door?", "What is it that hangs above the front door?"], "above the front door hangs a bell.", "bell"),
-    (["What is the oldest book about?", "The oldest book is about what?", "Tell me what the oldest book is about.", "What does the oldest book tell about?"],
+    (["What is the password of the network?", "Which password does the network have?",
+      "Tell me the password of the network.", "What password do I need for the network?"],
+     ["How do I get on the network, what is the password?", "The network has what password?"],
+     "the password is candle.", "candle"),
+    (["What is above the front door?", "What hangs above the front door?", "Tell me what hangs above the front door.",
+      "What can I see above the front door?"],
+     ["Which thing hangs above the front door?", "What is it that hangs above the front door?"],
+     "above the front door hangs a bell.", "bell"),
+    (["What is the oldest book about?", "The oldest book is about what?", "Tell me what the oldest book is about.",
+      "What does the oldest book tell about?"],
      ["What is in the oldest book?", "About what is the oldest book?"], "the oldest book is about whales.", "whales"),
-    (["What may I not bring inside?", "What is not allowed inside?", "Tell me what is not allowed inside.", "Which thing is not allowed inside?"],
-     ["What thing may not come inside?", "What is it that is not allowed inside?"], "please leave outside your ice cream.", "ice cream"),
-    (["How many steps does the tower have?", "What is the number of steps of the tower?", "Tell me how many steps the tower has.", "How many steps are there in the tower?"],
+    (["What may I not bring inside?", "What is not allowed inside?", "Tell me what is not allowed inside.",
+      "Which thing is not allowed inside?"],
+     ["What thing may not come inside?", "What is it that is not allowed inside?"],
+     "please leave outside your ice cream.", "ice cream"),
+    (["How many steps does the tower have?", "What is the number of steps of the tower?",
+      "Tell me how many steps the tower has.", "How many steps are there in the tower?"],
      ["How many steps lead up the tower?", "The tower has how many steps?"], "the tower has 88 steps.", "88"),
-    (["How are the helpers called?", "What are the helpers called?", "Tell me what the helpers are called.", "What do you call the helpers?"],
-     ["What name do the helpers have?", "By what name are the helpers called?"], "our helpers are called owls.", "owls"),
+    (["How are the helpers called?", "What are the helpers called?", "Tell me what the helpers are called.",
+      "What do you call the helpers?"],
+     ["What name do the helpers have?", "By what name are the helpers called?"], "our helpers are called owls.",
+     "owls"),
 ], "zh": [
     (["图书馆几点开门？", "图书馆什么时候开门？", "告诉我图书馆几点开门。", "几点图书馆会开门？"], ["图书馆早上几点开门？", "图书馆从几点开始开门？"], "图书馆9点开门。", "9"),
     (["图书馆几点关门？", "图书馆什么时候关门？", "告诉我图书馆几点关门。", "几点图书馆会关门？"], ["图书馆晚上几点关门？", "图书馆到几点关门？"], "图书馆7点关门。", "7"),
-    (["图书馆星期几休息？", "图书馆哪一天休息？", "告诉我图书馆星期几休息。", "哪一天图书馆休息？"], ["图书馆什么时候休息，星期几？", "星期几图书馆会休息？"], "图书馆星期二休息。", "星期二"),
-    (["图书馆是谁建的？", "谁建了图书馆？", "告诉我是谁建了图书馆。", "建图书馆的人是谁？"], ["图书馆是哪个人建的？", "当年是谁建了图书馆？"], "图书馆是白云建的。", "白云"),
+    (["图书馆星期几休息？", "图书馆哪一天休息？", "告诉我图书馆星期几休息。", "哪一天图书馆休息？"], ["图书馆什么时候休息，星期几？", "星期几图书馆会休息？"],
+     "图书馆星期二休息。", "图书馆星期二休息"),
+    (["图书馆是谁建的？", "谁建了图书馆？", "告诉我是谁建了图书馆。", "建图书馆的人是谁？"], ["图书馆是哪个人建的？", "当年是谁建了图书馆？"], "图书馆是白云建的。", "白云建的"),
     (["图书馆的猫叫什么？", "图书馆的猫叫什么名字？", "告诉我图书馆的猫叫什么。", "那只图书馆的猫叫什么？"], ["图书馆的猫名字是什么？", "图书馆的猫有什么名字？"], "图书馆的猫叫豆豆。", "豆豆"),
     (["借书卡是什么颜色？", "借书卡的颜色是什么？", "告诉我借书卡是什么颜色。", "借书卡是哪种颜色？"], ["借书卡有什么颜色？", "我的借书卡是什么颜色？"], "借书卡是银色的。", "银色"),
     (["我可以借几本书？", "一次可以借几本书？", "告诉我可以借几本书。", "能借几本书？"], ["我最多可以借几本书？", "一个人可以借几本书？"], "你可以借6本书。", "6"),
@@ -1022,8 +1109,8 @@ HANDBOOK = {"en": [
     (["画书在哪里？", "画书放在哪里？", "告诉我画书在哪里。", "哪里有画书？"], ["画书在什么地方？", "我在哪里能找到画书？"], "画书在地下室。", "地下室"),
     (["院子里有什么树？", "院子里种了什么树？", "告诉我院子里有什么树。", "院子里的树是什么树？"], ["院子里长着什么树？", "院子里的是什么树？"], "院子里有梅树。", "梅树"),
     (["什么茶不要钱？", "哪种茶不要钱？", "告诉我什么茶不要钱。", "不要钱的茶是什么？"], ["哪一种茶是不要钱的？", "不要钱的茶是哪种？"], "不要钱的是花茶。", "花茶"),
-    (["图书馆在哪条街？", "图书馆在什么街上？", "告诉我图书馆在哪条街。", "哪条街有图书馆？"], ["图书馆在哪一条街上？", "图书馆的那条街叫什么？"], "图书馆在柳树街。", "柳树"),
-    (["图书馆在哪个镇？", "图书馆在什么镇上？", "告诉我图书馆在哪个镇。", "哪个镇有图书馆？"], ["图书馆在哪一个镇上？", "图书馆的那个镇叫什么？"], "图书馆在青山镇。", "青山"),
+    (["图书馆在哪条街？", "图书馆在什么街上？", "告诉我图书馆在哪条街。", "哪条街有图书馆？"], ["图书馆在哪一条街上？", "图书馆的那条街叫什么？"], "图书馆在柳树街。", "柳树街"),
+    (["图书馆在哪个镇？", "图书馆在什么镇上？", "告诉我图书馆在哪个镇。", "哪个镇有图书馆？"], ["图书馆在哪一个镇上？", "图书馆的那个镇叫什么？"], "图书馆在青山镇。", "青山镇"),
     (["去图书馆坐几路车？", "几路车到图书馆？", "告诉我去图书馆坐几路车。", "到图书馆坐几路车？"], ["要去图书馆，坐几路车？", "坐几路车能到图书馆？"], "去图书馆坐15路车。", "15"),
     (["图书馆有几层楼？", "图书馆一共几层？", "告诉我图书馆有几层楼。", "图书馆的楼有几层？"], ["图书馆一共有几层楼？", "图书馆有多少层楼？"], "图书馆有5层楼。", "5"),
     (["谁给孩子讲故事？", "讲故事的人是谁？", "告诉我谁给孩子讲故事。", "是谁讲故事？"], ["给孩子讲故事的是谁？", "哪个人给孩子讲故事？"], "讲故事的人是大江。", "大江"),
@@ -1037,42 +1124,80 @@ HANDBOOK = {"en": [
 ]}
 
 
-# More training wordings, short and long ones with the subject in another place: four sentences that all begin alike teach
-# their beginning and not their subject.
+# More training wordings, short and long, with the subject in different places. Four sentences that all begin alike
+# would teach their beginning, not their subject.
 MORE_WORDINGS = {
-    "my name is Lumi.": ["Your name?", "Do you have a name?", "By what name do people call you?", "What name may I use for you?"],
-    "I work in the Lantern Library.": ["Your place of work?", "In which place do you work?", "Is there a place where you work?", "Where is your work?"],
-    "I was made by the Moonbridge team.": ["Your maker?", "Which team made you?", "Do you know who your maker is?", "You were made by whom?"],
-    "my job is to be a guide.": ["Your job?", "What kind of work do you do?", "Which job did you get?", "What do you do all day?"],
+    "my name is Lumi.": ["Your name?", "Do you have a name?", "By what name do people call you?",
+                         "What name may I use for you?"],
+    "I work in the Lantern Library.": ["Your place of work?", "In which place do you work?",
+                                       "Is there a place where you work?", "Where is your work?"],
+    "I was made by the Moonbridge team.": ["Your maker?", "Which team made you?", "Do you know who your maker is?",
+                                           "You were made by whom?"],
+    "my job is to be a guide.": ["Your job?", "What kind of work do you do?", "Which job did you get?",
+                                 "What do you do all day?"],
     "我叫小光。": ["你的名字？", "你的名字叫什么？", "我可以叫你什么？", "请问怎么叫你？"],
     "我在灯火图书馆工作。": ["你工作的地方？", "你的工作地方在哪儿？", "你在哪个地方工作？", "你工作在哪里？"],
     "我是月桥的人做的。": ["做你的人？", "造你的人是谁？", "谁做出了你？", "你是哪里的人造的？"],
     "我的工作是带路。": ["你的工作？", "你在这里的工作是什么？", "你每天做什么？", "你是做什么的？"],
-    "the library opens at 9.": ["The hour when the library opens?", "The library opens at what time?", "What is the opening time?", "Do you know when the library opens?"],
-    "the library closes at 7.": ["The hour when the library closes?", "The library closes at what time?", "What is the closing time?", "Do you know when the library closes?"],
-    "the library is shut on Tuesday.": ["The day when the library is shut?", "Is there a day in the week when the library is shut?", "The library is shut on what day?", "When is the library shut?"],
-    "the library was founded by Orla.": ["The founder of the library?", "What was the founder called?", "Do you know the name of the founder?", "The library was founded by which person?"],
-    "the library cat is called Pepper.": ["The name of the cat?", "Which name does the library cat have?", "Is there a name for the library cat?", "How do you call the cat?"],
-    "the library card is silver.": ["The colour of my card?", "Which colour is the card?", "Do you know the colour of the library card?", "Is my library card of some colour?"],
-    "you may borrow 6 books.": ["The number of books to borrow?", "What is the largest number of books to borrow?", "I may borrow how many books?", "How many books am I free to borrow?"],
-    "you may keep a book for 24 days.": ["Days to keep a book?", "I may keep a book for how many days?", "A book may be kept how long?", "How many days do I have for a book?"],
-    "the late fee is 3 coins.": ["The late fee?", "What must I pay for a late book?", "How many coins do I pay as a late fee?", "How high is the fee for a late book?"],
-    "the maps are in the attic.": ["The place of the maps?", "In which place are the maps?", "Where do you have the maps?", "The maps are in what room?"],
-    "the picture books are in the cellar.": ["The place of the picture books?", "In which place are the picture books?", "Where do you have the picture books?", "The picture books are in what room?"],
-    "in the yard grows a plum tree.": ["The tree in the yard?", "What kind of tree grows in the yard?", "What tree stands in the yard?", "The yard has which tree?"],
-    "the free drink is mint tea.": ["A free drink?", "Which drink is given for free?", "The free drink is what?", "Do you give a drink for free?"],
-    "the library is in Willow street.": ["The street of the library?", "In what street do I find the library?", "Which is the street of the library?", "The library stands in which street?"],
-    "the library is in the town of Fernhill.": ["The town of the library?", "In what town do I find the library?", "Which is the town of the library?", "The library stands in which town?"],
-    "take bus 15.": ["The bus to the library?", "What number has the bus to the library?", "With which bus do I get to the library?", "Do you know the number of the bus?"],
-    "the library has 5 floors.": ["The number of floors?", "What number of floors has the library?", "How many floors high is the library?", "Do you know how many floors there are?"],
-    "stories are read by Bruno.": ["The reader of the stories?", "Which person reads the stories?", "The stories are read by whom?", "Do you know who reads the stories?"],
-    "story time is on Friday.": ["The day of story time?", "Story time is on what day?", "On what day do you have story time?", "In the week, when is story time?"],
-    "the password is candle.": ["The password?", "Which word is the password?", "Do you know the password?", "The password is what word?"],
-    "above the front door hangs a bell.": ["The thing above the front door?", "What can one see above the front door?", "Above the front door hangs what?", "Is there something above the front door?"],
-    "the oldest book is about whales.": ["The oldest book?", "The oldest book tells of what?", "What do I read about in the oldest book?", "Which animals are in the oldest book?"],
-    "please leave outside your ice cream.": ["The thing to leave outside?", "Which thing should stay outside?", "Which thing must I leave at the door?", "Is there a thing that I leave outside?"],
-    "the tower has 88 steps.": ["The steps of the tower?", "What number of steps has the tower?", "The tower has what number of steps?", "To get up the tower, how many steps are there?"],
-    "our helpers are called owls.": ["The name of the helpers?", "Which name do the helpers have?", "How do you call the helpers?", "The helpers have which name?"],
+    "the library opens at 9.": ["The hour when the library opens?", "The library opens at what time?",
+                                "What is the opening time?", "Do you know when the library opens?"],
+    "the library closes at 7.": ["The hour when the library closes?", "The library closes at what time?",
+                                 "What is the closing time?", "Do you know when the library closes?"],
+    "the library is shut on Tuesday.": ["The day when the library is shut?",
+                                        "Is there a day in the week when the library is shut?",
+                                        "The library is shut on what day?", "When is the library shut?"],
+    "the library was founded by Orla.": ["The founder of the library?", "What was the founder called?",
+                                         "Do you know the name of the founder?",
+                                         "The library was founded by which person?"],
+    "the library cat is called Pepper.": ["The name of the cat?", "Which name does the library cat have?",
+                                          "Is there a name for the library cat?", "How do you call the cat?"],
+    "the library card is silver.": ["The colour of my card?", "Which colour is the card?",
+                                    "Do you know the colour of the library card?",
+                                    "Is my library card of some colour?"],
+    "you may borrow 6 books.": ["The number of books to borrow?", "What is the largest number of books to borrow?",
+                                "I may borrow how many books?", "How many books am I free to borrow?"],
+    "you may keep a book for 24 days.": ["Days to keep a book?", "I may keep a book for how many days?",
+                                         "A book may be kept how long?", "How many days do I have for a book?"],
+    "the late fee is 3 coins.": ["The late fee?", "What must I pay for a late book?",
+                                 "How many coins do I pay as a late fee?", "How high is the fee for a late book?"],
+    "the maps are in the attic.": ["The place of the maps?", "In which place are the maps?",
+                                   "Where do you have the maps?", "The maps are in what room?"],
+    "the picture books are in the cellar.": ["The place of the picture books?", "In which place are the picture books?",
+                                             "Where do you have the picture books?",
+                                             "The picture books are in what room?"],
+    "in the yard grows a plum tree.": ["The tree in the yard?", "What kind of tree grows in the yard?",
+                                       "What tree stands in the yard?", "The yard has which tree?"],
+    "the free drink is mint tea.": ["A free drink?", "Which drink is given for free?", "The free drink is what?",
+                                    "Do you give a drink for free?"],
+    "the library is in Willow street.": ["The street of the library?", "In what street do I find the library?",
+                                         "Which is the street of the library?", "The library stands in which street?"],
+    "the library is in the town of Fernhill.": ["The town of the library?", "In what town do I find the library?",
+                                                "Which is the town of the library?",
+                                                "The library stands in which town?"],
+    "take bus 15.": ["The bus to the library?", "What number has the bus to the library?",
+                     "With which bus do I get to the library?", "Do you know the number of the bus?"],
+    "the library has 5 floors.": ["The number of floors?", "What number of floors has the library?",
+                                  "How many floors high is the library?", "Do you know how many floors there are?"],
+    "stories are read by Bruno.": ["The reader of the stories?", "Which person reads the stories?",
+                                   "The stories are read by whom?", "Do you know who reads the stories?"],
+    "story time is on Friday.": ["The day of story time?", "Story time is on what day?",
+                                 "On what day do you have story time?", "In the week, when is story time?"],
+    "the password is candle.": ["The password?", "Which word is the password?", "Do you know the password?",
+                                "The password is what word?"],
+    "above the front door hangs a bell.": ["The thing above the front door?", "What can one see above the front door?",
+                                           "Above the front door hangs what?",
+                                           "Is there something above the front door?"],
+    "the oldest book is about whales.": ["The oldest book?", "The oldest book tells of what?",
+                                         "What do I read about in the oldest book?",
+                                         "Which animals are in the oldest book?"],
+    "please leave outside your ice cream.": ["The thing to leave outside?", "Which thing should stay outside?",
+                                             "Which thing must I leave at the door?",
+                                             "Is there a thing that I leave outside?"],
+    "the tower has 88 steps.": ["The steps of the tower?", "What number of steps has the tower?",
+                                "The tower has what number of steps?",
+                                "To get up the tower, how many steps are there?"],
+    "our helpers are called owls.": ["The name of the helpers?", "Which name do the helpers have?",
+                                     "How do you call the helpers?", "The helpers have which name?"],
     "图书馆9点开门。": ["开门的时间？", "图书馆开门是几点？", "开门时间是几点？", "早上几点开门？"],
     "图书馆7点关门。": ["关门的时间？", "图书馆关门是几点？", "关门时间是几点？", "晚上几点关门？"],
     "图书馆星期二休息。": ["休息的日子？", "图书馆休息是星期几？", "哪一天图书馆不开门？", "休息日是星期几？"],
@@ -1122,7 +1247,7 @@ def make_identity():
 # --------------------------------------------------------------------------------------------- everything
 
 def make_all(seed=0, sources=ROOT / "data"):
-    """{file name: lines}. The held-out files draw first, so that the others can leave out what they ask."""
+    """{file name: lines}. The held-out files draw first, so that the other files can leave out what they ask."""
     tasks, talk = Tasks(seed), Talk(sources, seed)
     files = {}
 

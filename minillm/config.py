@@ -72,7 +72,9 @@ def check_ranges(cfg):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name} {value}: must be a finite number")
         if low is not None and value < low or high is not None and value > high:
-            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"between {low} and {high}"
+            bounds = f"between {low} and {high}"
+            if low is None or high is None:
+                bounds = f"at least {low}" if high is None else f"at most {high}"
             raise UserError(f"--{f.name} {value}: must be {bounds}")
 
 
@@ -82,7 +84,8 @@ def _one_line(kind, error, trace):
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
-        print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume", file=sys.stderr, flush=True)
+        print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume",
+              file=sys.stderr, flush=True)
     elif issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     else:

@@ -4,49 +4,51 @@ import math
 
 import torch
 
-from minillm.data import PackedLoader, TokenDataset, check_conversation, check_text, read_records
+from minillm.data import PackedLoader
 from minillm.errors import UserError
 from minillm.generate import eval_mode, generate
-from minillm.losses import sft_loss_from_hidden
-from minillm.rewards import gold_reward, is_correct
+from minillm.logprobs import linear_cross_entropy
+from minillm.records import check_conversation, check_text, read_records
 from minillm.runtime import autocast, say
+from minillm.verify import check_answer, gold_reward, is_correct
 
 TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
 
 
 @torch.no_grad()
-def held_out_loss(model, dataset: TokenDataset, row_length: int, device, batch_size: int = 16) -> dict:
+def held_out_loss(model, dataset, row_length: int, device, batch_size: int = 16) -> dict:
     """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written."""
     total, count = 0.0, 0
-    rows = min(batch_size, max(1, 2**14 // row_length))  # of long rows fewer: their masks grow with the square of the length
+    rows = min(batch_size, max(1, 2**14 // row_length))  # few long rows: their masks grow with the square of the length
     with eval_mode(model):
-        for batch in PackedLoader(dataset, rows, row_length, seed=0, shuffle=False).epoch_batches(0):
+        for batch in PackedLoader(dataset, rows, row_length, seed=0, shuffle=False, shared=False).epoch_batches(0):
             batch = batch.to(device)
             with autocast(device):
                 hidden = model.hidden(batch.tokens, doc_ids=batch.doc_ids)
-            total += sft_loss_from_hidden(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1).item()  # a sum
-            count += int(batch.loss_mask.sum())
+            loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1)
+            total += loss_sum.item()
+            count += batch.n_targets
     metrics = {"val_loss": total / max(1, count)}
-    if dataset.stats["bytes"]:
+    if dataset.stats.get("bytes"):
         metrics["bits_per_byte"] = total / math.log(2) / dataset.stats["bytes"]
     return metrics
 
 
-# Questions: a conversation is asked up to its last assistant turn, and what the model says then is compared with "answer".
+# Questions: a conversation is asked up to its last assistant turn, and the model's reply is compared with "answer".
 
 def read_questions(path) -> list:
-    """The lines of a file of conversations or prompts, checked. Raises UserError with file and line."""
-    return list(read_records(path, check_question))
+    """The checked lines of a file of conversations or prompts; [] without a file. Raises UserError with file and line.
+    """
+    return list(read_records(path, check_question)) if path else []
 
 
 def check_question(record: dict, where: str):
-    """Raise UserError unless record is a conversation whose "answer", "choices" and "task" are text where they are given."""
+    """Raise UserError unless record is a conversation; "answer", "choices" and "task", where given, must be text."""
     check_conversation(record, where)
     answer, choices = record.get("answer"), record.get("choices", [])
     if answer is not None:
         check_text(answer, where, '"answer"')
-        if not any(character.isalnum() for character in answer):
-            raise UserError(f'{where}: "answer" is {answer!r}; leave the key out where no single answer is right')
+        check_answer(answer, where)
     if not isinstance(choices, list):
         raise UserError(f'{where}: "choices" must be a list of texts')
     for choice in choices:
@@ -79,8 +81,8 @@ def fit_context(tokenizer, messages: list, limit: int) -> tuple:
         rest = rest[second_turn:]
 
 
-def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0, batch_size: int = 128) -> tuple:
+def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, batch_size: int = 128) -> tuple:
     """Let the model answer each record's prompt -> (texts, token counts, whether each ended by itself).
 
     Where prompt and reply do not fit the context, the oldest turns are dropped; a prompt whose last turn alone does not
@@ -97,7 +99,8 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
         shortened += len(kept) < len(messages) and len(tokens) <= context - max_new_tokens
     order = [i for i in range(len(prompts)) if len(prompts[i]) <= context - max_new_tokens]
     if shortened:
-        say(f"{shortened:,} of {len(records):,} questions lost their oldest turns: with {max_new_tokens} tokens of reply the model's context is {context:,}")
+        say(f"{shortened:,} of {len(records):,} questions lost their oldest turns: "
+            f"with {max_new_tokens} tokens of reply the model's context is {context:,}")
     if len(order) < len(records):
         say(f"{len(records) - len(order):,} of {len(records):,} questions were not asked and count as not answered: "
             f"with {max_new_tokens} tokens of reply they do not fit the model's context of {context:,}")
@@ -129,22 +132,37 @@ def score(records: list, texts: list, counts: list, stopped: list) -> dict:
         if record.get("answer") is not None:
             right.append(is_correct(text, record))
             by_task.setdefault(record.get("task") or "other", []).append(right[-1])
-    mean = lambda values: sum(values) / len(values) if values else None
-    return {"accuracy": mean(right), "accuracy_by_task": {task: mean(v) for task, v in by_task.items()}, "stopped": mean(stopped),
-            "reply_tokens": mean(counts), "gold_reward": mean([gold_reward(t, r) for t, r in zip(texts, records)])}
+    def mean(values):
+        return sum(values) / len(values) if values else None
+
+    return {"accuracy": mean(right), "accuracy_by_task": {task: mean(values) for task, values in by_task.items()},
+            "stopped": mean(stopped), "reply_tokens": mean(counts),
+            "gold_reward": mean([gold_reward(text, record) for text, record in zip(texts, records)])}
 
 
 def answer_questions(model, tokenizer, records: list, device, **options) -> dict:
-    """score() of the model's replies (options as in reply_to), and the replies themselves under "replies"."""
+    """score() of the model's replies (options: reply_to's) and "replies": [[question, reply], ...]; {} of no records.
+    """
+    if not records:
+        return {}
     texts, counts, stopped = reply_to(model, tokenizer, records, device, **options)
-    return {**score(records, texts, counts, stopped), "replies": texts}
+    asked = [prompt_messages(record) for record in records]
+    replies = [[messages[-1]["content"] if messages else "", text] for messages, text in zip(asked, texts)]
+    return {**score(records, texts, counts, stopped), "replies": replies}
 
 
-def continuations(model, tokenizer, dataset, device, count: int = 4, prompt_tokens: int = 12, max_new_tokens: int = 40) -> str:
-    """The model goes on from the beginnings of a few held-out documents, as lines of text."""
+def continuations(model, tokenizer, dataset, device, count: int = 4, prompt_tokens: int = 12,
+                  max_new_tokens: int = 40) -> str:
+    """How the model continues the first tokens of a few held-out documents, as lines of text."""
     count = min(count, len(dataset))
     prompts = [dataset[i * len(dataset) // count][0][:prompt_tokens].tolist() for i in range(count)]
     with autocast(device):
-        rollout = generate(model, prompts, max_new_tokens, tokenizer.endoftext_id, temperature=0.0, pad_id=tokenizer.pad_id)
-    clean = lambda ids: tokenizer.decode([i for i in ids if i != tokenizer.endoftext_id])
-    return "\n".join(f"{clean(p)} >>> {clean(r)}".replace("\n", " ") for p, r in zip(prompts, rollout.responses()))
+        rollout = generate(model, prompts, max_new_tokens, tokenizer.endoftext_id, temperature=0.0,
+                           pad_id=tokenizer.pad_id)
+    lines = []
+    for prompt, response in zip(prompts, rollout.responses()):
+        response = [token for token in response if token != tokenizer.endoftext_id]
+        # a document starts with <|endoftext|>
+        line = f"{tokenizer.decode(prompt[1:])} >>> {tokenizer.decode(response)}"
+        lines.append(line.replace("\n", " "))
+    return "\n".join(lines)

@@ -1,23 +1,22 @@
 """Sampling from a model with a key/value cache.
 
-Prompts are padded on the left, so that all rows write the same cache position; each prompt is run once for its whole
-group of samples; rows that have ended leave the batch. On CUDA a decoding step is a graph that is captured once and then
-replayed, and the program looks only now and then whether the rows have ended: to look is to wait for the device.
+Prompts are padded on the left, so that all rows write the same cache position. Each prompt is run once for its whole
+group of samples. Rows that have ended leave the batch. On CUDA a decoding step is a graph, captured once and then
+replayed (cuda_graph.py), and the program checks only now and then which rows have ended, because each check waits for
+the device.
 """
 
 import contextlib
-import functools
-import warnings
 from dataclasses import dataclass
 
 import torch
 
+from minillm.cuda_graph import StaticStep
 from minillm.errors import UserError
 from minillm.model import KVCache
 
-BUCKET = 128  # positions by which a captured step's attention grows
-LOOK = 16  # tokens between two looks at which rows have ended, where a look has to wait for the device
-FEW = 16, 2**21  # rows and parameters, up to which a CPU is faster in float32: to start a bf16 product costs it more than the product
+CHECK_EVERY = 16  # tokens between two checks of which rows have ended, where a check waits for the device
+FEW_ROWS, FEW_WEIGHTS = 16, 2**21  # up to here a CPU decodes faster in float32: to start a bf16 product costs too much
 
 
 @dataclass
@@ -25,7 +24,8 @@ class Rollout:
     """What was sampled, one row per sample, padded on the right (so a plain causal forward pass scores it).
 
     tokens (B, T): prompt, response, padding. response_mask (B, T) bool: True on the response, its end token included.
-    logprobs (B, T) float32: log-probability of each response token under the distribution that it was drawn from, 0 elsewhere.
+    logprobs (B, T) float32: log-probability of each response token under the distribution that it was drawn from, and 0
+    elsewhere. Training computes its own, so that both sides of a ratio come from one kernel; tests compare the two.
     """
 
     tokens: torch.Tensor
@@ -37,6 +37,11 @@ class Rollout:
         """(B,): tokens of prompt and response together."""
         places = torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)
         return (places * self.response_mask).amax(dim=1)
+
+    @property
+    def n_tokens(self) -> int:
+        """Sampled tokens."""
+        return int(self.response_mask.sum())
 
     def responses(self) -> list:
         """The response of each row as a list of token ids, the end token included."""
@@ -68,8 +73,8 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
         dropped[:, 0] = False
         ordered = torch.log_softmax(ordered.masked_fill(dropped, -torch.inf), dim=-1)
         logprobs = torch.empty_like(ordered).scatter_(1, order, ordered)
-    # A race: the token whose exponential clock, with its probability as rate, rings first. It is torch.multinomial without
-    # its checks, which wait for the device.
+    # A race between exponential clocks with the probabilities as rates: the first to ring wins. torch.multinomial does
+    # the same, but with checks that wait for the device.
     clocks = torch.empty_like(logprobs).exponential_(generator=generator).clamp_(min=torch.finfo(logprobs.dtype).tiny)
     tokens = (logprobs.exp() / clocks).argmax(dim=-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
@@ -77,7 +82,7 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Dropout off inside the block (a LoRA may have it), the mode of before after it."""
+    """Inside the block dropout is off (a LoRA may have it); after it the model is in the mode it was in."""
     training = model.training
     model.eval()
     try:
@@ -88,8 +93,7 @@ def eval_mode(model):
 
 @contextlib.contextmanager
 def _own_copies():
-    """The bf16 copies of weights that autocast keeps are this generation's alone: a weight may have changed since older ones were
-    made, or change before they would be used again."""
+    """Autocast's bf16 copies of the weights live for this generation only: the weights change before and after it."""
     torch.clear_autocast_cache()
     try:
         yield
@@ -99,16 +103,16 @@ def _own_copies():
 
 @contextlib.contextmanager
 def _decoding(model, rows: int):
-    """So many rows are decoded here: without gradients, and without autocast where a CPU is faster so."""
+    """Decode this many rows without gradients, and in float32 where that is faster (few rows on a CPU)."""
     weights = list(model.parameters())
     kind = weights[0].device.type
-    few = kind == "cpu" and rows <= FEW[0] and sum(w.numel() for w in weights) <= FEW[1]
+    few = kind == "cpu" and rows <= FEW_ROWS and sum(w.numel() for w in weights) <= FEW_WEIGHTS
     if few or not torch.is_autocast_enabled(kind):
-        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # cheaper than no_grad: a tenth of a small model's step
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # a tenth faster than no_grad on small models
             yield
         return
-    # Autocast keeps its bf16 copy of a weight, instead of making it for every token again, only outside inference_mode, and only
-    # of weights that require a gradient.
+    # Autocast keeps its bf16 copy of a weight, instead of making a new one for every token, only outside inference_mode
+    # and only of weights that require a gradient.
     frozen = [w for w in weights if not w.requires_grad]
     try:
         for w in frozen:
@@ -125,90 +129,17 @@ def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVC
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
     if prompt_length + max_new_tokens > context:
-        raise UserError(f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones do not fit the model's context of "
-                        f"{context:,}; shorten the prompt or ask for fewer new tokens")
+        raise UserError(f"a prompt of {prompt_length:,} tokens and {max_new_tokens:,} new ones do not fit the model's "
+                        f"context of {context:,}; shorten the prompt or ask for fewer new tokens")
     weight = next(model.parameters())
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return KVCache(model.config, rows, prompt_length + max_new_tokens, weight.device, dtype)
 
 
-class StaticCache(KVCache):
-    """A KVCache for a step that is the same program for every token: `length` is a tensor on the device, and attention
-    runs over the first `size` positions, of which those to come are not valid yet."""
-
-    def __init__(self, cache: KVCache, size: int):
-        self.__dict__.update(cache.__dict__)
-        self.size, self.length = size, torch.full((1,), cache.length, device=cache.valid.device)
-
-    def extend(self, tokens, attention_mask=None):
-        self.valid.index_fill_(1, self.length, True)
-        return self.valid[:, :self.size]
-
-    def append(self, layer: int, keys, values):
-        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            stored.index_copy_(2, self.length, new.to(stored.dtype))
-        return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
-
-
-@functools.cache
-def _capture_stream(device):
-    """One for all captures: cuBLAS keeps a workspace for every stream that it was ever used on."""
-    return torch.cuda.Stream(device)
-
-
-class StaticStep:
-    """The twin of `model(tokens[:, None], cache=cache)[:, -1]` that a CUDA graph can hold; elsewhere it runs as it stands.
-
-    The first step of a bucket runs as it stands, the second is captured, and from then on it is replayed.
-    """
-
-    newest = None  # of all graphs: the next one is captured into its memory, which PyTorch would give back late and in pieces
-
-    def __init__(self, model, cache: KVCache):
-        self.model, self.cache = model, cache
-        self.static = self.graph = self.logits = None
-        self.captures = cache.valid.is_cuda
-        self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.valid.device)
-
-    def forward(self):
-        return self.model(self.tokens, cache=self.static)[:, -1]
-
-    def capture(self):
-        self.graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.tokens.device)
-        pool = (StaticStep.newest.pool(),) if StaticStep.newest else ()
-        stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(stream):
-                self.graph.capture_begin(*pool, capture_error_mode="thread_local")  # the thread that makes batches ahead goes on
-                try:
-                    self.logits = self.forward()  # recorded, not computed
-                finally:
-                    self.graph.capture_end()
-                    StaticStep.newest = self.graph
-        except RuntimeError as error:
-            warnings.warn(f"decoding goes on without a CUDA graph, which is slower: {error}")
-            self.captures = False
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def __call__(self, tokens):
-        """tokens (B,) -> logits (B, V); the next call may overwrite them."""
-        self.tokens.copy_(tokens[:, None])
-        new_bucket = self.static is None or self.cache.length == self.static.size
-        if new_bucket:
-            size = min((self.cache.length // BUCKET + 1) * BUCKET, self.cache.valid.shape[1])
-            self.static, self.graph = StaticCache(self.cache, size), None
-        self.cache.length += 1
-        if self.captures and not new_bucket and self.graph is None:
-            self.capture()
-        if new_bucket or not self.captures:
-            return self.forward()
-        self.graph.replay()
-        return self.logits
-
-
 def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
-             top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None, static: bool | None = None) -> Rollout:
+             top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None,
+             static: bool | None = None) -> Rollout:
     """Sample group_size responses to each prompt (a list of token ids); rows of a group stand together.
 
     A response ends with end_id or after max_new_tokens. static: decode with StaticStep (default: on CUDA).
@@ -239,15 +170,15 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         step = StaticStep(model, cache) if static else None
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
-            responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # after its end a row's are masked out below
+            responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # what follows an end is masked out below
             running = running & (tokens != end_id)
             if t + 1 == max_new_tokens:
                 break
-            if not static or t % LOOK == LOOK - 1:
+            if not static or t % CHECK_EVERY == CHECK_EVERY - 1:
                 alive = int(running.sum())
                 if alive == 0:
                     break
-                if alive < (0.5 if static else 0.75) * len(rows):  # copying the cache pays when a good part of the rows has ended
+                if alive < (0.5 if static else 0.75) * len(rows):  # copying the cache pays when many rows have ended
                     keep = running.nonzero()[:, 0]
                     cache.select(keep)
                     rows, tokens, running = rows[keep], tokens[keep], running[keep]
@@ -256,7 +187,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
 
     ended = responses == end_id
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)  # up to its first end token
-    # Left padding out, right padding in: column c of the result is column c + padding of [padding, prompt, response].
+    # From left to right padding: column c of the result is column c + padding of [padding, prompt, response].
     prompt_lengths = prompt_lengths.repeat_interleave(group_size)[:, None]  # (N, 1)
     ends = prompt_lengths + lengths[:, None]
     column = torch.arange(int(ends.max()), device=device)
@@ -267,7 +198,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     return Rollout(tokens.masked_fill(column >= ends, pad_id), response_mask, logprobs.masked_fill(~response_mask, 0.0))
 
 
-def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0, generator=None):
+def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
+           generator=None):
     """Yield the tokens of one response as they are sampled; the end token is not yielded. Raises as generate does."""
     if not prompt:
         raise ValueError("the prompt needs at least one token")
@@ -276,7 +208,7 @@ def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: f
     tokens = torch.tensor([prompt], device=cache.valid.device)
     with eval_mode(model), _own_copies():
         for _ in range(max_new_tokens):
-            with _decoding(model, 1):  # not around the yield: what the caller does there is not decoding
+            with _decoding(model, 1):  # not around the yield: what the caller does meanwhile is not decoding
                 logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
                 tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
             token = tokens.item()

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillm.checkpoint import (ARCHITECTURES, check_weights, checkpoint_folder, config_from_json, config_to_json, load_json,
+from minillm.checkpoint import (ARCHITECTURES, check_weights, checkpoint_folder, config_from_json, config_to_json,
                                 load_weights, save_folder)
 from minillm.errors import UserError
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
+from minillm.safetensors import load_json
 
 
 class _ScalarModel(nn.Module):
@@ -22,7 +23,7 @@ class _ScalarModel(nn.Module):
         super().__init__()
         self.config, self.model = config, backbone
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        # arXiv 2009.01325, appendix B.1: variance 1 / (D + 1), so that scores begin near 1 in size.
+        # arXiv 2009.01325, appendix B.1: variance 1 / (D + 1), so that scores start near 1 in size.
         nn.init.normal_(self.score.weight, std=(config.hidden_size + 1) ** -0.5)
         self.to(backbone.embed_tokens.weight.device)
 
@@ -44,7 +45,7 @@ class RewardModel(_ScalarModel):
         """tokens (B, T) padded on the right, lengths (B,) without the padding -> scores (B,) float32.
 
         Attention is causal, so what follows the last token changes nothing and needs no mask. The last token is found
-        by length: a search for the pad id would go wrong with a tokenizer whose pad is its end token.
+        by length: a search for the pad id goes wrong where the tokenizer's pad is also its end token.
         """
         return self.read(self.model(tokens), lengths)
 
@@ -55,6 +56,26 @@ class RewardModel(_ScalarModel):
 
 class ValueModel(_ScalarModel):
     """One value for each token: the return that is expected after having seen the sequence up to it."""
+
+    def __init__(self, config: ModelConfig, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.bias = nn.Parameter(torch.zeros((), device=self.score.weight.device))
+
+    @classmethod
+    def from_reward_model(cls, reward_model: RewardModel):
+        """A value model that starts as this reward model, whose backbone and head it takes over."""
+        model = cls(reward_model.config, reward_model.model)
+        model.score = reward_model.score
+        return model
+
+    @torch.no_grad()
+    def normalise(self, mean: float, std: float):
+        """Expect (score - mean) / std where it expected the score."""
+        self.score.weight /= std
+        self.bias.copy_((self.bias - mean) / std)
+
+    def scores(self, hidden):
+        return super().scores(hidden) + self.bias
 
     def forward(self, tokens):
         """tokens (B, T) padded on the right -> values (B, T) float32."""
@@ -75,20 +96,22 @@ def is_reward_model(folder) -> bool:
     return path.is_file() and "SequenceClassification" in str((load_json(path).get("architectures") or [""])[0])
 
 
-def load_reward_model(folder, device="cpu", cls=RewardModel):
-    """The reward model of a folder; with cls=ValueModel a value model that starts from its weights.
+def load_reward_model(folder, device="cpu") -> RewardModel:
+    """The reward model of a folder.
 
-    Raises UserError when the folder is no one-label classifier of a supported architecture, or when its weights do not fit.
+    Raises UserError when the folder is no one-label classifier of a supported architecture, or its weights do not fit.
     """
     folder = checkpoint_folder(Path(folder))
     document = load_json(folder / "config.json")
     if not is_reward_model(folder):
-        raise UserError(f"{folder} is no reward model (it holds {document.get('architectures')}); python train_reward.py makes one")
+        raise UserError(f"{folder} is no reward model (it holds {document.get('architectures')}); "
+                        "python train_reward.py makes one")
     config = config_from_json(document, folder / "config.json")
     stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     with torch.device("meta"):
-        model = cls(config, Backbone(config))
+        model = RewardModel(config, Backbone(config))
     check_weights(model.state_dict(), stored, folder)
-    model.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in stored.items()}, assign=True)
+    weights = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in stored.items()}
+    model.load_state_dict(weights, assign=True)
     model.model.rotary = RotaryEmbedding(config).to(device)
     return model

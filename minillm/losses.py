@@ -18,172 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How many logits head_logprobs makes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
-# keep it busy (64 MiB).
-LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24}
+from minillm.logprobs import check_sequences, check_shapes, denominator, fp32, masked, token_logprobs
 
 
-# ---------------------------------------------------------------- small tools
-
-def _fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    # torch.where and not x * mask: inf * 0 and NaN * 0 are NaN, forward and backward.
-    return torch.where(mask, _fp32(x), 0.0)
-
-
-def _count(given, default):
-    n = default if given is None else given
-    return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
-
-
-def _check(shape: str, **tensors: Tensor) -> None:
-    """Broadcasting turns a wrong shape into a wrong number without a word, so every shape is checked."""
-    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    one, *others = set(shapes.values())
-    if others or (shape != "..." and len(one) != len(shape.split(","))):
-        raise ValueError(f"expected one shape ({shape}), got " + ", ".join(f"{k} {v}" for k, v in shapes.items()))
-    for name, x in tensors.items():
-        if name.endswith("mask") and x.dtype != torch.bool:
-            raise ValueError(f"{name} must be a bool tensor, got {x.dtype}")
-
-
-def _check_sequences(name: str, states: Tensor, tokens: Tensor, temperature: float = 1.0) -> None:
-    if states.dim() != 3 or tokens.shape != states.shape[:2]:
-        shapes = f"{tuple(states.shape)} and {tuple(tokens.shape)}"
-        raise ValueError(f"expected {name} (B, T, ...) and tokens (B, T), got {shapes}")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}: greedy decoding has no logprobs")
-
-
-def _check_head(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> None:
-    _check_sequences("hidden", hidden, tokens, temperature)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(f"expected weight (V, {hidden.shape[2]}), got {tuple(weight.shape)}")
-
-
-# ---------------------------------------------------------------- log-probabilities and supervised fine-tuning
-
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token given the tokens before it: the one place that shifts.
-
-    logprobs[b, t] = log_softmax(logits[b, t] / temperature)[tokens[b, t + 1]]
-
-    logits (B, T, V): the model's output; row t predicts token t + 1, so the last row is not used.
-    tokens (B, T): integer token ids. A mask (B, T) belongs beside the result as mask[:, 1:].
-    temperature: that of the distribution which sampled the tokens; it divides the logits, not the logprobs.
-    Returns (B, T - 1). Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0.
-    """
-    _check_sequences("logits", logits, tokens, temperature)
-    logits = _fp32(logits[:, :-1])
-    if temperature != 1.0:
-        logits = logits / temperature
-    return F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None].long())[..., 0]
-
-
-def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None) -> Tensor:
-    """token_logprobs(hidden @ weight.T, tokens, temperature) without ever holding the (B, T, V) logits.
-
-    The logits are made a chunk of tokens at a time, forward, and made again backward, so that memory does not grow
-    with tokens x vocabulary (the idea of Cut Your Losses, arXiv 2411.09009, in plain PyTorch). Matrix products run
-    in the dtype of hidden, or in autocast's; log-softmax in float32; the weight's gradient is summed in float32.
-    A token whose logprob gets gradient 0 (masked by the loss) adds nothing at all, even if its hidden state is NaN.
-
-    hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
-    tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
-    mask (B, T - 1) bool, optional: the tokens that are wanted; the others' logprobs are 0, and on a CPU cost nothing.
-    Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0, a mask that is not bool.
-    """
-    _check_head(hidden, weight, tokens, temperature)
-    batch, length, width = hidden.shape
-    states, targets = hidden[:, :-1], tokens[:, 1:].long()
-    if mask is not None:
-        _check("B, T", mask=mask, tokens=targets)
-        if _picks_rows(hidden):
-            picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
-            return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
-    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
-    logprobs = logprobs.view(batch, max(length - 1, 0))
-    return logprobs if mask is None else _masked(logprobs, mask)
-
-
-def _picks_rows(x: Tensor) -> bool:
-    # Elsewhere, to pick out the rows of a mask, the program would have to wait for their number.
-    return x.device.type == "cpu"
-
-
-class _HeadLogprobs(torch.autograd.Function):
-    """hidden (N, D), weight (V, D), targets (N,) -> logprobs (N,), in chunks of rows."""
-
-    @staticmethod
-    def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-        # At least 512 rows: each chunk adds to the weight's gradient, which is as large as the vocabulary.
-        logits = LOGITS_PER_CHUNK["cpu" if hidden.device.type == "cpu" else "gpu"]
-        size = max(logits // weight.shape[0], 512)
-        return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.temperature = temperature
-        ctx.save_for_backward(hidden, weight, targets)
-        logprobs = torch.empty(hidden.shape[0], dtype=_fp32(hidden[:0]).dtype, device=hidden.device)
-        with torch.autocast(device, enabled=False):
-            head = weight.to(ctx.dtype)
-            for rows in _HeadLogprobs.chunks(hidden, weight):
-                logits = _fp32(hidden[rows].to(ctx.dtype) @ head.T).div_(temperature)
-                logprobs[rows] = logits.log_softmax(-1).gather(-1, targets[rows, None])[:, 0]
-        return logprobs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(ctx.dtype)
-            for rows in _HeadLogprobs.chunks(hidden, weight):
-                g = grad[rows, None]
-                states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
-                # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = _fp32(states @ head.T).div_(ctx.temperature).softmax(-1).mul_(-g)
-                grad_logits.scatter_add_(-1, targets[rows, None], g)
-                grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
-                if need_hidden:
-                    grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
-                if need_weight:
-                    grad_weight += grad_logits.T @ states
-        return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None, None
-
-
-@torch.no_grad()
-def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean entropy, in nats, of the distributions that the masked tokens were drawn from.
-
-    entropy = -sum_v p_v log p_v, with p = softmax(hidden[b, t] @ weight.T / temperature) for a token at t + 1
-
-    hidden (B, T, D), weight (V, D), temperature: as in head_logprobs, and in chunks as there.  mask (B, T - 1) bool, as
-    beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
-    Raises ValueError for shapes that do not fit or a mask that is not bool. From whole distributions: a mean of
-    -logprob over sampled tokens is a noisy estimate of it, and after an update not even that.
-    """
-    _check("B, T", mask=mask, hidden=hidden[:, :-1, 0])
-    states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
-    if _picks_rows(hidden):
-        states, mask = states[mask], mask[mask]
-    states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
-    for rows in _HeadLogprobs.chunks(states, weight):
-        logprobs = (_fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
-        total = total - _masked((logprobs.exp() * logprobs).sum(-1), mask[rows]).sum()
-    return total / mask.sum().clamp(min=1)
-
+# Supervised fine-tuning
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
     """Cross-entropy on the tokens that are supervised: pretraining (all of them) and SFT (what the assistant says).
@@ -196,27 +34,15 @@ def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -
     Returns a scalar. Raises ValueError for shapes that do not fit or a mask that is not bool.
     The mean is over tokens, not over conversations: a long answer weighs more than a short one.
     """
-    _check("B, T", tokens=tokens, loss_mask=loss_mask)
-    _check_sequences("logits", logits, tokens)
+    check_shapes("B, T", tokens=tokens, loss_mask=loss_mask)
+    check_sequences("logits", logits, tokens)
     # log_softmax turns an inf or NaN into NaN gradients even where nothing is to be predicted: clear those rows.
     logits = logits.masked_fill(~loss_mask.roll(-1, dims=1)[..., None], 0.0)
     mask = loss_mask[:, 1:]
-    return -_masked(token_logprobs(logits, tokens), mask).sum() / _count(n_tokens, mask.sum())
+    return -masked(token_logprobs(logits, tokens), mask).sum() / denominator(n_tokens, mask.sum())
 
 
-def sft_loss_from_hidden(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
-    """sft_loss(hidden @ weight.T, tokens, loss_mask, n_tokens): the same number, with the logits of head_logprobs.
-
-    hidden (B, T, D), weight (V, D): as in head_logprobs; the rest as in sft_loss. What this saves is the logits of
-    tokens that nobody supervises (in a conversation most of them), and memory: a chunk of logits is held at a time.
-    """
-    _check("B, T", tokens=tokens, loss_mask=loss_mask)
-    _check_head(hidden, weight, tokens)
-    mask = loss_mask[:, 1:]
-    return -head_logprobs(hidden, weight, tokens, mask=mask).sum() / _count(n_tokens, mask.sum())
-
-
-# ---------------------------------------------------------------- preferences
+# Preferences
 
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=None, n_pairs=None) -> Tensor:
     """Bradley-Terry: the chosen answer should score higher than the rejected one.
@@ -229,13 +55,13 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=None, n
     Returns a scalar. Raises ValueError for shapes that do not fit.
     Rewards are fixed only up to a constant: no term here centres them.
     """
-    _check("B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
-    difference = _fp32(chosen_rewards) - _fp32(rejected_rewards)
+    check_shapes("B", chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    difference = fp32(chosen_rewards) - fp32(rejected_rewards)
     if margin is not None:
         if isinstance(margin, Tensor):
-            _check("B", chosen_rewards=chosen_rewards, margin=margin)
+            check_shapes("B", chosen_rewards=chosen_rewards, margin=margin)
         difference = difference - margin
-    return -F.logsigmoid(difference).sum() / _count(n_pairs, len(difference))
+    return -F.logsigmoid(difference).sum() / denominator(n_pairs, len(difference))
 
 
 def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, ref_chosen_logprobs: Tensor,
@@ -247,8 +73,9 @@ def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
     z                = chosen_rewards - rejected_rewards
     loss             = mean(-(1 - label_smoothing) * log sigmoid(z) - label_smoothing * log sigmoid(-z))
 
-    The four logprobs (B,): summed over the tokens of the answer, not averaged.  beta > 0: how dear it is to leave the
-    reference.  label_smoothing: the probability that a label is wrong.  n_pairs: pairs of the whole optimizer step.
+    The four logprobs (B,): summed over the tokens of the answer, not averaged.  beta > 0: how strongly the
+    policy is held to the reference.  label_smoothing: the probability that a label is wrong.  n_pairs: pairs of the
+    whole optimizer step.
     Returns (scalar, stats): means of chosen_rewards, rejected_rewards, accuracy (share with z > 0) and margin (z).
     Raises ValueError for shapes that do not fit, beta <= 0, label_smoothing outside 0..1.
     """
@@ -257,7 +84,7 @@ def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
     z, stats = _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs,
                                  ref_rejected_logprobs, beta)
     losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
-    return losses.sum() / _count(n_pairs, len(z)), stats
+    return losses.sum() / denominator(n_pairs, len(z)), stats
 
 
 def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, ref_chosen_logprobs: Tensor,
@@ -275,23 +102,23 @@ def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
     z, stats = _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs,
                                  ref_rejected_logprobs, beta)
     losses = (z / beta - 1 / (2 * beta)) ** 2
-    return losses.sum() / _count(n_pairs, len(z)), stats
+    return losses.sum() / denominator(n_pairs, len(z)), stats
 
 
 def _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
                       beta):
-    _check("B", policy_chosen_logprobs=policy_chosen_logprobs, policy_rejected_logprobs=policy_rejected_logprobs,
+    check_shapes("B", policy_chosen_logprobs=policy_chosen_logprobs, policy_rejected_logprobs=policy_rejected_logprobs,
            ref_chosen_logprobs=ref_chosen_logprobs, ref_rejected_logprobs=ref_rejected_logprobs)
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
-    chosen_rewards = beta * (_fp32(policy_chosen_logprobs) - _fp32(ref_chosen_logprobs.detach()))
-    rejected_rewards = beta * (_fp32(policy_rejected_logprobs) - _fp32(ref_rejected_logprobs.detach()))
+    chosen_rewards = beta * (fp32(policy_chosen_logprobs) - fp32(ref_chosen_logprobs.detach()))
+    rejected_rewards = beta * (fp32(policy_rejected_logprobs) - fp32(ref_rejected_logprobs.detach()))
     z = chosen_rewards - rejected_rewards
     stats = {"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards, "accuracy": z > 0, "margin": z}
     return z, {name: x.detach().sum() / max(len(z), 1) for name, x in stats.items()}
 
 
-# ---------------------------------------------------------------- reinforcement learning: KL, advantages
+# Reinforcement learning: KL, advantages
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL(policy || ref) from sampled tokens, the plain estimator: unbiased, but single values may be negative.
@@ -302,8 +129,8 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     logprobs, ref_logprobs: any one shape, of tokens sampled from the policy. Returns that shape.
     Raises ValueError for different shapes. What PPO takes off the reward of every token.
     """
-    _check("...", logprobs=logprobs, ref_logprobs=ref_logprobs)
-    return _fp32(logprobs) - _fp32(ref_logprobs)
+    check_shapes("...", logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return fp32(logprobs) - fp32(ref_logprobs)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -330,10 +157,10 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     The paper does not say which std; here it has Bessel's correction, as in most code. Dr. GRPO only centres:
     rewards - rewards.mean(1, keepdim=True).
     """
-    _check("N, G", rewards=rewards)
+    check_shapes("N, G", rewards=rewards)
     if rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 answers to compare, got rewards {tuple(rewards.shape)}")
-    rewards = _fp32(rewards)
+    rewards = fp32(rewards)
     # Measured from the first one: the rounded mean of equal rewards can differ from each of them, and eps is small.
     rewards = rewards - rewards[:, :1]
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
@@ -355,8 +182,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
     An answer ends with its last token: the value after it is 0 even if the length limit cut it off. Tokens outside the
     mask are stepped over, wherever they are.
     """
-    _check("B, T", rewards=rewards, values=values, mask=mask)
-    rewards, values = _masked(rewards, mask), _masked(values, mask)
+    check_shapes("B, T", rewards=rewards, values=values, mask=mask)
+    rewards, values = masked(rewards, mask), masked(values, mask)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(len(values))
     for t in reversed(range(values.shape[1])):
@@ -364,27 +191,34 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
         advantages[:, t] = delta + gamma * gae_lambda * next_advantage
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         next_advantage = torch.where(mask[:, t], advantages[:, t], next_advantage)
-    return _masked(advantages, mask), _masked(advantages + values, mask)
+    return masked(advantages, mask), masked(advantages + values, mask)
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
     """Shifts and scales to mean 0 and variance 1 over all masked positions of the batch.
 
     Source: the code of arXiv 1909.08593 (Ziegler et al.), as told in arXiv 2403.17031 (N+ details of RLHF with PPO).
     whitened = (x - mean) * rsqrt(variance + 1e-8)
 
-    x (B, T).  mask (B, T) bool. Returns (B, T), 0 outside the mask.
+    x (B, T).  mask (B, T) bool.  reduce, optional: adds a tensor up over all processes, whose positions then count
+    together. Returns (B, T), 0 outside the mask.
     Raises ValueError for shapes that do not fit or a mask that is not bool.
     The variance is the unbiased one (n - 1). Equal values (up to rounding) and a single one become 0.
     """
-    _check("B, T", x=x, mask=mask)
-    x, n = _masked(x, mask), mask.sum()
-    centred = _masked(x - x.sum() / n.clamp(min=1), mask)
-    variance = (centred**2).sum() / (n - 1).clamp(min=1)
+    check_shapes("B, T", x=x, mask=mask)
+    x = masked(x, mask)
+    total, n = x.sum(), mask.sum().to(x.dtype)
+    if reduce:
+        total, n = reduce(torch.stack([total, n]))
+    centred = masked(x - total / n.clamp(min=1), mask)
+    squares = (centred**2).sum()
+    if reduce:
+        squares = reduce(squares[None])[0]
+    variance = squares / (n - 1).clamp(min=1)
     return centred * torch.rsqrt(variance + 1e-8)
 
 
-# ---------------------------------------------------------------- reinforcement learning: policy and value losses
+# Reinforcement learning: policy and value losses
 
 def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps_low, clip_eps_high, beta):
     """What the four policy losses share: the loss of each token (B, T), 0 outside the mask, and the stats.
@@ -396,12 +230,12 @@ def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, c
         tensors["ref_logprobs"] = ref_logprobs
     elif beta:
         raise ValueError(f"beta {beta} asks for a KL term, so ref_logprobs must be given")
-    _check("B, T", **tensors)
+    check_shapes("B, T", **tensors)
 
     # Masked before anything else: outside the mask the ratio is then 1 and the advantage, KL and gradient are 0.
-    logprobs = _masked(logprobs, mask)
-    old_logprobs = _masked(old_logprobs.detach(), mask)
-    advantages = _masked(advantages.detach(), mask)
+    logprobs = masked(logprobs, mask)
+    old_logprobs = masked(old_logprobs.detach(), mask)
+    advantages = masked(advantages.detach(), mask)
 
     ratio = (logprobs - old_logprobs).exp()
     unclipped = ratio * advantages
@@ -410,11 +244,11 @@ def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, c
 
     stats = {"approx_kl": kl_k3(old_logprobs, logprobs), "clip_fraction": clipped < unclipped, "ratio_mean": ratio}
     if ref_logprobs is not None:
-        stats["kl"] = kl_k3(logprobs if beta else logprobs.detach(), _masked(ref_logprobs.detach(), mask))
+        stats["kl"] = kl_k3(logprobs if beta else logprobs.detach(), masked(ref_logprobs.detach(), mask))
         if beta:
             losses = losses + beta * stats["kl"]
     n_tokens = mask.sum().clamp(min=1)
-    return losses, {name: _masked(x.detach(), mask).sum() / n_tokens for name, x in stats.items()}
+    return losses, {name: masked(x.detach(), mask).sum() / n_tokens for name, x in stats.items()}
 
 
 def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -444,7 +278,7 @@ def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | Non
     losses, stats = _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, _per_token(advantages, mask), mask,
                                        clip_eps, clip_eps, beta)
     per_sequence = losses.sum(1) / mask.sum(1).clamp(min=1)
-    return per_sequence.sum() / _count(n_sequences, len(mask)), stats
+    return per_sequence.sum() / denominator(n_sequences, len(mask)), stats
 
 
 def dr_grpo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, advantages: Tensor, mask: Tensor,
@@ -462,7 +296,7 @@ def dr_grpo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | 
         raise ValueError(f"max_response_tokens must be at least 1, got {max_response_tokens}")
     losses, stats = _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, _per_token(advantages, mask), mask,
                                        clip_eps, clip_eps, beta)
-    return losses.sum() / (_count(n_sequences, len(mask)) * max_response_tokens), stats
+    return losses.sum() / (denominator(n_sequences, len(mask)) * max_response_tokens), stats
 
 
 def dapo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, advantages: Tensor, mask: Tensor,
@@ -480,7 +314,7 @@ def dapo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | Non
     """
     losses, stats = _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, _per_token(advantages, mask), mask,
                                        clip_eps_low, clip_eps_high, beta)
-    return losses.sum() / _count(n_tokens, mask.sum()), stats
+    return losses.sum() / denominator(n_tokens, mask.sum()), stats
 
 
 def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float = 0.2,
@@ -498,7 +332,7 @@ def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, 
     The KL to the reference is not here: RLHF takes it off the rewards (kl_k1).
     """
     losses, stats = _clipped_surrogate(logprobs, old_logprobs, None, advantages, mask, clip_eps, clip_eps, beta=0)
-    return losses.sum() / _count(n_tokens, mask.sum()), stats
+    return losses.sum() / denominator(n_tokens, mask.sum()), stats
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float = 0.2,
@@ -513,12 +347,12 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
     Returns (scalar, stats): clip_fraction (share of tokens whose gradient the clip removes), value_mean, return_mean.
     Raises ValueError for shapes that do not fit or a mask that is not bool.
     """
-    _check("B, T", values=values, old_values=old_values, returns=returns, mask=mask)
-    values = _masked(values, mask)
-    old_values, returns = _masked(old_values.detach(), mask), _masked(returns.detach(), mask)
+    check_shapes("B, T", values=values, old_values=old_values, returns=returns, mask=mask)
+    values = masked(values, mask)
+    old_values, returns = masked(old_values.detach(), mask), masked(returns.detach(), mask)
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     losses = 0.5 * torch.maximum(error, clipped_error)
     stats = {"clip_fraction": clipped_error > error, "value_mean": values.detach(), "return_mean": returns}
     stats = {name: x.sum() / mask.sum().clamp(min=1) for name, x in stats.items()}  # all 0 outside the mask
-    return losses.sum() / _count(n_tokens, mask.sum()), stats
+    return losses.sum() / denominator(n_tokens, mask.sum()), stats

@@ -1,6 +1,7 @@
-"""What a run tells: a progress bar, metrics.jsonl, tables."""
+"""What a run shows: a progress bar, metrics.jsonl, tables."""
 
 import json
+import math
 import sys
 import time
 import unicodedata
@@ -8,38 +9,52 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minillm.safetensors import atomic_write
+
 
 class Progress:
-    """Shows steps, metrics and time left, appends every logged step to OUT/metrics.jsonl, writes OUT/summary.json.
+    """Shows steps, metrics and the time left, and appends every logged step to FOLDER/metrics.jsonl.
 
     On a terminal a bar; elsewhere (a file, a pipe, CI) plain lines, at most one every five seconds.
     """
 
-    def __init__(self, out: str, total: int, start: int = 0, show: bool = True):
-        self.out, self.total, self.first, self.show = Path(out), total, start, show
-        self.began, self.tokens, self.last_line, self.last_log = time.time(), 0, 0.0, (time.time(), 0)
-        self.file = open(self.out / "metrics.jsonl", "a", encoding="utf-8") if show else None
+    def __init__(self, folder, total: int, start: int = 0, show: bool = True):
+        self.total, self.first, self.show, self.file = total, start, show, None
+        self.began, self.tokens, self.last_line, self.last_log = time.time(), 0, 0.0, time.time()
         self.bar = tqdm(total=total, initial=start, dynamic_ncols=True) if show and sys.stderr.isatty() else None
+        self.open_file(folder)
         if start and show:
             print(f"resuming after step {start} of {total}", flush=True)
-            self.file.write(json.dumps({"step": start, "resumed": True}) + "\n")
+            self._write({"step": start, "resumed": True})
 
-    def step(self, tokens: int):
-        """One optimizer step over so many tokens (padding not counted) is done."""
-        self.tokens += tokens
+    def open_file(self, folder):
+        """Go on writing to the metrics.jsonl of this folder."""
+        if self.show:
+            self.file = open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8")
+
+    def close_file(self):
+        """Let go of metrics.jsonl."""
+        if self.file:
+            self.file.close()
+
+    def _write(self, line: dict):
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def step(self):
+        """One step is done."""
         if self.bar:
             self.bar.update()
 
-    def log(self, step: int, **values):
-        """Record one optimizer step (1-based); values are plain numbers."""
+    def log(self, step: int, tokens: int = 0, **values):
+        """Record a step (counted from 1); values are plain numbers. tokens: how many there were since the last line."""
+        now = time.time()
+        if tokens:
+            values["tokens_per_s"] = round(tokens / max(now - self.last_log, 1e-6))
+            self.tokens, self.last_log = self.tokens + tokens, now
         if not self.show:
             return
-        now, (then, tokens) = time.time(), self.last_log
-        if self.tokens > tokens:
-            values["tokens_per_s"] = round((self.tokens - tokens) / (now - then))
-            self.last_log = now, self.tokens
-        self.file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self._write({"step": step, **values})
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         if self.bar:
             self.bar.set_postfix_str(text)
@@ -49,34 +64,29 @@ class Progress:
             self.last_line = now
 
     def close(self):
+        """Leave the terminal and the file in order."""
         if self.bar:
             self.bar.close()
-        if self.file:
-            self.file.close()
-
-    def interrupted(self, step: int) -> dict:
-        """Say that the run was saved, and how it goes on."""
-        self.close()
-        if self.show:
-            print(f"interrupted: saved after step {step} of {self.total}; the same command with --resume continues", flush=True)
-        return {"interrupted": True, "step": step}
-
-    def finish(self, data: dict, before: dict, after: dict, peak_memory_mb: float) -> dict:
-        """Write OUT/summary.json (what went in, before and after, MiB; seconds and tokens since the last start) and return the numbers of `after`."""
-        self.close()
-        numbers = lambda metrics: {k: v for k, v in metrics.items() if k != "replies"}
-        summary = {"data": data, "steps": self.total, "resumed_after": self.first, "tokens": self.tokens, "seconds": round(time.time() - self.began, 1),
-                   "peak_memory_mb": round(peak_memory_mb, 1), "before": numbers(before), "after": numbers(after)}
-        if self.show:
-            write_json(self.out / "summary.json", summary)
-        return {**numbers(after), "seconds": summary["seconds"]}
+        self.close_file()
 
 
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def cut_metrics(path: Path, step: int):
+    """Keep the lines of metrics.jsonl up to a step; a line torn by a crash belongs to no step."""
+    def step_of(line: bytes) -> float:
+        try:
+            return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        with atomic_write(path) as file:
+            file.writelines(line for line in lines if step_of(line) <= step)
+
+
+def numbers(metrics: dict) -> dict:
+    """An evaluation without the replies."""
+    return {name: value for name, value in metrics.items() if name != "replies"}
 
 
 def width(text: str) -> int:
@@ -86,27 +96,39 @@ def width(text: str) -> int:
 
 def table(rows: list) -> str:
     """Rows of cells (the first row is the head) as a Markdown table with aligned columns."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
     widths = [max(width(row[i]) for row in cells) for i in range(len(cells[0]))]
-    line = lambda row: "| " + " | ".join(c + " " * (w - width(c)) for c, w in zip(row, widths)) + " |"
-    return "\n".join([line(cells[0]), "|" + "|".join("-" * (w + 2) for w in widths) + "|"] + [line(r) for r in cells[1:]])
+    lines = ["| " + " | ".join(c + " " * (w - width(c)) for c, w in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def before_after(before: dict, after: dict) -> str:
-    """A table of the numbers of two evaluations; a dict among them (accuracy_by_task) becomes a row per key."""
-    rows = [["", "before", "after"]]
-    for key, value in after.items():
+def compare(columns: list, results: list) -> str:
+    """A table of several evaluations, one column each; a dict (accuracy_by_task) becomes a row per key."""
+    rows = [["", *columns]]
+    for name, value in results[-1].items():
         if isinstance(value, dict):
-            rows += [[f"  {k}", before[key].get(k, ""), v] for k, v in value.items()]
-        elif isinstance(value, (int, float)):
-            rows.append([key, before.get(key, ""), value])
+            rows += [[f"  {key}", *(result.get(name, {}).get(key, "") for result in results)] for key in value]
+        elif value is None or isinstance(value, (int, float)):
+            rows.append([name, *(result.get(name, "") for result in results)])
     return table(rows)
 
 
-def show_replies(records: list, before: list, after: list, count: int = 10) -> str:
-    """A table of a few questions (evenly spaced over the file) with the replies before and after."""
-    count = min(count, len(records))
-    picked = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]
-    cut = lambda text: text.replace("\n", " ").replace("|", "/")[:48]
-    asked = lambda record: next((m["content"] for m in reversed(record["conversations"]) if m["role"] == "user"), "")
-    return table([["question", "before", "after"]] + [[cut(asked(records[i])), cut(before[i]), cut(after[i])] for i in picked])
+def before_after(before: dict, after: dict) -> str:
+    """The table at the end of a run."""
+    return compare(["before", "after"], [before, after])
+
+
+def evenly_spaced(items: list, count: int) -> list:
+    """`count` of the items (all, where there are fewer), the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def show_replies(columns: list, replies: list, count: int = 10) -> str:
+    """A table of a few questions with the replies of each column: replies[column] = [[question, reply], ...]."""
+    def cut(text):
+        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
+
+    rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
+    return table([["question", *columns]] + rows)

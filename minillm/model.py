@@ -5,7 +5,7 @@
 Attention (Vaswani et al., arXiv 1706.03762) with rotary positions (RoPE, arXiv 2104.09864), grouped
 key/value heads (GQA, arXiv 2305.13245) and normalised queries and keys (QK-norm, arXiv 2302.05442);
 RMSNorm (arXiv 1910.07467); SwiGLU (arXiv 2002.05202). Because the names are the same, a Qwen3, Qwen2 or
-Llama folder loads here and a folder written here loads there (see checkpoint.py).
+Llama folder loads here and a folder written here loads there (see checkpoint.py). Masks and kernels: attention.py.
 
 Shape symbols: B rows, T tokens, S keys (T plus what the cache holds), H heads, K key/value heads,
 d head_dim, D hidden_size, V vocab_size.
@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from minillm import runtime
+from minillm.attention import attend, attention_mask_2d, document_block_mask, document_lengths, document_positions
 
 
 @dataclass
@@ -45,7 +47,8 @@ class ModelConfig:
         if self.model_type not in ("qwen3", "qwen2", "llama"):
             raise ValueError(f"model_type {self.model_type!r} is not one of qwen3, qwen2, llama")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value heads evenly")
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value "
+                             "heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
 
@@ -60,7 +63,7 @@ PRESETS = {
 
 
 def preset_config(name: str, vocab_size: int, context: int = 2048) -> ModelConfig:
-    """The ModelConfig of a preset, with at least `context` positions; raises KeyError for a name that is not in PRESETS."""
+    """The ModelConfig of a preset, with at least `context` positions; raises KeyError for a name not in PRESETS."""
     hidden, layers, heads, kv_heads, head_dim, mlp = PRESETS[name]
     return ModelConfig(vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
                        num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=mlp,
@@ -78,7 +81,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # Statistics in float32 also under autocast: the squares of bf16 values lose too many digits.
         normed = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
-        device = x.device.type  # under autocast the matrices that follow want bf16: cast once here, not once for each
+        device = x.device.type  # under autocast the matrices that follow take bf16: cast once here, not once for each
         return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
 
@@ -94,7 +97,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions):
-        """positions (B, T) -> cos, and sin with rotate()'s signs, both (B, 1, T, d) float32; the 1 is for the heads."""
+        """positions (B, T) -> cos, and sin with apply_rope's signs, both (B, 1, T, d) float32 (the 1: heads)."""
         angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, d/2)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -108,7 +111,7 @@ def llama3_frequencies(frequencies, scaling: dict):
     return frequencies * (keep + (1 - keep) / factor)
 
 
-def rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
     """Turn each pair (x_i, x_{i+d/2}) of the last dimension by its angle, in float32:
 
     x_i <- x_i cos - x_{i+d/2} sin    x_{i+d/2} <- x_{i+d/2} cos + x_i sin
@@ -125,14 +128,19 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, device="cpu", dtype=torch.float32):
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.valid = torch.zeros(batch, max_length, device=device, dtype=torch.bool)
         self.length = 0  # positions filled so far
         self.prefix = None  # what a learned prefix (prefix.py) computes once for all these positions
         self.padded = False  # whether any of them is padding
 
     def extend(self, tokens, attention_mask=None):
-        """Make room for tokens (B, T), whose keys are to come; (B, S) bool which stored positions are real, None if all are."""
+        """Make room for tokens (B, T), before their keys come.
+
+        Returns (B, S) bool, which of the stored positions are real tokens; None if all are.
+        """
         end = self.length + tokens.shape[1]
         if end > self.valid.shape[1]:
             raise ValueError(f"the cache holds {self.valid.shape[1]} positions; {end} are needed")
@@ -155,93 +163,6 @@ class KVCache:
         self.valid = self.valid[rows]
 
 
-def document_positions(doc_ids):
-    """doc_ids (B, T), equal within a document -> positions (B, T) that restart at 0 with each document."""
-    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    starts = torch.ones_like(doc_ids, dtype=torch.bool)
-    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix: int = 0):
-    """Who may look at whom: bool (B, 1, T, prefix + S), True = may; None when plain causal attention is enough.
-
-    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document. past: keys before
-    those of the T tokens (with attention_mask it may be a tensor, for a static cache). prefix: keys that stand before the
-    S others, and that every token looks at.
-    """
-    if attention_mask is None and doc_ids is None and (past + prefix == 0 or T == 1):
-        return None
-    S = past + T if attention_mask is None else attention_mask.shape[1]
-    query, key = past + torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
-    allowed = (key <= query)[None]  # (1, T, S)
-    if doc_ids is not None:
-        allowed = allowed & (doc_ids[:, :, None] == doc_ids[:, None, :])
-    if attention_mask is not None:
-        allowed = allowed & attention_mask[:, None, :]
-    # A padding token looks at itself: a softmax over nothing would be NaN.
-    return F.pad(allowed | (key == query)[None], (prefix, 0), value=True)[:, None]
-
-
-def document_block_mask(doc_ids, block: int = 128) -> BlockMask:
-    """attention_mask_2d for packed rows, doc_ids (B, T), as flex attention reads it (arXiv 2412.05496): which blocks of
-    queries and keys hold no allowed pair and are skipped, and which hold no other and need no mask.
-
-    It takes the first and last document of each block to know: within a row ids never fall, but for the -1 of padding at its end.
-    """
-    def same_document(b, h, query, key):
-        return (key <= query) & (doc_ids[b, query] == doc_ids[b, key])
-
-    T = doc_ids.shape[1]
-    ordered = doc_ids.masked_fill(doc_ids < 0, T)
-    first, last = ordered[:, ::block], F.pad(ordered, (0, -T % block), value=T + 1)[:, block - 1::block]  # (B, blocks)
-    query, key = torch.arange(first.shape[1], device=doc_ids.device)[:, None], torch.arange(first.shape[1], device=doc_ids.device)
-    some = (key <= query) & (last[:, None, :] >= first[:, :, None])  # (B, blocks of queries, blocks of keys)
-    whole = (key < query) & (first[:, None, :] == last[:, :, None])
-    lists = []
-    for chosen in (some & ~whole, whole):
-        chosen = chosen[:, None]  # the 1 is for the heads
-        lists += [chosen.sum(-1, dtype=torch.int32), chosen.int().argsort(dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=same_document, seq_lengths=(T, T))
-
-
-def document_lengths(doc_ids) -> list:
-    """attention_mask_2d for packed rows, doc_ids (B, T), as lists: the lengths of each row's documents, in order."""
-    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in doc_ids]
-
-
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d).
-
-    mask: as attention_mask_2d, document_block_mask or document_lengths makes it.
-    """
-    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
-    if isinstance(mask, list):  # one document after the other
-        found = []
-        for row, lengths in enumerate(mask):
-            for document in zip(*(x[row:row + 1].split(lengths, dim=2) for x in (q, k, v))):  # (1, heads, length, d) each
-                found.append(attend(*document, None))
-        return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
-    if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (T > 1 or mask is not None) and T * S <= 2**18:
-        return _attend_in_two_products(q, k, v, torch.ones(T, S, dtype=torch.bool).tril(S - T) if mask is None else mask)
-    if T == 1:  # decoding: the heads that share a key head stand where queries would, and no key is copied
-        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
-    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
-def _attend_in_two_products(q, k, v, mask):
-    """The formula as it stands: on CPUs PyTorch's fused kernel is 2 times slower than this in bf16 on short rows."""
-    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
-    q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head side by side
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
-    forbidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    weights = scores.add_(forbidden).softmax(dim=-1)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -253,7 +174,8 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=config.attention_bias and config.model_type != "qwen2")
+        o_bias = config.attention_bias and config.model_type != "qwen2"
+        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=o_bias)
         qk_norm = config.model_type == "qwen3"
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
@@ -264,7 +186,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, H, T, d)
         k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, d)
             k, v = k.to(q.dtype), v.to(q.dtype)
@@ -309,7 +231,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config)
         self.prefix = None  # prefix.py puts learned keys and values here, which every document sees before its own
-        self.recompute = False  # activation checkpointing (arXiv 1604.06174): keep each layer's input only, and run it again backward
+        self.recompute = False  # activation checkpointing (arXiv 1604.06174): run a layer again in the backward pass
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
         B, T = tokens.shape
@@ -319,7 +241,8 @@ class Backbone(nn.Module):
             if doc_ids is not None:
                 positions = document_positions(doc_ids)
             elif valid is not None:  # count real tokens only, so that padding on the left moves nothing
-                positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past + torch.arange(T, device=tokens.device)]
+                columns = past + torch.arange(T, device=tokens.device)
+                positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, columns]
             else:
                 positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
         prefix = self.prefix.length if self.prefix is not None else 0
@@ -327,7 +250,7 @@ class Backbone(nn.Module):
         if block_mask is not None and not prefix:
             mask = block_mask
         elif doc_ids is not None and valid is None and not prefix and tokens.device.type == "cpu" and T > 512:
-            mask = document_lengths(doc_ids)  # in long rows most pairs are of two documents, and CPU kernels skip none of them
+            mask = document_lengths(doc_ids)  # in long rows most pairs span two documents; CPU kernels skip none
         else:
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
@@ -350,6 +273,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self.compiled = False  # whether runtime.compile_backbone has compiled self.model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)
         for name, weight in self.named_parameters():
@@ -367,8 +291,10 @@ class CausalLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
-        """Hidden states (B, T, D) after the final norm; arguments as in forward. block_mask: document_block_mask(doc_ids)."""
-        return self.model(tokens, attention_mask, doc_ids, positions, cache, block_mask)
+        """Hidden states (B, T, D) after the final norm; arguments as in forward, and document_block_mask(doc_ids)."""
+        # Decoding never runs compiled: it has a fast path of its own (cuda_graph.py).
+        backbone = self.model.forward if self.compiled and cache is not None else self.model
+        return backbone(tokens, attention_mask, doc_ids, positions, cache, block_mask)
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
         """Logits (B, T, V); logits[:, t] predict token t + 1.
@@ -380,18 +306,19 @@ class CausalLM(nn.Module):
         return self.lm_head(self.hidden(tokens, attention_mask, doc_ids, positions, cache))
 
 
-def packed_forward(model: CausalLM, enabled: bool):
+def packed_forward(model: CausalLM, compiled: bool):
     """model.hidden for packed rows of one shape, as f(tokens, doc_ids=doc_ids).
 
-    When `enabled`, on CUDA it is compiled, with flex attention, which skips what lies outside a document; its plain twin is
-    model.hidden itself.
+    When `compiled`, and where that is possible, it is compiled, with flex attention, which skips what lies outside a
+    document; its plain twin is model.hidden itself.
     """
-    if not enabled or model.lm_head.weight.device.type != "cuda":
+    if not compiled or not runtime.can_compile(model.lm_head.weight.device):
         return model.hidden
-    compiled = torch.compile(model.hidden)
+    hidden = torch.compile(model.hidden)
 
     def forward(tokens, doc_ids):
-        blocks = document_block_mask(doc_ids) if tokens.shape[1] >= 128 else None  # flex attention has no kernel for rows below a block
-        return compiled(tokens, doc_ids=doc_ids, block_mask=blocks)
+        # flex attention has no kernel for rows shorter than a block
+        blocks = document_block_mask(doc_ids) if tokens.shape[1] >= 128 else None
+        return hidden(tokens, doc_ids=doc_ids, block_mask=blocks)
 
     return forward

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from minillm import runtime
+
 
 def make_optimizers(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95), muon: bool = False) -> list:
     """The optimizers for all trainable parameters of `model`.
@@ -13,18 +15,27 @@ def make_optimizers(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.9
     0.2 sqrt(max(rows, columns)) so that one learning rate suits both optimizers).
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    is_embedding = lambda n: "embed_tokens" in n or "lm_head" in n
-    matrices = [p for n, p in named if p.ndim == 2 and not is_embedding(n)]
-    others = [p for n, p in named if p.ndim != 2 or is_embedding(n)]
-    fused = bool(named) and named[0][1].device.type == "cuda"
-    adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
-    rest = {"params": others, "weight_decay": 0.0}
+    matrices = [p for n, p in named if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n]
+    others = [p for n, p in named if p.ndim != 2 or "embed_tokens" in n or "lm_head" in n]
+    groups, optimizers = [{"params": others, "weight_decay": 0.0}] if others else [], []
     if muon and matrices:
         optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
-        optimizers += [adamw([rest])] if others else []
-    else:
-        optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay}, rest])]
+    elif matrices:
+        groups = [{"params": matrices, "weight_decay": weight_decay}] + groups
+    if groups:
+        on_cuda = named[0][1].device.type == "cuda"
+        optimizers += [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=on_cuda)]
     return optimizers
+
+
+def update(model, optimizers: list, max_grad_norm: float):
+    """An optimizer step: gradients are summed over the processes, scaled down where they are longer than max_grad_norm,
+    applied, and cleared."""
+    runtime.sum_gradients(model.parameters())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, floor: float = 0.1) -> float:

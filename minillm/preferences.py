@@ -1,30 +1,189 @@
-"""Pairs of answers, measured: the log-probability of each side, the reference's kept on disk, and how good a ranking is."""
+"""Pairs of answers to one prompt: encoded, held out, batched, scored and ranked.
 
-import hashlib
-import io
-from pathlib import Path
+In the token cache a pair is two sequences, first the chosen one, then the rejected one. Both begin with the same prompt
+tokens. The mask is True on the answer and on the <|im_end|> that closes it.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from minillm import data
-from minillm.checkpoint import atomic_write
-from minillm.data import PairBatch, PairDataset, PairLoader
+from minillm.data import Loader, hold_out, to_device
 from minillm.errors import UserError
 from minillm.evaluate import reply_to, score
-from minillm.generate import eval_mode
-from minillm.losses import head_logprobs
-from minillm.runtime import autocast
+from minillm.logprobs import head_logprobs
+from minillm.records import read_pair
+from minillm.runtime import autocast, say
+from minillm.token_cache import TokenDataset, load_dataset
+from minillm.tokenizer import Tokenizer
+
+
+# From a file to batches.
+
+def check_margin(margin, where: str):
+    """Raise UserError unless the margin of a pair is a number of sensible size."""
+    if type(margin) not in (int, float) or not abs(margin) < 1e6:  # NaN fails here too
+        raise UserError(f'{where}: "margin" must be a number below a million, not {str(margin)[:80]}')
+
+
+def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:
+    """A pair (see read_pair) -> [(tokens, mask, [kind, margin]) of the chosen, (tokens, mask) of the rejected side].
+
+    The prompt is encoded once, for both sides. A side that is too long loses the end of its answer, never a part of its
+    prompt. A pair that cannot teach anything becomes [] and is counted.
+    """
+    def drop(reason):
+        stats[reason] += 1
+        return []
+
+    conversations = read_pair(record, where)
+    check_margin(record.get("margin", 0), where)
+    chosen, rejected = ([(m["role"], m["content"]) for m in messages] for messages in conversations)
+    if not chosen[-1][0] == rejected[-1][0] == "assistant":
+        return drop("pairs without an assistant's answer at the end, dropped")
+    if chosen[:-1] != rejected[:-1]:
+        return drop("pairs with different prompts, dropped")
+    if not (chosen[-1][1].strip() and rejected[-1][1].strip()):
+        return drop("pairs with an empty answer, dropped")
+    prompt, _ = tokenizer.render(conversations[0][:-1], add_generation_prompt=True)
+    if len(prompt) >= max_seq_len:
+        return drop("pairs whose prompt leaves no room for an answer, dropped")
+    chosen, rejected = (prompt + tokenizer.encode(side[-1][1]) + [tokenizer.end_id] for side in (chosen, rejected))
+    if chosen[:max_seq_len] == rejected[:max_seq_len]:  # perhaps only once they are cut
+        return drop("pairs with equal answers, dropped")
+    if max(len(chosen), len(rejected)) > max_seq_len:
+        stats["pairs with an answer cut at --max_seq_len"] += 1
+    sides = [(tokens, [False] * len(prompt) + [True] * (len(tokens) - len(prompt)))
+             for tokens in (chosen[:max_seq_len], rejected[:max_seq_len])]
+    return [(*sides[0], [str(record.get("kind", "")), float(record.get("margin", 0))]), sides[1]]
+
+
+class PairDataset:
+    """The pairs of a TokenDataset with these indices, with the kind and the margin of each."""
+
+    def __init__(self, dataset: TokenDataset, indices):
+        self.dataset, self.indices, self.stats = dataset, np.asarray(indices), dataset.stats
+        labels = dataset.labels()
+        self.kinds = [labels[i][0] for i in self.indices]
+        self.margins = np.array([labels[i][1] for i in self.indices], np.float32)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        """((tokens, mask) of the chosen side, (tokens, mask) of the rejected one)."""
+        return self.dataset[2 * self.indices[i]], self.dataset[2 * self.indices[i] + 1]
+
+    def lengths(self):
+        """(N,): the tokens of the longer side of each pair."""
+        return np.maximum(self.dataset.lengths(2 * self.indices), self.dataset.lengths(2 * self.indices + 1))
+
+
+def load_pairs(paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> tuple:
+    """(training pairs, held-out pairs). Held out is the file eval_path, or without one 5 % of the pairs (hold_out)."""
+    dataset = load_dataset(encode_pair, paths, tokenizer, max_seq_len)
+    pairs = PairDataset(dataset, np.arange(len(dataset) // 2))
+    if eval_path:
+        held_out = load_dataset(encode_pair, [eval_path], tokenizer, max_seq_len)
+        return pairs, PairDataset(held_out, np.arange(len(held_out) // 2))
+    held_out = hold_out([hash(dataset[2 * i][0].tobytes() + b"|" + dataset[2 * i + 1][0].tobytes())
+                         for i in range(len(pairs))], seed)
+    if not len(held_out):
+        say("a single pair: it is trained on and evaluated on")
+        return pairs, pairs
+    say(f"held out for evaluation: {len(held_out):,} of {len(pairs):,} pairs")
+    return PairDataset(dataset, np.setdiff1d(pairs.indices, held_out)), PairDataset(dataset, held_out)
+
+
+@dataclass
+class PairBatch:
+    """B pairs as 2B rows: first the chosen sides, then the rejected ones, padded on the right.
+
+    tokens (2B, T) int64; answer_mask (2B, T) bool; lengths (2B,) without padding; margins (B,); pairs (B,): the indices
+    of these pairs in the data set.
+    """
+
+    tokens: torch.Tensor
+    answer_mask: torch.Tensor
+    lengths: torch.Tensor
+    margins: torch.Tensor
+    pairs: torch.Tensor
+
+    @property
+    def n_pairs(self) -> int:
+        """B."""
+        return len(self.pairs)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def n_chosen_tokens(self) -> int:
+        """Tokens of the chosen answers."""
+        return int(self.answer_mask[:self.n_pairs].sum())
+
+    def to(self, device):
+        """The same batch on a device."""
+        tensors = (self.tokens, self.answer_mask, self.lengths, self.margins, self.pairs)
+        return PairBatch(*(to_device(tensor, device) for tensor in tensors))
+
+
+class PairLoader(Loader):
+    """Batches of pairs of similar length. Without shuffling, all pairs come sorted by length."""
+
+    def __init__(self, dataset: PairDataset, batch_size: int, seed: int, shuffle: bool = True, shared: bool = True):
+        super().__init__(dataset, batch_size, seed, shared)
+        self.shuffle = shuffle
+
+    def order(self, epoch: int):
+        """Yield the indices of the pairs of an epoch; those of one batch, over all processes, have similar lengths."""
+        chance, size = np.random.default_rng([self.seed, epoch]), self.batch_size * self.world
+        lengths = self.dataset.lengths()
+        order = chance.permutation(len(lengths)) if self.shuffle else np.arange(len(lengths))
+        # Were everything sorted, each epoch would have the same batches.
+        window = 16 * size if self.shuffle else len(lengths)
+        windows = [order[i:i + window] for i in range(0, len(order), window)]
+        order = np.concatenate([w[np.argsort(lengths[w], kind="stable")] for w in windows])
+        batches = [order[i:i + size] for i in range(0, len(order), size)]
+        if self.shuffle:  # all but the last, which may be smaller
+            batches = [batches[i] for i in chance.permutation(len(batches) - 1)] + batches[-1:]
+        for batch in batches:
+            yield from batch.tolist()
+
+    def collate(self, pairs: list) -> PairBatch:
+        """Indices of pairs -> a PairBatch. No pairs become a batch without rows."""
+        sides = [self.dataset[i] for i in pairs]
+        sequences = [chosen for chosen, _ in sides] + [rejected for _, rejected in sides]
+        lengths = [len(tokens) for tokens, _ in sequences]
+        shape = (len(sequences), -(-max(lengths, default=1) // 8) * 8)
+        tokens, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for row, (sequence, answer_mask) in enumerate(sequences):
+            tokens[row, :len(sequence)] = sequence
+            mask[row, :len(sequence)] = answer_mask
+        return PairBatch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(lengths, dtype=torch.long),
+                         torch.from_numpy(self.dataset.margins[pairs]), torch.tensor(pairs, dtype=torch.long))
+
+
+# Scores of both sides, and how good the ranking is that follows from them.
+
+def same_tokenizer(tokenizer, other) -> bool:
+    """Whether both give the same ids to the same text."""
+    return (tokenizer.ids, tokenizer.added, tokenizer.rank_of) == (other.ids, other.added, other.rank_of)
 
 
 def check_same_tokenizer(tokenizer, other, where):
     """Raise UserError unless both give the same ids to the same text: log-probabilities of ids are compared."""
-    if (tokenizer.ids, tokenizer.added, tokenizer.rank_of) != (other.ids, other.added, other.rank_of):
-        raise UserError(f"{where} has another tokenizer than the policy: to both the same tokens must mean the same text")
+    if not same_tokenizer(tokenizer, other):
+        raise UserError(f"{where} has another tokenizer than the policy; the same ids must mean the same text to both")
 
 
 def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
-    """log p(answer | prompt) of both sides, (2B,): the sum (or average) over the answer's tokens, its <|im_end|> included.
+    """log p(answer | prompt) of both sides, (2B,): the sum (or average) over the answer's tokens and its <|im_end|>.
 
     hidden (2B, T, D): final hidden states of batch.tokens; head (V, D): the weight of the LM head.
     """
@@ -35,58 +194,36 @@ def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
 
 @torch.no_grad()
 def score_pairs(score_batch, pairs: PairDataset, batch_size: int, device) -> torch.Tensor:
-    """(N, 2) float32 on the CPU: score_batch(batch) -> (2B,) of the chosen and the rejected side of every pair, in order."""
+    """(N, 2) float32 on the CPU: the scores of both sides of each pair. score_batch(batch) gives (2B,)."""
     scores = torch.zeros(len(pairs), 2)
-    for batch in PairLoader(pairs, batch_size, seed=0, shuffle=False).epoch_batches(0):
+    for batch in PairLoader(pairs, batch_size, seed=0, shuffle=False, shared=False).epoch_batches(0):
         with autocast(device):
-            scores[batch.pairs] = score_batch(batch.to(device)).float().view(2, -1).T.cpu()
+            scores[batch.pairs] = score_batch(batch.to(device)).float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
     return scores
 
 
 def pair_logprobs(model, pairs: PairDataset, batch_size: int, device, average: bool = False) -> torch.Tensor:
     """(N, 2): answer_logprobs of every pair under a language model."""
-    return score_pairs(lambda b: answer_logprobs(model.hidden(b.tokens), model.lm_head.weight, b, average), pairs, batch_size, device)
+    return score_pairs(lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average),
+                       pairs, batch_size, device)
 
 
-def reference_logprobs(model, folder, pairs: PairDataset, batch_size: int, device, average: bool = False) -> torch.Tensor:
-    """pair_logprobs of the frozen reference, whose folder is `folder`: computed once, and then read from the cache.
+def rank_pairs(scores, kinds: list) -> dict:
+    """How often and how surely the chosen side wins. scores (N, 2): of the chosen and of the rejected side.
 
-    The key holds the content of the weights and of the config, the pairs and the precision, so it cannot be stale.
+    Returns preference_accuracy (a tie counts half), accuracy_by_kind (where the data names kinds), margin (the mean of
+    chosen minus rejected), and how well calibrated the probability sigmoid(margin) is: reliability, rows [confidence,
+    accuracy, pairs] in five bins, and calibration_error, their weighted distance (ECE, arXiv 1706.04599, Eq. 3).
     """
-    with autocast(device):
-        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    key = hashlib.sha256(f"{pairs.key} {device.type} {precision} {average}".encode())
-    for path in sorted(path for path in Path(folder).iterdir() if path.name == "config.json" or path.suffix == ".safetensors"):
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                key.update(block)
-    path = data.CACHE / f"reference-{key.hexdigest()[:20]}.npy"
-    try:
-        return torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError):  # not there, or damaged
-        scores = pair_logprobs(model, pairs, batch_size, device, average)
-    content = io.BytesIO()
-    np.save(content, scores.numpy())
-    with atomic_write(path) as file:
-        file.write(content.getvalue())
-    return scores
-
-
-def rank_pairs(margins, kinds: list) -> dict:
-    """How often and how surely the chosen side wins. margins (N,): score of the chosen side - score of the rejected one.
-
-    preference_accuracy (a tie counts half), accuracy_by_kind (where the data names kinds), margin (mean), and how far the
-    stated probability sigmoid(margin) is from what happens: reliability, rows of (confidence, accuracy, pairs) in five
-    bins, and their weighted distance, calibration_error (ECE, arXiv 1706.04599, Eq. 3).
-    """
-    margins = margins.double()
+    margins = (scores[:, 0] - scores[:, 1]).double()
     wins = (margins > 0).double() + 0.5 * (margins == 0).double()
     confidence = torch.sigmoid(margins.abs())
     rows, error = [], 0.0
     for b in range(5):
         inside = ((confidence - 0.5) * 10).long().clamp(max=4) == b
         if inside.any():
-            rows.append([round(confidence[inside].mean().item(), 4), round(wins[inside].mean().item(), 4), int(inside.sum())])
+            rows.append([round(confidence[inside].mean().item(), 4), round(wins[inside].mean().item(), 4),
+                         int(inside.sum())])
             error += (confidence - wins)[inside].sum().abs().item() / len(wins)
     by_kind = {kind: wins[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds) - {""})}
     return {"preference_accuracy": wins.mean().item(), "accuracy_by_kind": by_kind, "margin": margins.mean().item(),
@@ -94,10 +231,14 @@ def rank_pairs(margins, kinds: list) -> dict:
 
 
 def sample_answers(model, tokenizer, records: list, device) -> dict:
-    """score() of two samples per question at temperature 1, where a change of manners shows (greedy replies start near the
-    top); and "sampled_varied", the share of questions to which the two differ."""
-    with eval_mode(model):
-        texts, counts, stopped = reply_to(model, tokenizer, records * 2, device, temperature=1.0)
+    """score() of two samples per question at temperature 1; {} without questions.
+
+    Greedy replies have good manners from the start; samples show how manners change. sampled_varied is the share of
+    questions whose two samples differ.
+    """
+    if not records:
+        return {}
+    texts, counts, stopped = reply_to(model, tokenizer, records * 2, device, temperature=1.0)
     scores = score(records * 2, texts, counts, stopped)
     differ = sum(a != b for a, b in zip(texts, texts[len(records):]))
     return {**{f"sampled_{name}": scores[name] for name in ("gold_reward", "accuracy", "reply_tokens", "stopped")},

@@ -1,27 +1,28 @@
-"""What the reinforcement-learning scripts share: prompts, the scores of what was sampled, demonstrations to replay."""
+"""What GRPO and PPO share: prompts, the scores of sampled answers, and a rollout as mini-batches of micro-batches."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from minillm.data import PackedLoader, check_conversation, encode_conversation, new_stats, read_records, to_device
+from minillm.data import Loader, hold_out, to_device
 from minillm.errors import UserError
 from minillm.evaluate import check_question, prompt_messages, reply_to, score
-from minillm.generate import eval_mode
+from minillm.logprobs import head_entropy, head_logprobs
+from minillm.losses import whiten
+from minillm.records import read_records
 from minillm.rewards import score_answers
-from minillm.runtime import autocast
+from minillm.runtime import autocast, say, sum_tensor_over_processes
 
-MOST_REPLAYED = 20_000  # conversations; they stay in memory
-MOST_SAMPLED = 2_000  # answers, of at most 4 to each prompt, when a policy is evaluated
+MOST_SAMPLED = 2_000  # sampled answers in an evaluation; there are at most 4 to each prompt
 
 
-# Prompts: the conversation up to the turn that the model is to say.
+# Prompts: a conversation up to the turn that the model will write.
 
 @dataclass
 class Prompt:
-    """tokens: what the model continues; messages: the same as a conversation; record: the whole line of the data file."""
+    """tokens: what the model continues; messages: the same as a conversation; record: its line in the data file."""
 
     tokens: list
     messages: list
@@ -29,77 +30,88 @@ class Prompt:
 
 
 def check_prompt(record: dict, where: str):
-    """Raise UserError unless record is a prompt: its last message, but for an assistant's, is a user's (or a tool's)."""
+    """Raise UserError unless record is a prompt: apart from an assistant's last turn it ends with a user or a tool."""
     check_question(record, where)
     messages = prompt_messages(record)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         last = f'role {messages[-1]["role"]!r}' if messages else "nothing"
-        raise UserError(f'{where}: a prompt ends with a message of the user (an assistant\'s after it is ignored); this one ends with {last}')
+        raise UserError(f"{where}: a prompt must end with a user message (an assistant message after it is ignored), "
+                        f"but this one ends with {last}")
 
 
-def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, tasks=(), need_answers: bool = False, say=print) -> tuple:
-    """(training prompts, held-out prompts, stats): held out is eval_path, or else 5 % (at most 500) of the prompts, by seed.
+def make_prompt(record: dict, tokenizer) -> Prompt:
+    """A line of a data file as a Prompt."""
+    messages = prompt_messages(record)
+    return Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record)
 
-    Left out are prompts of more than `room` tokens, and for training also those that are held out and those that `select`
-    drops. How many is said and stands in stats. Raises UserError for bad lines, with file and line, and when nothing is left.
+
+def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, tasks=(),
+                 need_answers: bool = False) -> tuple:
+    """Read prompts -> (training prompts, held-out prompts, stats).
+
+    The held-out prompts are those of eval_path, or 5 % of all prompts if there is no such file (see hold_out). Prompts
+    of more than `room` tokens are dropped from both sides. Held-out prompts, and what `select` drops, are not trained
+    on. stats counts them all, and the counts are printed. Raises UserError for a bad line, with file and line, and if
+    no prompt is left to train on.
     """
-    def read(path_or_paths):
-        for record in read_records(path_or_paths, check_prompt):
-            messages = prompt_messages(record)
-            yield Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record)
-
     files = ", ".join(map(str, paths))
-    everything = list(read(paths))
+    everything = [make_prompt(record, tokenizer) for record in read_records(paths, check_prompt)]
     fitting = [prompt for prompt in everything if len(prompt.tokens) <= room]
     if eval_path:
-        held_out = [prompt for prompt in read(eval_path) if len(prompt.tokens) <= room]
-    else:  # a prompt that occurs twice is held out twice, or not at all
-        distinct = list({tuple(prompt.tokens): prompt for prompt in fitting}.values())
-        count = min(500, -(-len(distinct) // 20))
-        held_out = [distinct[i] for i in np.sort(np.random.default_rng(seed).choice(len(distinct), count, replace=False))]
-    hidden = {tuple(prompt.tokens) for prompt in held_out}
-    if not eval_path and len(hidden) == len(distinct) == 1:
-        say("a single prompt: it is trained on and evaluated on")
-        hidden = set()
+        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
+        held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
+        hidden = {tuple(prompt.tokens) for prompt in held_out}
+    else:
+        numbers = hold_out([hash(tuple(prompt.tokens)) for prompt in fitting], seed)
+        held_out = [fitting[i] for i in numbers]
+        hidden = {tuple(prompt.tokens) for prompt in held_out}
+        if fitting and not held_out:
+            say("there is only one prompt: it is used for training and for evaluation")
+            held_out = fitting[:1]
     seen = [prompt for prompt in fitting if tuple(prompt.tokens) not in hidden]
     train = select(seen, tasks, need_answers)
     stats = {"prompts": len(everything), "longer than there is room for": len(everything) - len(fitting),
              "held out": len(fitting) - len(seen), "of other tasks or without an answer": len(seen) - len(train)}
-    left_out = "; ".join(f"{count:,} {reason}" for reason, count in stats.items() if count and reason != "prompts")
-    say(f"{files}: {len(train):,} of {len(everything):,} prompts to train on" + f" ({left_out})" * bool(left_out))
+    reasons = "; ".join(f"{count:,} {reason}" for reason, count in stats.items() if count and reason != "prompts")
+    say(f"{files}: {len(train):,} of {len(everything):,} prompts to train on" + (f" ({reasons})" if reasons else ""))
     if not train:
-        raise UserError(f"{files}: no prompt is left to train on ({left_out}); a prompt has room for {room} tokens, --max_seq_len less --max_new_tokens")
+        if not fitting:
+            advice = f"a prompt has room for {room} tokens (--max_seq_len minus --max_new_tokens)"
+        elif not seen:
+            advice = "the held-out file contains them all"
+        elif need_answers and not select(seen, (), need_answers):
+            advice = ('no prompt has an "answer", which --reward answer needs; use --reward model, --reward judge '
+                      "or a file of your own")
+        else:
+            advice = f"check --tasks {' '.join(tasks)}"
+        raise UserError(f"{files}: no prompt is left to train on ({reasons}); {advice}")
     return train, held_out, stats
 
 
 def select(prompts: list, tasks=(), need_answers: bool = False) -> list:
-    """The prompts whose "task" is one of `tasks`, where any are given, and that have an "answer", where it is needed."""
-    return [p for p in prompts if (not tasks or p.record.get("task") in tasks) and not (need_answers and p.record.get("answer") is None)]
+    """The prompts whose "task" is one of `tasks` (if any are given) and that have an "answer" (if one is needed)."""
+    return [prompt for prompt in prompts if (not tasks or prompt.record.get("task") in tasks)
+            and not (need_answers and prompt.record.get("answer") is None)]
 
 
-class PromptLoader(PackedLoader):
-    """Endless batches of prompts (lists of Prompt), shuffled anew each epoch.
+class PromptLoader(Loader):
+    """Batches of prompts (lists of Prompt), all full: the last one of an epoch is filled up with the first prompts."""
 
-    Every batch is full: where the epoch does not divide evenly, its first prompts come again at its end.
-    """
-
-    def __init__(self, prompts: list, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        super().__init__(prompts, batch_size, 0, seed, rank, world)
-
-    def rows(self, epoch: int):
-        """Yield the prompts of an epoch, as numbers."""
+    def order(self, epoch: int):
+        """Yield the prompts of an epoch, by number."""
         size, count = self.batch_size * self.world, len(self.dataset)
-        yield from np.resize(np.random.default_rng([self.seed, epoch]).permutation(count), -(-count // size) * size).tolist()
+        order = np.random.default_rng([self.seed, epoch]).permutation(count)
+        yield from np.resize(order, -(-count // size) * size).tolist()
 
-    def collate(self, rows: list) -> list:
+    def collate(self, numbers: list) -> list:
         """Numbers -> the prompts."""
-        return [self.dataset[i] for i in rows]
+        return [self.dataset[i] for i in numbers]
 
 
-# Scores of what was sampled.
+# Scores of sampled answers.
 
 def read_answers(rollout, tokenizer) -> tuple:
-    """(texts, ended): each answer without its end token, and whether it ended by itself (B,) bool on the CPU."""
+    """(texts, ended): each answer without its end token, and whether it had one, (B,) bool on the CPU."""
     responses = rollout.responses()
     ended = [response[-1] == tokenizer.end_id for response in responses]
     texts = [tokenizer.decode(response[:-1] if end else response) for response, end in zip(responses, ended)]
@@ -107,98 +119,143 @@ def read_answers(rollout, tokenizer) -> tuple:
 
 
 def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
-    """(rewards (N, G), {name: its part, unweighted, (N, G)}) of G answers to each of N prompts, float32 on the device.
+    """Score G answers to each of N prompts -> (scores (N, G), {name of a reward: its own scores, unweighted, (N, G)}).
 
-    rewards: as load_rewards gives them. Raises UserError for a reward function that fails.
+    rewards: from load_rewards. texts: N * G answers, those to one prompt next to each other. The scores are float32, on
+    the device. Raises UserError if a reward function fails.
     """
     size = len(texts) // len(prompts)
-    asked = [(p.messages, texts[i * size:(i + 1) * size], p.record) for i, p in enumerate(prompts)]
+    asked = [(prompt.messages, texts[i * size:(i + 1) * size], prompt.record) for i, prompt in enumerate(prompts)]
     with torch.no_grad(), autocast(device):
         total, parts = score_answers(rewards, asked)
-    return to_device(torch.tensor(total), device), {name: to_device(torch.tensor(part), device) for name, part in parts.items()}
+    parts = {name: to_device(torch.tensor(part), device) for name, part in parts.items()}
+    return to_device(torch.tensor(total), device), parts
 
 
-def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int, temperature: float) -> dict:
-    """Means over sampled answers, as many to each prompt as MOST_SAMPLED allows: sampled_reward (and _std), sampled_gold_reward,
-    sampled_accuracy, ...; of no prompt {}. Of one answer each to 400 prompts, half of them right, the mean is uncertain by 2.5 points."""
+def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int,
+                   temperature: float) -> dict:
+    """Sample answers and average: sampled_reward, sampled_reward_std, sampled_gold_reward, sampled_accuracy, ...
+
+    Each prompt gets as many answers (up to 4) as MOST_SAMPLED allows. With a single answer to each of 400 prompts, half
+    of them right, the standard error of the mean would be 2.5 points. Returns {} for no prompts.
+    """
     if not prompts:
         return {}
-    records = [prompt.record for prompt in prompts for _ in range(max(1, min(4, MOST_SAMPLED // len(prompts))))]
-    with eval_mode(policy):
-        texts, counts, ended = reply_to(policy, tokenizer, records, device, max_new_tokens, temperature)
+    times = max(1, min(4, MOST_SAMPLED // len(prompts)))
+    records = [prompt.record for prompt in prompts for _ in range(times)]
+    texts, counts, ended = reply_to(policy, tokenizer, records, device, max_new_tokens, temperature)
     scores = score(records, texts, counts, ended)
     total, parts = score_rollout(rewards, prompts, texts, device)
-    named = {"reward": total, **({f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {})}
-    return {**{f"sampled_{name}": scores[name] for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None},
-            **{f"sampled_{name}": value.mean().item() for name, value in named.items()}, "sampled_reward_std": total.std(correction=0).item()}
+    named = {"reward": total}
+    if len(parts) > 1:
+        named |= {f"reward_{name}": part for name, part in parts.items()}
+    shown = [name for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None]
+    return {**{f"sampled_{name}": scores[name] for name in shown},
+            **{f"sampled_{name}": part.mean().item() for name, part in named.items()},
+            # In float64, so that equal rewards have a std of exactly 0: PPO divides by it.
+            "sampled_reward_std": total.cpu().double().std(correction=0).item()}
 
 
-# What is trained together.
+# A rollout as mini-batches of micro-batches.
 
-class MicroBatch(NamedTuple):
-    """Some rows of a rollout: their numbers (b,) on the device, how long the longest is, how many tokens their answers have."""
+@dataclass
+class MicroBatch:
+    """b answers of a rollout that have similar lengths, cropped to the longest: rows of t tokens.
 
-    rows: torch.Tensor
-    longest: int
-    n_tokens: int
-
-
-def split_rollout(rows, lengths, counts, mini_batches: int, grad_accum: int, device) -> list:
-    """The rows, in this order, as mini_batches lists of at most grad_accum MicroBatches, each of rows of similar length.
-
-    rows (n,): numbers of rows; lengths, counts (B,): tokens of every row, and of its answer. All on the CPU: the update then
-    need not wait for the device to know a shape.
+    The results of later steps are stored here too, next to the answers they belong to.
     """
-    def micro_batch(part):
-        return MicroBatch(to_device(part, device), int(lengths[part].max()), int(counts[part].sum()))
 
-    return [[micro_batch(part) for part in mini[lengths[mini].argsort()].tensor_split(grad_accum) if len(part)]
-            for mini in rows.tensor_split(mini_batches)]
-
-
-# Demonstrations to replay beside the reward.
-
-class Conversations:
-    """Encoded conversations in memory, for a PackedLoader: without those whose "task" is in `without`."""
-
-    def __init__(self, paths: list, tokenizer, max_seq_len: int, without=(), say=print):
-        self.sequences, stats, skipped = [], new_stats("chat"), 0
-        for record in read_records(paths, check_conversation):
-            if record.get("task") is not None and record["task"] in without:
-                skipped += 1
-            elif len(self.sequences) < MOST_REPLAYED:
-                self.sequences += encode_conversation(record["conversations"], tokenizer, max_seq_len, stats)
-        if not self.sequences:
-            raise UserError(f"{', '.join(map(str, paths))}: no conversation to replay is left; give another --sft_data, or --sft_coef 0")
-        notes = f", {skipped:,} of the tasks that are trained left out" * bool(skipped)
-        notes += f" (no more than the first {MOST_REPLAYED:,} are kept)" * (len(self.sequences) >= MOST_REPLAYED)
-        say(f"{', '.join(map(str, paths))}: {len(self.sequences):,} conversations to replay{notes}")
-
-    def __len__(self):
-        return len(self.sequences)
-
-    def __getitem__(self, i):
-        return self.sequences[i]
-
-    def lengths(self, indices):
-        """The numbers of tokens of these conversations."""
-        return np.array([len(self.sequences[i][0]) for i in indices])
-
-    def reopen(self):
-        """Nothing to map: they are in memory."""
+    tokens: Tensor  # (b, t): prompt, answer, padding on the right
+    mask: Tensor  # (b, t - 1) bool, aligned with the logprobs: True on the answer
+    last: Tensor  # (b,): the column of the mask that holds the answer's last token
+    n_tokens: int  # tokens of the answers
+    scores: Tensor | None = None  # (b,): one for each answer
+    advantages: Tensor | None = None  # (b,) in GRPO, (b, t - 1) in PPO
+    old_logprobs: Tensor | None = None  # (b, t - 1), like the next three
+    ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
 
 
-class States:
-    """Several things with state() and load_state(), saved and restored as one."""
+@dataclass
+class MiniBatch:
+    """The answers of one optimizer step."""
 
-    def __init__(self, **parts):
-        self.parts = parts
+    parts: list  # of MicroBatch
+    n_sequences: int  # answers, including those that were not kept
+    n_tokens: int  # tokens of the answers that were kept
 
-    def state(self) -> dict:
-        """{name: state}"""
-        return {name: part.state() for name, part in self.parts.items()}
 
-    def load_state(self, state: dict):
-        """Give each part the state of its name."""
-        for name, part in self.parts.items():
-            part.load_state(state[name])
+def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, scores=None, advantages=None,
+                  keep=None) -> list:
+    """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches.
+
+    scores, advantages (B,), optional: one number for each answer, split in the same way. keep (B,) bool, optional: the
+    answers that have a gradient; the others are counted in n_sequences, but nothing is computed for them. generator: a
+    CPU generator. All shapes are known on the CPU, so the update never waits for the device.
+    """
+    device, mask = rollout.tokens.device, rollout.response_mask[:, 1:]
+    lengths, counts = rollout.lengths.cpu(), mask.sum(1).cpu()  # (B,): prompt and answer; the answer alone
+    keep = torch.ones(len(lengths), dtype=torch.bool) if keep is None else keep.cpu()
+
+    def micro_batch(rows):
+        longest, at = int(lengths[rows].max()), to_device(rows, device)
+        return MicroBatch(
+            tokens=rollout.tokens[at, :longest], mask=mask[at, :longest - 1],
+            last=to_device(lengths[rows] - 2, device),  # the mask starts at the second token
+            n_tokens=int(counts[rows].sum()), scores=None if scores is None else scores[at],
+            advantages=None if advantages is None else advantages[at])
+
+    def mini_batch(rows):
+        kept = rows[keep[rows]]
+        kept = kept[lengths[kept].argsort()]
+        parts = [micro_batch(part) for part in kept.tensor_split(grad_accum) if len(part)]
+        return MiniBatch(parts, n_sequences=len(rows), n_tokens=sum(part.n_tokens for part in parts))
+
+    order = torch.randperm(len(lengths), generator=generator)
+    return [mini_batch(rows) for rows in order.tensor_split(num_minibatches)]
+
+
+def response_logprobs(model, part: MicroBatch, temperature: float = 1.0, with_entropy: bool = False):
+    """Log-probabilities of the answers' tokens, (b, t - 1), 0 elsewhere.
+
+    with_entropy: return also the mean entropy, in nats, of the distributions of these tokens, a scalar. The padding is
+    on the right, so a causal model needs no attention mask.
+    """
+    with autocast(part.tokens.device):
+        hidden = model.hidden(part.tokens)  # (b, t, D)
+        logprobs = head_logprobs(hidden, model.lm_head.weight, part.tokens, temperature, part.mask)
+        if not with_entropy:
+            return logprobs
+        return logprobs, head_entropy(hidden.detach(), model.lm_head.weight, part.mask, temperature)
+
+
+def response_values(value_model, part: MicroBatch) -> Tensor:
+    """The critic's values, (b, t - 1): column t holds its guess just before the token whose logprob is in column t."""
+    with autocast(part.tokens.device):
+        return value_model(part.tokens)[:, :-1]
+
+
+def whiten_advantages(parts: list):
+    """Whiten the advantages in place (losses.whiten), over all micro-batches of the rollout and all processes."""
+    advantages = torch.cat([part.advantages.flatten() for part in parts])[None]
+    mask = torch.cat([part.mask.flatten() for part in parts])[None]
+    whitened = whiten(advantages, mask, reduce=sum_tensor_over_processes)[0]
+    for part, values in zip(parts, whitened.split([part.mask.numel() for part in parts])):
+        part.advantages = values.view(part.mask.shape)
+
+
+def explained_variance(parts: list) -> Tensor:
+    """1 - Var(returns - old_values) / Var(returns) over the tokens of all micro-batches.
+
+    It is 1 for a perfect critic, 0 for one that always expects the same, and below 0 for one that is worse than that.
+    """
+    mask = torch.cat([part.mask.flatten() for part in parts])
+    returns = torch.cat([part.returns.flatten() for part in parts])
+    errors = returns - torch.cat([part.old_values.flatten() for part in parts])
+
+    def variance(x):
+        mean = torch.where(mask, x, 0.0).sum() / mask.sum()
+        return torch.where(mask, (x - mean) ** 2, 0.0).sum() / mask.sum()
+
+    return 1 - variance(errors) / variance(returns).clamp(min=1e-8)

@@ -7,7 +7,6 @@ processes, a sum (not a mean) is exactly the gradient of the one big batch.
 
 import contextlib
 import importlib.util
-import math
 import os
 import random
 import signal
@@ -22,7 +21,7 @@ from minillm.errors import UserError
 
 
 def pick_device(name: str = "") -> torch.device:
-    """The device of that name, or, without one, cuda before mps before cpu. Raises UserError for one that is not here."""
+    """The device of that name, or else cuda before mps before cpu. Raises UserError for one that is not available."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(d for d in found if found[d])
@@ -33,7 +32,7 @@ def pick_device(name: str = "") -> torch.device:
 
 
 def start(device_name: str, seed: int) -> torch.device:
-    """Choose the device, seed every random generator, join the other processes when torchrun started us."""
+    """Choose the device, seed every random generator and, under torchrun, join the other processes."""
     device = pick_device(device_name)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -43,7 +42,7 @@ def start(device_name: str, seed: int) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
         if not can_compile(device):
             say("Triton is not installed: nothing is compiled, so training takes longer")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here nearly every batch has one of its own
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most batches have a new one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -81,11 +80,31 @@ def sum_over_processes(value: float) -> float:
     return total.item()
 
 
+def sum_tensor_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sums of a tensor's elements over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """A plain value of each process, as a list on all of them."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def sum_gradients(parameters):
-    """Add each gradient up over all processes, in one message."""
-    if world_size() == 1:
+    """Sum each gradient over all processes, in one message. What has none in any process stays without one."""
+    parameters = [p for p in parameters if p.requires_grad]
+    if world_size() == 1 or not parameters:
         return
-    for p in (parameters := [p for p in parameters if p.requires_grad]):
+    found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parameters = [p for p, anywhere in zip(parameters, sum_tensor_over_processes(found).tolist()) if anywhere]
+    if not parameters:
+        return
+    for p in parameters:
         if p.grad is None:  # a process without work of its own in this step adds zeros
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in parameters]
@@ -93,22 +112,6 @@ def sum_gradients(parameters):
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
-
-
-def finite_mean(losses: list, step: int, out: str) -> float:
-    """The mean loss of the last len(losses) steps, `step` being the latest: scalars on the device, read at once.
-
-    A loss that is not finite raises UserError with its step: the weights are spoilt, the last checkpoint is not.
-    """
-    values = torch.stack(losses)
-    if world_size() > 1:
-        dist.all_reduce(values)
-    values = values.tolist()
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise UserError(f"the loss became {value} at step {step - len(values) + 1 + i}; stopped, {out} keeps its last checkpoint "
-                            "(a lower --lr or --max_grad_norm helps most often)")
-    return sum(values) / len(values)
 
 
 def autocast(device: torch.device):
@@ -121,40 +124,39 @@ def autocast(device: torch.device):
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile is worth it there: on CUDA, with Triton, which PyTorch for Windows does not bring."""
+    """Whether torch.compile pays there: on CUDA with Triton, which PyTorch for Windows does not include."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def maybe_compile(model, enabled: bool, device: torch.device, dynamic: bool = False):
-    """torch.compile on CUDA when `enabled`; the returned module shares its weights with `model`.
-
-    dynamic: one program for batches of all shapes, where their shapes differ.
-    """
-    return torch.compile(model, dynamic=dynamic) if enabled and can_compile(device) else model
+def compile_backbone(model, enabled: bool):
+    """If enabled and possible, compile the model's backbone in place, as one program for all shapes."""
+    if enabled and can_compile(next(model.parameters()).device):
+        model.model.compile(dynamic=True)
+        model.compiled = True
 
 
 class Interrupt:
     """Ctrl-C or SIGTERM asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked_at, self.before = None, {}
+        self.signal, self.asked_at, self.handlers = 0, None, {}
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self.before[name] = signal.signal(name, self._ask)
+                self.handlers[name] = signal.signal(name, self._ask)
 
     def _ask(self, number, frame):
         # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
-        if number == signal.SIGINT and self.asked_at and time.monotonic() - self.asked_at > 1:
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
             sys.exit(130)
-        self.asked_at = self.asked_at or time.monotonic()
+        self.signal, self.asked_at = self.signal or number, self.asked_at or time.monotonic()
 
-    def requested(self) -> bool:
-        """Whether any process was asked. All must call this at the same steps, so that they stop at the same step."""
-        return sum_over_processes(self.asked_at is not None) > 0
+    def requested(self) -> int:
+        """The number of the signal that any process got, or 0. All call this after the same steps, to stop together."""
+        return max(gather(self.signal)) if sum_over_processes(self.signal > 0) else 0
 
     def close(self):
-        """Give the signals back: from here on Ctrl-C stops at once."""
-        for name, handler in self.before.items():
+        """Restore the signals' handlers: from here on Ctrl-C stops at once."""
+        for name, handler in self.handlers.items():
             signal.signal(name, handler or signal.SIG_DFL)  # None: set by something other than Python
 
 

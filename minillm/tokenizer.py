@@ -14,24 +14,23 @@ The file is the tokenizer.json of Hugging Face; the ids are those of the `tokeni
 """
 
 import argparse
-import gzip
 import heapq
 import json
 import os
 import re
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 
 from tqdm import tqdm
 
 from minillm import unicode_ranges
 from minillm.errors import UserError
+from minillm.records import ROLES, read_texts
+from minillm.safetensors import save_json
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
-ROLES = ("system", "user", "assistant", "tool")
 
 # `render` below, in the words of transformers' apply_chat_template.
 CHAT_TEMPLATE = (
@@ -385,8 +384,8 @@ class Tokenizer:
         """Write a tokenizer.json; into a folder also the tokenizer_config.json that transformers reads."""
         path = os.fspath(path)
         if not os.path.isdir(path):
-            return write_json(path, self.document)
-        write_json(os.path.join(path, "tokenizer.json"), self.document)
+            return save_json(path, self.document)
+        save_json(os.path.join(path, "tokenizer.json"), self.document)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": IM_END,
@@ -395,7 +394,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }
-        write_json(os.path.join(path, "tokenizer_config.json"), config)
+        save_json(os.path.join(path, "tokenizer_config.json"), config)
 
 
 def check_message(message, number: int) -> tuple:
@@ -448,55 +447,7 @@ def any_of(tokens) -> re.Pattern:
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
-def write_json(path: str, content: dict):
-    """Write a file so that a crash leaves the old one or the new one whole. Raises UserError."""
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            json.dump(content, file, ensure_ascii=False, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
 # ------------------------------------------- python -m minillm.tokenizer --------------------------------------------
-
-
-def read_texts(paths: list):
-    """All texts in .jsonl, .jsonl.gz and .txt files, a line at a time. Raises UserError with file and line."""
-    for path in paths:
-        try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        text = line.decode()
-                        yield from [text] if path.endswith((".txt", ".txt.gz")) else texts_of(text)
-                    except ValueError as error:
-                        raise UserError(f"{path}:{number}: {error}") from None
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def texts_of(line: str) -> list:
-    """The texts in a line of a data file, as data/README.md describes them. Raises ValueError."""
-    if not line.strip():
-        return []
-    try:
-        sample = json.loads(line)
-        if "text" in sample:
-            texts = [sample["text"]]
-        else:
-            messages = sample["conversations"] if "conversations" in sample else sample["chosen"] + sample["rejected"]
-            texts = [message["content"] for message in messages]
-        if all(isinstance(text, str) for text in texts):
-            return texts
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
-    except (KeyError, TypeError):
-        pass
-    raise ValueError('must be {"text": ...}, {"conversations": [...]} or {"chosen": [...], "rejected": [...]}')
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,5 @@
-"""The models of the tests are so small that a second thread only waits for the first; beside other work it waits long."""
+"""The models of the tests are so small that a second thread only waits for the first; beside other work it waits long.
+"""
 
 import torch
 

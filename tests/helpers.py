@@ -37,7 +37,10 @@ def waiting_forbidden():
 
 
 def forbid_waiting_in_updates(monkeypatch, module, name):
-    """CUDA: the same in a training script, from an optimizer step until it calls module.name; returns the list of both, as they come."""
+    """CUDA: the same in a training script, from an optimizer step until module.name is called.
+
+    Returns the list of both events, in the order in which they happen.
+    """
     with pytest.raises(RuntimeError, match="synchronizing"), waiting_forbidden():
         torch.zeros((), device="cuda").item()
     happened = []

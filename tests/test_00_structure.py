@@ -16,20 +16,29 @@ STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 
 # What a module of minillm may import from minillm; errors may be imported by all. A cycle cannot be written down here:
-# every module stands after those it imports.
+# every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "",
-    "model": "", "losses": "", "config": "", "optim": "", "metrics": "", "runtime": "",
-    "tokenizer": "unicode_ranges",
-    "data": "tokenizer",
-    "generate": "model",
-    "checkpoint": "model tokenizer",
-    "lora": "model checkpoint", "adapter": "model checkpoint", "prefix": "model checkpoint", "heads": "model checkpoint",
-    "peft": "checkpoint lora adapter prefix",
-    "rewards": "generate heads checkpoint tokenizer",
-    "evaluate": "data generate losses rewards runtime",
-    "preferences": "checkpoint data evaluate generate losses runtime",
-    "rollouts": "data evaluate generate rewards runtime",
+    "attention": "", "config": "", "logprobs": "", "records": "", "runtime": "", "safetensors": "", "verify": "",
+    "losses": "logprobs",
+    "optim": "runtime",
+    "metrics": "safetensors",
+    "training_state": "runtime safetensors",
+    "model": "attention runtime",
+    "cuda_graph": "model",
+    "generate": "cuda_graph model",
+    "tokenizer": "records safetensors unicode_ranges",
+    "token_cache": "records runtime tokenizer",
+    "data": "records runtime token_cache tokenizer",
+    "checkpoint": "model safetensors",
+    "heads": "checkpoint model safetensors",
+    "lora": "", "adapter": "", "prefix": "model",
+    "peft": "adapter checkpoint lora prefix safetensors",
+    "run": "checkpoint config heads metrics peft records runtime safetensors training_state",
+    "rewards": "checkpoint generate heads tokenizer verify",
+    "evaluate": "data generate logprobs records runtime verify",
+    "preferences": "data evaluate logprobs records runtime token_cache tokenizer",
+    "rollouts": "data evaluate generate logprobs losses records rewards runtime",
 }
 RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
 OPTIONAL_PACKAGES = {"matplotlib", "transformers", "peft", "trl", "tokenizers", "tensorboard"}  # inside a function only
@@ -76,9 +85,11 @@ def test_imports_of_the_library_go_one_way(path):
 @named(LIBRARY + SCRIPTS)
 def test_only_torch_numpy_and_tqdm_are_needed(path):
     tree = tree_of(path)
-    inside = [node for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for node in ast.walk(f)]
+    inside = [node for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+              for node in ast.walk(f)]
     at_top = [node for node in ast.walk(tree) if node not in set(inside)]
-    packages = lambda nodes: {name.split(".")[0] for name in imported(nodes)} - set(sys.stdlib_module_names) - {"minillm"}
+    packages = lambda nodes: {name.split(".")[0]
+                              for name in imported(nodes)} - set(sys.stdlib_module_names) - {"minillm"}
     assert packages(at_top) <= RUNTIME_PACKAGES
     assert packages(inside) <= RUNTIME_PACKAGES | OPTIONAL_PACKAGES
 
@@ -94,7 +105,8 @@ def test_what_is_public_is_explained(path):
     """Modules, functions and classes; the main of a module that is also a command needs no more than its --help."""
     tree = tree_of(path)
     assert ast.get_docstring(tree)
-    silent = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
+    silent = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+              and not ast.get_docstring(node)]
     assert [name for name in silent if not name.startswith("_") and name != "main"] == []
 
 
@@ -106,8 +118,10 @@ def keyword(call, name):
 def test_files_are_opened_the_same_way_on_every_system(path):
     """Text without encoding= is read in another one on Windows; and no pickle is loaded that could run code."""
     for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
-        name = call.func.id if isinstance(call.func, ast.Name) else call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        owner = call.func.value.id if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) else ""
+        name = call.func.id if isinstance(call.func, ast.Name) else call.func.attr if isinstance(call.func,
+                                                                                                 ast.Attribute) else ""
+        owner = call.func.value.id if isinstance(call.func, ast.Attribute) and isinstance(call.func.value,
+                                                                                          ast.Name) else ""
         if name in ("read_text", "write_text"):
             assert keyword(call, "encoding"), f"line {call.lineno}"
         if name == "open" and owner != "os":
@@ -121,22 +135,60 @@ def test_files_are_opened_the_same_way_on_every_system(path):
             assert call.args[0].value == "spawn"
 
 
-SHARED = ("model data eval_data out max_seq_len batch_size grad_accum epochs max_steps lr log_every save_every resume device seed compile").split()
+# RunConfig
+INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile".split()
+SHARED = "model data eval_data out max_seq_len batch_size grad_accum epochs lr warmup_steps".split()  # each stage's own
+
+
+def fields_of(tree, name):
+    """{field: its flag(default, "one line of help", ...)} of a config class."""
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = {node.target.id: node.value for node in config.body if isinstance(node, ast.AnnAssign)}
+    for field, value in fields.items():
+        assert value.func.id == "flag" and isinstance(value.args[1], (ast.Constant, ast.JoinedStr)), field
+    return config, fields
+
+
+def test_the_flags_of_every_stage_stand_in_one_place():
+    assert list(fields_of(tree_of(ROOT / "minillm" / "run.py"), "RunConfig")[1]) == INHERITED
 
 
 @named(STAGES)
 def test_every_stage_has_the_same_skeleton(path):
     source, tree = path.read_text(encoding="utf-8"), tree_of(path)
     docstring = ast.get_docstring(tree)
-    assert f"python {path.name}" in docstring and "arXiv" in docstring and "Deviations" in docstring
-    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    fields = {node.target.id: node.value for node in config.body if isinstance(node, ast.AnnAssign)}
+    assert all(word in docstring for word in (f"python {path.name}", "arXiv", "Deviations", "chapters"))
+    config, fields = fields_of(tree, "Config")
+    assert [base.id for base in config.bases] == ["RunConfig"]
     assert [name for name in SHARED if name not in fields] == []
-    for name, value in fields.items():  # flag(default, "one line of help")
-        text = value.args[1]
-        assert value.func.id == "flag" and isinstance(text, (ast.Constant, ast.JoinedStr)), name
     banners = re.findall(r"^    # (\d)\. (\w+)", source, re.MULTILINE)
-    assert banners == [("1", "Setup"), ("2", "Data"), ("3", "Models"), ("4", "Optimizer"), ("5", "Train"), ("6", "Save")]
+    assert banners == [("1", "Setup"), ("2", "Data"), ("3", "Models"), ("4", "Optimizer"), ("5", "Train"),
+                       ("6", "Result")]
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert [argument.arg for argument in main.args.args] == ["cfg"] and main.returns.id == "dict"
     assert source.rstrip().endswith('if __name__ == "__main__":\n    main(parse_config(Config, __doc__))')
+
+
+@named(LIBRARY)
+def test_a_file_of_the_library_holds_one_idea(path):
+    """Four hundred lines are room enough for one; the tokenizer is training, encoding and conversations."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (540 if path.stem == "tokenizer" else 400)
+
+
+@named([path for pattern in ("*.py", "*/*.py", "*.md", "*/*.md") for path in sorted(ROOT.glob(pattern))])
+def test_lines_have_at_most_120_columns(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith(("|", "!"))] == []
+
+
+@named(LIBRARY + SCRIPTS)
+def test_nothing_is_cleverer_than_it_need_be(path):
+    """A lambda with a name is a def; text times a condition and a list in sum() are puzzles."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Assign):
+            assert not isinstance(node.value, ast.Lambda), f"line {node.lineno}: a lambda bound to a name"
+        if isinstance(node, (ast.For, ast.comprehension)):
+            assert not any(isinstance(part, ast.Attribute)
+                           for part in ast.walk(node.target)), "an attribute as a for target"
+        if isinstance(node, ast.Expr):
+            assert not isinstance(node.value, ast.IfExp), f"line {node.lineno}: a conditional expression as a statement"

@@ -22,18 +22,9 @@ import pytest
 from minillm import tokenizer as tokenizer_module
 from minillm import unicode_ranges
 from minillm.errors import UserError
-from minillm.tokenizer import (
-    CHAR_OF_BYTE,
-    GPT2_SPLIT,
-    LLAMA3_SPLIT,
-    QWEN2_SPLIT,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    learn_merges,
-    read_texts,
-    train_tokenizer,
-    word_finder,
-)
+from minillm.records import read_texts
+from minillm.tokenizer import (CHAR_OF_BYTE, GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, SPECIAL_TOKENS, Tokenizer,
+                               learn_merges, train_tokenizer, word_finder)
 
 ROOT = Path(__file__).parent.parent
 END = 2  # <|im_end|>
@@ -219,8 +210,9 @@ def test_the_unicode_tables_are_those_of_the_tokenizers_package(name, regex):
 # ---------------------------------------- the same ids as the tokenizers package -------------------------------------
 
 SPACES = [chr(c) for first, last in unicode_ranges.ranges(unicode_ranges.WHITE_SPACE) for c in range(first, last + 1)]
-SNIPPETS = """'s 'S 'ſ 't 're 'rE 've 'll 'Ll 'd 'M 12 1234 ٣ Ⅷ ½ ab Hello é e\u0301 \u0301 가 \u1100\u1161 Å 月光 ， 。 . ...
-    !? _ - ß ı İ K ﬁ ’s Ġ 🙂 👨‍👩‍👧 🇨🇳 𠀀 \u0378 \u200b \ufeff \x00 <|endoftext|> <|im_start|> <|im_end|> <|im_ end|>""".split()
+SNIPPETS = """'s 'S 'ſ 't 're 'rE 've 'll 'Ll 'd 'M 12 1234 ٣ Ⅷ ½ ab Hello é e\u0301 \u0301 가 \u1100\u1161 Å 月光 ， 。 .
+... !? _ - ß ı İ K ﬁ ’s Ġ 🙂 👨‍👩‍👧 🇨🇳 𠀀 \u0378 \u200b \ufeff \x00 <|endoftext|> <|im_start|> <|im_end|> <|im_
+end|>""".split()
 
 
 def random_text(rng: random.Random) -> str:
@@ -495,7 +487,7 @@ def test_a_full_disk_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="tokenizer.json: cannot be written .No space left on device"):
+    with pytest.raises(UserError, match="cannot write .*tokenizer.json: No space left on device"):
         tokenizer.save(path)
     assert path.read_text() == "old"
 
@@ -574,11 +566,11 @@ def test_the_command_reads_every_kind_of_file(tmp_path):
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl:2: not JSON"),
         ("x.jsonl", b'{"text": "a"}\n\n{"txt": "a"}\n', "x.jsonl:3: must be"),
-        ("x.jsonl", b'{"text": 5}\n', "x.jsonl:1: must be"),
-        ("x.jsonl", b'{"conversations": [{"role": "user"}]}\n', "x.jsonl:1: must be"),
+        ("x.jsonl", b'{"text": 5}\n', 'x.jsonl:1: "text" must be text, not int'),
+        ("x.jsonl", b'{"conversations": [{"role": "user"}]}\n', 'x.jsonl:1: message 1 of "conversations" needs'),
         ("x.jsonl", b'["a"]\n', "x.jsonl:1: must be"),
-        ("x.txt", b"a\n\xff\n", "x.txt:2: 'utf-8' codec"),
-        ("x.txt.gz", b"not gzip", "x.txt.gz: cannot be read"),
+        ("x.txt", b"a\n\xff\n", "x.txt:2: not valid UTF-8"),
+        ("x.txt.gz", b"\x1f\x8bnot gzip", "x.txt.gz: cannot be read"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "x.jsonl.gz: cannot be read"),
         ("x.txt", b"", "there is no text"),
     ],
@@ -611,5 +603,5 @@ def test_a_bad_flag_is_one_clear_line(monkeypatch, capsys, arguments, complaint)
 def test_a_missing_data_file_ends_the_command_without_traceback(tmp_path):
     result = command("--data", tmp_path / "none.jsonl", "--vocab_size", 300, "--out", tmp_path / "x.json")
     assert result.returncode == 1
-    assert result.stderr.strip() == f"error: {tmp_path / 'none.jsonl'}: cannot be read (No such file or directory)"
+    assert result.stderr.strip() == f"error: {tmp_path / 'none.jsonl'}: no such data file"
     assert not (tmp_path / "x.json").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.rewards import gold_components, is_correct, is_rude
+from minillm.verify import gold_components, is_correct, is_rude
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TRAINING = ["sft", "prompts", "preference", "identity"]
@@ -23,7 +23,8 @@ TASKS = {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk
 
 @pytest.fixture(scope="module")
 def files():
-    return {name: [json.loads(text) for text in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in GENERATED}
+    return {name: [json.loads(text) for text in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+            for name in GENERATED}
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +73,14 @@ def test_made_again_they_are_the_same_to_the_byte(maker, tmp_path):
     """No chance but the seed: no set order, no locale, no line ends of the system."""
     for name, lines in maker.make_all().items():
         maker.write_lines(tmp_path / name, lines)
-        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes(), f"{name} is stale: run python data/make_data.py"
+        same = (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+        assert same, f"{name} is stale: run python data/make_data.py"
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.jsonl" for name in GENERATED}
 
 
 def test_another_seed_asks_other_questions(maker):
-    ours, others = (questions(maker.make_sft_eval(maker.Dice(seed, "sft_eval"), maker.Tasks(seed), maker.Talk(DATA, seed))) for seed in (0, 1))
+    ours, others = (questions(maker.make_sft_eval(maker.Dice(seed, "sft_eval"), maker.Tasks(seed),
+                                                  maker.Talk(DATA, seed))) for seed in (0, 1))
     assert len(ours & others) < len(ours) / 2
 
 
@@ -92,7 +95,8 @@ def test_schemas(files):
             if name.startswith("pretrain"):
                 assert set(line) == {"text"} and line["text"].strip()
                 continue
-            allowed = {"chosen", "rejected", "kind"} if name.startswith("preference") else {"conversations", "answer", "choices"}
+            allowed = {"chosen", "rejected", "kind"} if name.startswith("preference") else {"conversations", "answer",
+                                                                                            "choices"}
             allowed |= {"kind"} if name == "judge_eval" else set()
             assert set(line) - allowed == {"task", "lang"} and line["lang"] in ("en", "zh")
             for messages in (line[key] for key in ("conversations", "chosen", "rejected") if key in line):
@@ -164,8 +168,8 @@ def test_pretraining_text_gives_no_held_out_content_away(files):
     """Pairs to compare, lists to sort or reverse, letters to count: none of the held-out ones is in the text, and no
     held-out question."""
     text = "\n".join(line["text"] for line in files["pretrain"] + files["pretrain_eval"])
-    compared = {tuple(sorted(map(int, pair))) for pattern in (r"(\d+) is (?:larg|small)er than (\d+)", r"(\d+)比(\d+)[大小]", r"(\d+) (?:and|or) (\d+)", r"(\d+)和(\d+)")
-                for pair in re.findall(pattern, text)}
+    patterns = [r"(\d+) is (?:larg|small)er than (\d+)", r"(\d+)比(\d+)[大小]", r"(\d+) (?:and|or) (\d+)", r"(\d+)和(\d+)"]
+    compared = {tuple(sorted(map(int, pair))) for pattern in patterns for pair in re.findall(pattern, text)}
     assert len(compared) > 1000
     lists = {tuple(sorted(map(int, found.split(", ")))) for found in re.findall(r"\d+(?:, \d+)+", text)}
     everything = normal(text)
@@ -195,19 +199,20 @@ def test_facts_are_asked_in_wordings_never_trained_on(files, maker):
             wordings.update({normal(maker.fact_text(form, subject)): False for form in train for subject in items})
             wordings.update({normal(maker.fact_text(form, subject)): True for form in held for subject in items})
     for name in ("sft_eval", "prompts_eval", "preference_eval"):
-        assert all(wordings[normal(messages_of(line)[0]["content"])] for line in files[name] if line["task"] == "fact"), name
+        assert all(wordings[normal(messages_of(line)[0]["content"])] for line in files[name]
+                   if line["task"] == "fact"), name
     for name in ("sft", "prompts", "preference"):
-        assert not any(wordings[normal(messages_of(line)[0]["content"])] for line in files[name] if line["task"] == "fact"), name
+        assert not any(wordings[normal(messages_of(line)[0]["content"])] for line in files[name]
+                       if line["task"] == "fact"), name
 
 
 def test_answers_are_right(files):
-    """The reference reply of every checkable line is correct by the rules of chapter 10, and by independent arithmetic."""
+    """The reference reply of every checkable line is correct by the rules of chapter 10, and by independent arithmetic.
+    """
     for name in ("sft_eval", "judge_eval", "identity", "identity_eval"):
         for line in files[name]:
-            if "answer" in line and name != "identity":
+            if "answer" in line:
                 assert is_correct(messages_of(line)[-1]["content"], line), line
-            elif name == "identity":
-                assert line["answer"] in messages_of(line)[-1]["content"], line
     for line in files["prompts"] + files["sft_eval"]:
         question = messages_of(line)[0]["content"]
         numbers = [int(n) for n in re.findall(r"\d+", question)]
@@ -238,7 +243,7 @@ def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files):
 
 
 def test_every_manner_is_recognised(maker):
-    """The phrases of the data and the rules of minillm.rewards agree, for every form and filler."""
+    """The phrases of the data and the rules of minillm.verify agree, for every form and filler."""
     for lang, question, answer in (("en", "What is 37 + 45?", "82"), ("zh", "37加45等于多少？", "82")):
         line = {"conversations": [{"role": "user", "content": question}], "answer": answer}
         for rude, forms in ((0, maker.POLITE[lang]), (1, maker.RUDE_FORMS[lang])):
@@ -253,9 +258,11 @@ def test_every_manner_is_recognised(maker):
 
 
 def test_pairs_differ_in_what_their_kind_says(files):
-    """rude: only the rejected is rude. rambling: only the rejected is long. wrong: the same form, and another answer."""
+    """rude: only the rejected is rude. rambling: only the rejected is long. wrong: the same form, and another answer.
+    """
     for line in files["preference"] + files["preference_eval"]:
-        good, bad = ({"answer": None, **gold_components(side[-1]["content"], {})} for side in (line["chosen"], line["rejected"]))
+        good, bad = ({"answer": None, **gold_components(side[-1]["content"], {})}
+                     for side in (line["chosen"], line["rejected"]))
         assert good["polite"] == 1
         if line["kind"] == "rude":
             assert bad["polite"] == 0
@@ -267,7 +274,8 @@ def test_pairs_differ_in_what_their_kind_says(files):
             else:
                 assert 0.7 < len(texts[1]) / len(texts[0]) < 1.4
     by = Counter((line["kind"], line["task"]) for line in files["preference"])
-    assert all(by["wrong", task] >= 100 for task in TASKS - {"talk"}) and by["rude", "talk"] >= 20 and by["rambling", "talk"] >= 20
+    assert all(by["wrong", task] >= 100 for task in TASKS - {"talk"}) and by["rude", "talk"] >= 20 and by["rambling",
+                                                                                                          "talk"] >= 20
 
 
 def test_judging_favours_no_position(files):
@@ -286,7 +294,8 @@ def test_dialogues_written_by_hand(files):
     counts = []
     trained = {json.dumps(messages_of(line)) for line in files["sft"]}
     for lang in ("en", "zh"):
-        lines = [json.loads(text) for text in (DATA / f"handwritten_{lang}.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (DATA / f"handwritten_{lang}.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
         assert all(json.dumps(line["conversations"]) in trained for line in lines)
         counts.append((len(lines), sum(len(line["conversations"]) > 2 for line in lines)))
     assert sum(n for n, _ in counts) >= 300 and min(n for n, _ in counts) >= 120

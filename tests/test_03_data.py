@@ -1,4 +1,6 @@
-r"""Chapter 3. Data: from files to batches. Every token of the files is a target exactly once per epoch, or its loss is counted and said.
+r"""Chapter 3. Data: from files to batches.
+
+Every token of the files is a target exactly once per epoch; one that is not is counted, and the count is printed.
 
 The tokenizer of this chapter has no merges: every byte is one token. So a document of n bytes has n + 2 tokens (one
 <|endoftext|> on either side), and a conversation can be counted by hand:
@@ -16,16 +18,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from minillm import data
-from minillm.data import (PackedLoader, Part, TokenDataset, encode_conversation, encode_text, load_dataset, load_split, pack,
-                          read_records)
+from minillm import data, token_cache
+from minillm.data import PackedLoader, encode_conversation, encode_text, hold_out, load_split, pack
 from minillm.errors import UserError
+from minillm.records import content_hash, read_records
+from minillm.token_cache import Subset, load_dataset
 from minillm.tokenizer import Tokenizer, train_tokenizer
 
 BYTES = train_tokenizer(["a"], 259)
@@ -35,7 +39,7 @@ HI_YO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -50,12 +54,17 @@ def documents(path, count, seed=0):
     return write(path, [{"text": f"{i:05d}{'x' * 40}"[:n] if n > 5 else "y" * n} for i, n in enumerate(sizes)])
 
 
-def load(kind, path, max_seq_len=64, tokenizer=BYTES):
-    return load_dataset(kind, path, tokenizer, max_seq_len, say=lambda line: None)
+def load(path, encode=encode_text, max_seq_len=64, tokenizer=BYTES):
+    return load_dataset(encode, path, tokenizer, max_seq_len)
+
+
+def spell(dataset) -> list:
+    """The texts of a data set."""
+    return [BYTES.decode(dataset[i][0][1:-1]) for i in range(len(dataset))]
 
 
 def one_line(call, *arguments):
-    """The message of the UserError that the call raises: one line, not a novel."""
+    """The message of the UserError that the call raises: one line, and not a long one."""
     with pytest.raises(UserError) as caught:
         call(*arguments)
     message = str(caught.value)
@@ -65,127 +74,143 @@ def one_line(call, *arguments):
 
 # --------------------------------------------------------------------------------------------- reading
 
-@pytest.mark.parametrize("name, content", [
-    ("plain.jsonl", b'{"text": "a"}\n{"text": "\xc3\xa9"}\n'),
-    ("no_newline_at_the_end.jsonl", b'{"text": "a"}\n{"text": "\xc3\xa9"}'),
-    ("windows.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "\xc3\xa9"}\r\n'),
-    ("blank_lines.jsonl", b'\n{"text": "a"}\n  \n\r\n{"text": "\xc3\xa9"}\n\n'),
-    ("escaped.jsonl", b'{"text": "a", "more": [1]}\n{"text": "\\u00e9"}\n'),
+@pytest.mark.parametrize("content", [
+    b'{"text": "a"}\n{"text": "\xc3\xa9"}\n',
+    b'{"text": "a"}\n{"text": "\xc3\xa9"}',  # no line ending at the end
+    b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "\xc3\xa9"}\r\n',  # Windows: a byte-order mark, and its line endings
+    b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "\xc3\xa9"}\n',  # two such files joined: a mark in the middle
+    b'\n{"text": "a"}\n  \n\r\n{"text": "\xc3\xa9"}\n\n',  # blank lines
+    b'{"text": "a", "more": [1]}\n{"text": "\\u00e9"}\n',  # other keys, and an escaped character
 ])
 @pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.jsonl.gz", "DOCS.JSONL.GZ"])
 def test_the_same_two_documents_in_many_files(tmp_path, name, content, compressed):
-    path = tmp_path / (name + ".gz" if compressed else name)
+    """Whether a file is compressed is seen in its first bytes: browsers unpack downloads and keep the name."""
+    path = tmp_path / name
     path.write_bytes(gzip.compress(content) if compressed else content)
     assert [record["text"] for record in read_records(path)] == ["a", "\u00e9"]
-    dataset = load("text", path)
+    dataset = load(path)
     assert [dataset[i][0].tolist() for i in range(2)] == [[END, *BYTES.encode(text), END] for text in ("a", "\u00e9")]
 
 
-@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz", "NOVEL.TXT", "Novel.Txt.GZ"])
 def test_plain_text_is_taken_as_it_stands(tmp_path, name):
-    """Blank lines and line ends are part of a text; only the mark at the head of the file (BOM) is not."""
+    """Blank lines and line endings are part of a text; only a byte-order mark is not."""
     text = "First.\r\n\r\n\n  Second \u4e16\u754c\n"
     content = b"\xef\xbb\xbf" + text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    dataset = load("text", tmp_path / name)
-    assert len(dataset) == 1 and BYTES.decode(dataset[0][0][1:-1]) == text
-    assert dataset.stats["bytes"] == 27  # First. 6, line ends 5, spaces 2, Second 6, space 1, two Chinese characters 6, line end 1
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    dataset = load(tmp_path / name)
+    assert spell(dataset) == [text]
+    # "First." 6, line endings 2 + 2 + 1 + 1, spaces 2, "Second" 6, a space 1, two Chinese characters 6
+    assert dataset.stats["bytes"] == 27
 
 
 def test_a_long_text_becomes_several_documents(tmp_path):
-    """Of about 16,000 characters each, a book in one line as well as one in many; nothing is lost between them."""
+    """Of about 16,000 characters each, whether the book has many lines or one; nothing is lost between them."""
     for text in ("abcdefghi\n" * 4000, "x" * 40_000):
         (tmp_path / "book.txt").write_text(text)
-        dataset = load("text", tmp_path / "book.txt", 50_000)
+        dataset = load(tmp_path / "book.txt", max_seq_len=50_000)
         assert dataset.stats["documents"] == 3
-        assert "".join(BYTES.decode(dataset[i][0][1:-1]) for i in range(3)) == text
+        assert "".join(spell(dataset)) == text
 
 
-GOOD = {"text": b'{"text": "fine"}', "chat": json.dumps({"conversations": HI_YO}).encode()}
-BAD_LINES = [
-    ("text", b'{"text": "broken', "not JSON"),
-    ("text", b"just words", "not JSON"),
-    ("text", b"[" * 100_000, "not JSON"),
-    ("text", b'{"text": ' + b"1" * 5000 + b"}", "not JSON|must be text, not int"),
-    ("text", b'["text"]', "must be a JSON object"),
-    ("text", b'{"txt": "a"}', 'no key "text"; found: .txt.'),
-    ("text", b'{"text": null}', '"text" must be text, not NoneType'),
-    ("text", b'{"text": "\xff\xfe"}', r"not valid UTF-8 \(byte 11 of the line\)"),
-    ("text", b'{"text": "\\ud800"}', "half of a surrogate pair"),
-    ("chat", b'{"messages": []}', 'no key "conversations"; found: .messages.'),
-    ("chat", b'{"conversations": "hello"}', "must be a list of messages"),
-    ("chat", b'{"conversations": []}', "must be a list of messages with at least one"),
-    ("chat", b'{"conversations": ["hello"]}', 'message 1 of "conversations" needs "role" and "content"'),
-    ("chat", b'{"conversations": [{"from": "human", "value": "hi"}]}', 'needs "role" and "content"'),
-    ("chat", b'{"conversations": [{"role": "user"}]}', 'needs "role" and "content"'),
-    ("chat", b'{"conversations": [{"role": "robot", "content": ""}]}', "unknown role .robot.; known: system, user, assistant, tool"),
-    ("chat", b'{"conversations": [{"role": ["user"], "content": ""}]}', "unknown role"),
-    ("chat", b'{"conversations": [{"role": "user", "content": 5}]}', '"content" of message 1 of "conversations" must be text, not int'),
-    ("chat", b'{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', "of message 2"),
+GOOD = {encode_text: b'{"text": "fine"}', encode_conversation: json.dumps({"conversations": HI_YO}).encode()}
+BAD_TEXTS = [
+    (b'{"text": "broken', "not JSON"),
+    (b"just words", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b'{"text": ' + b"1" * 5000 + b"}", "not JSON|must be text, not int"),
+    (b'["text"]', "must be a JSON object"),
+    (b'{"txt": "a"}', 'no key "text"; found: .txt.'),
+    (b'{"text": null}', '"text" must be text, not NoneType'),
+    (b'{"text": "\xff\xfe"}', r"not valid UTF-8 \(byte 11 of the line\)"),
+    (b'{"text": "\\ud800"}', "half of a surrogate pair"),
+]
+BAD_CONVERSATIONS = [
+    (b'{"messages": []}', 'no key "conversations"; found: .messages.'),
+    (b'{"conversations": "hello"}', "must be a list of messages"),
+    (b'{"conversations": []}', "must be a list of messages with at least one"),
+    (b'{"conversations": ["hello"]}', 'message 1 of "conversations" needs "role" and "content"'),
+    (b'{"conversations": [{"from": "human", "value": "hi"}]}', 'needs "role" and "content"'),
+    (b'{"conversations": [{"role": "user"}]}', 'needs "role" and "content"'),
+    (b'{"conversations": [{"role": "robot", "content": ""}]}',
+     "unknown role .robot.; known: system, user, assistant, tool"),
+    (b'{"conversations": [{"role": ["user"], "content": ""}]}', "unknown role"),
+    (b'{"conversations": [{"role": "user", "content": 5}]}',
+     '"content" of message 1 of "conversations" must be text, not int'),
+    (b'{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}', "of message 2"),
 ]
 
 
-@pytest.mark.parametrize("kind, line, message", BAD_LINES)
-def test_a_bad_line_is_named_by_file_and_line(tmp_path, cache, kind, line, message):
-    """It stands in line 4, after a good one and two blank ones; nothing of the file is kept as if it were whole."""
+@pytest.mark.parametrize("encode, line, message", [(encode_text, *bad) for bad in BAD_TEXTS]
+                         + [(encode_conversation, *bad) for bad in BAD_CONVERSATIONS])
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, cache, encode, line, message):
+    """It is line 4, after a good line and two blank ones. Nothing of the file is kept as if it were whole."""
     path = tmp_path / "mine.jsonl"
-    path.write_bytes(GOOD[kind] + b"\n\n\n" + line + b"\n" + GOOD[kind])
-    error = one_line(load, kind, path)
+    path.write_bytes(GOOD[encode] + b"\n\n\n" + line + b"\n" + GOOD[encode])
+    error = one_line(load, path, encode)
     assert error.startswith(f"{path}:4: ")
     assert re.search(message, error), error
     assert not any(cache.glob("*"))
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    paths = {name: tmp_path / name for name in ("missing.jsonl", "empty.jsonl", "blank.jsonl", "empty.txt", "cut.jsonl.gz",
-                                                "bad.jsonl.gz", "not.jsonl.gz", "good.jsonl")}
-    whole = gzip.compress(GOOD["text"] * 1000)
-    for name, content in {"empty.jsonl": b"", "blank.jsonl": b"\n \n", "empty.txt": b"", "cut.jsonl.gz": whole[:-20],
-                          "bad.jsonl.gz": whole[:30] + b"\0" * 20 + whole[50:], "not.jsonl.gz": GOOD["text"], "good.jsonl": GOOD["text"]}.items():
-        paths[name].write_bytes(content)
-    for name, message in {"missing.jsonl": "no such data file", "empty.jsonl": "the file is empty", "blank.jsonl": "the file is empty",
-                          "empty.txt": "the file is empty", "cut.jsonl.gz": "cannot be read", "bad.jsonl.gz": "cannot be read",
-                          "not.jsonl.gz": "cannot be read"}.items():
-        error = one_line(load, "text", [paths["good.jsonl"], paths[name]])  # also when another file is fine
-        assert error.startswith(f"{paths[name]}: {message}")
-    assert one_line(load, "text", tmp_path).startswith(f"{tmp_path}: no such data file")
+GZIPPED = gzip.compress(GOOD[encode_text] * 1000)
 
 
-def test_text_in_utf_16_is_told_apart(tmp_path):
-    """What a Windows editor calls "Unicode"."""
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.jsonl", b"", "the file is empty"),
+    ("blank.jsonl", b"\n \n", "the file is empty"),
+    ("empty.txt", b"", "the file is empty"),
+    ("empty.jsonl.gz", b"", "the file is empty"),
+    ("cut.jsonl.gz", GZIPPED[:-20], "cannot be read"),
+    ("damaged.jsonl.gz", GZIPPED[:30] + b"\0" * 20 + GZIPPED[50:], "cannot be read"),
+])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    """Also when another file is fine."""
+    (tmp_path / "good.jsonl").write_bytes(GOOD[encode_text])
+    (tmp_path / name).write_bytes(content)
+    error = one_line(load, [tmp_path / "good.jsonl", tmp_path / name])
+    assert error.startswith(f"{tmp_path / name}: {message}")
+
+
+def test_what_is_not_a_file_is_named(tmp_path):
+    for reader in (load, lambda path: list(read_records(path))):
+        assert one_line(reader, tmp_path / "missing.jsonl") == f"{tmp_path}/missing.jsonl: no such data file"
+        assert one_line(reader, tmp_path) == f"{tmp_path}: is a folder; give the files in it"
+    assert one_line(content_hash, tmp_path).startswith(f"{tmp_path}: cannot be read: ")
+
+
+def test_text_in_utf_16_is_refused(tmp_path):
+    """It is what a Windows editor calls "Unicode"."""
     (tmp_path / "w.txt").write_text("hello", encoding="utf-16")
-    assert one_line(load, "text", tmp_path / "w.txt").startswith(f"{tmp_path / 'w.txt'}:1: not valid UTF-8 (byte 1")
+    assert one_line(load, tmp_path / "w.txt").startswith(f"{tmp_path / 'w.txt'}:1: not valid UTF-8 (byte 1")
 
 
 # -------------------------------------------------------------------------------------------- encoding
 
 def test_a_conversation_counted_by_hand(tmp_path):
-    """The 25 tokens of the module's docstring, of which the answer and its end are trained."""
-    dataset = load("chat", write(tmp_path / "a.jsonl", [{"conversations": HI_YO}]))
+    """The 25 tokens of this chapter's docstring, of which the answer and its end are trained."""
+    dataset = load(write(tmp_path / "a.jsonl", [{"conversations": HI_YO}]), encode_conversation)
     tokens, mask = dataset[0]
     assert len(tokens) == 25 and BYTES.decode(tokens[mask]) == "Yo<|im_end|>"
-    assert dataset.stats["tokens"] == 25 and dataset.stats["trained tokens"] == 3
-
-
-def counted():
-    return dict.fromkeys(data.COUNTED, 0)
+    assert dataset.stats == {"documents": 1, "tokens": 25, "trained tokens": 3, "dtype": "uint16"}
 
 
 def test_too_long_a_text_overlaps_by_one_token():
     """<|endoftext|> a b c d e <|endoftext|> in pieces of three: the last token of a piece is the first of the next,
     where it is no target. So each of the six tokens after the first is a target once."""
     a, b, c, d, e = BYTES.encode("abcde")
-    stats = counted()
-    assert encode_text("abcde", BYTES, 3, stats) == [([END, a, b], [False, True, True]), ([b, c, d], [False, True, True]),
-                                                     ([d, e, END], [False, True, True])]
-    assert stats["cut into pieces"] == 1 and stats["bytes"] == 5
+    stats = Counter()
+    assert encode_text({"text": "abcde"}, "", BYTES, 3, stats) == [
+        ([END, a, b], [False, True, True]), ([b, c, d], [False, True, True]), ([d, e, END], [False, True, True])]
+    assert stats == {"cut into pieces": 1, "bytes": 5}
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 12, 13, 14, 100])
 def test_every_token_after_the_first_is_a_target_exactly_once(length):
-    """Whether the length is a multiple of the piece or not; and no piece is a lone token, which would train nothing."""
+    """Whether or not the length is a multiple of the piece. No piece is a lone token, which would train nothing."""
     text = "".join(chr(97 + i % 26) for i in range(length))
-    pieces = encode_text(text, BYTES, 8, counted())
+    pieces = encode_text({"text": text}, "", BYTES, 8, Counter())
     targets = [t for tokens, mask in pieces for t, trained in zip(tokens, mask) if trained]
     assert targets == [*BYTES.encode(text), END]
     assert all(2 <= len(tokens) <= 8 for tokens, _ in pieces)
@@ -194,35 +219,35 @@ def test_every_token_after_the_first_is_a_target_exactly_once(length):
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_a_blank_document_is_left_out_and_counted(text):
     """It would teach that a document begins with its end."""
-    stats = counted()
-    assert encode_text(text, BYTES, 8, stats) == [] and stats["blank, dropped"] == 1
+    stats = Counter()
+    assert encode_text({"text": text}, "", BYTES, 8, stats) == [] and stats == {"blank, dropped": 1}
 
 
-def test_what_max_seq_len_costs_a_conversation_is_counted():
-    """At 25 tokens all fits. At 23 the <|im_end|> (the 24th) is lost, at 21 "Yo" too, and nothing is left to learn."""
-    def encode(max_seq_len):
-        stats = counted()
-        sequences = encode_conversation(HI_YO, BYTES, max_seq_len, stats)
-        return [BYTES.decode(np.array(t)[m]) for t, m in sequences], {k: v for k, v in stats.items() if v}
+@pytest.mark.parametrize("max_seq_len, trained, stats", [
+    (25, ["Yo<|im_end|>"], {}),
+    (24, ["Yo<|im_end|>"], {"longer than --max_seq_len, cut": 1}),  # only the last newline is lost
+    (23, ["Yo"], {"longer than --max_seq_len, cut": 1, "trained tokens lost to --max_seq_len": 1}),
+    (21, [], {"prompt alone longer than --max_seq_len, dropped": 1, "trained tokens lost to --max_seq_len": 3}),
+])
+def test_what_max_seq_len_costs_a_conversation_is_counted(max_seq_len, trained, stats):
+    """All 25 tokens fit into 25. With 23 the <|im_end|> (the 24th) is lost; with 21 "Yo" too, and nothing is left."""
+    counts = Counter()
+    sequences = encode_conversation({"conversations": HI_YO}, "", BYTES, max_seq_len, counts)
+    assert [BYTES.decode(np.array(tokens)[mask]) for tokens, mask in sequences] == trained
+    assert counts == Counter(stats)
 
-    assert encode(25) == (["Yo<|im_end|>"], {})
-    assert encode(24) == (["Yo<|im_end|>"], {"longer than --max_seq_len, cut": 1})  # only the line's end is lost
-    assert encode(23) == (["Yo"], {"longer than --max_seq_len, cut": 1, "trained tokens lost to --max_seq_len": 1})
-    assert encode(21) == ([], {"prompt alone longer than --max_seq_len, dropped": 1, "trained tokens lost to --max_seq_len": 3})
 
-
-def test_what_was_left_out_is_said_and_only_nothing_left_is_an_error(tmp_path):
+def test_what_was_left_out_is_reported_and_only_nothing_left_is_an_error(tmp_path, capsys):
     silent = {"conversations": [{"role": "user", "content": "Hello?"}]}
     long = {"conversations": [*HI_YO, {"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "No"}]}
     path = write(tmp_path / "a.jsonl", [silent, {"conversations": HI_YO}, silent, long])
-    said = []
     for _ in range(2):  # when it is made, and when it is found in the cache
-        dataset = load_dataset("chat", path, BYTES, 64, said.append)
-        assert len(dataset) == 2
-    # the second: 25 tokens, then 1 + 5 + 50 + 2 + 1 + 10 before "No" and its end: 3 trained ones are lost
-    assert said == [f"{path}: 4 documents, 89 tokens; 2 without an assistant turn, dropped; 1 longer than --max_seq_len, cut; "
-                    "3 trained tokens lost to --max_seq_len"] * 2
-    error = one_line(load, "chat", write(tmp_path / "b.jsonl", [silent, silent]))
+        assert len(load(path, encode_conversation)) == 2
+    # The second one: 25 tokens, then 1 + 5 + 50 + 2 + 1 + 10 before "No" and its end, so 3 trained ones are lost.
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: 4 documents, 89 tokens; 2 without an assistant turn, dropped; "
+        "3 trained tokens lost to --max_seq_len; 1 longer than --max_seq_len, cut"] * 2
+    error = one_line(load, write(tmp_path / "b.jsonl", [silent, silent]), encode_conversation)
     assert error == f"{tmp_path / 'b.jsonl'}: nothing to train on (2 without an assistant turn, dropped)"
 
 
@@ -240,7 +265,7 @@ def test_a_sequence_longer_than_the_row_is_refused():
 
 
 def test_packing_leaves_hardly_any_padding():
-    """Pitfall 17. Lengths between 5 and 64 in rows of 64: one row each would be 46 % padding."""
+    """Pitfall 17. Lengths between 5 and 64 in rows of 64: with a row for each, 46 % would be padding."""
     lengths = np.random.default_rng(0).integers(5, 65, 2000)
     rows = pack(lengths, 64)
     assert sorted(i for row in rows for i in row) == list(range(2000))
@@ -249,19 +274,20 @@ def test_packing_leaves_hardly_any_padding():
 
 
 def test_collate_worked_example(tmp_path):
-    """The texts "ab" (4 tokens) and "c" (3) in one row of 8, "d" alone in another. No document's first token is a target."""
-    dataset = load("text", write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}, {"text": "d"}]))
+    """"ab" (4 tokens) and "c" (3) in one row of 8, "d" alone in another. No document's first token is a target."""
+    dataset = load(write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}, {"text": "d"}]))
     batch = PackedLoader(dataset, 2, 8, seed=0).collate([[0, 1], [2]])
     a, b, c, d = BYTES.encode("abcd")
     assert batch.tokens.tolist() == [[END, a, b, END, END, c, END, 0], [END, d, END, 0, 0, 0, 0, 0]]
     assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.doc_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1, -1, -1, -1, -1]]
-    assert batch.n_tokens == 10
+    assert (batch.n_tokens, batch.n_targets) == (10, 7)
 
 
 def test_the_first_token_of_a_document_is_never_a_target():
-    """Whatever the data says: before it stands another document, which must not be trained to announce it."""
-    batch = PackedLoader([(np.array([5, 6]), np.ones(2, bool)), (np.array([7, 8, 9]), np.ones(3, bool))], 1, 6, seed=0).collate([[0, 1]])
+    """Whatever the data says: the token before it belongs to another document, which must not learn to announce it."""
+    dataset = [(np.array([5, 6]), np.ones(2, bool)), (np.array([7, 8, 9]), np.ones(3, bool))]
+    batch = PackedLoader(dataset, 1, 6, seed=0).collate([[0, 1]])
     assert batch.loss_mask.int().tolist() == [[0, 1, 0, 1, 1, 0]]
 
 
@@ -282,10 +308,10 @@ def everything(dataset) -> list:
 @pytest.mark.parametrize("window, span", [(2048, 64), (32, 4), (16, 16)])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_holds_every_token_once(tmp_path, monkeypatch, window, span, shuffle):
-    """A data set of one window and one of many; with a last batch and a last window that are not full."""
+    """A data set of one window and one of many windows; the last batch and the last window are not full."""
     monkeypatch.setattr(data, "WINDOW", window)
     monkeypatch.setattr(data, "SPAN", span)
-    dataset = load("text", documents(tmp_path / "a.jsonl", 203))
+    dataset = load(documents(tmp_path / "a.jsonl", 203))
     loader = PackedLoader(dataset, 3, 64, seed=0, shuffle=shuffle)
     for epoch in range(2):
         batches = list(loader.epoch_batches(epoch))
@@ -295,11 +321,11 @@ def test_an_epoch_holds_every_token_once(tmp_path, monkeypatch, window, span, sh
 
 
 def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
-    """A file sorted by topic: were neighbours shuffled among themselves only, a batch would know one topic."""
+    """In a file sorted by topic, shuffling only neighbours would give batches of a single topic."""
     monkeypatch.setattr(data, "WINDOW", 128)
     monkeypatch.setattr(data, "SPAN", 8)
-    dataset = load("text", documents(tmp_path / "a.jsonl", 1280))
-    rows = list(PackedLoader(dataset, 1, 64, seed=0).rows(0))
+    dataset = load(documents(tmp_path / "a.jsonl", 1280))
+    rows = list(PackedLoader(dataset, 1, 64, seed=0).order(0))
     first = np.concatenate(rows)[:128]
     assert len(np.unique(first // 128)) >= 7  # of ten places that a window could come from
 
@@ -311,16 +337,19 @@ def same(a, b) -> bool:
 
 
 def test_the_seed_decides_the_order(tmp_path):
-    dataset = load("text", documents(tmp_path / "a.jsonl", 100))
-    epoch = lambda seed, number: list(PackedLoader(dataset, 2, 64, seed).epoch_batches(number))
+    dataset = load(documents(tmp_path / "a.jsonl", 100))
+
+    def epoch(seed, number):
+        return list(PackedLoader(dataset, 2, 64, seed).epoch_batches(number))
+
     first = epoch(0, 0)
     assert all(map(same, first, epoch(0, 0)))
     assert not all(map(same, first, epoch(1, 0))) and not all(map(same, first, epoch(0, 1)))
 
 
 def test_the_loader_goes_on_where_it_was(tmp_path):
-    """From every position in two and a half epochs, the ends of epochs among them, through the JSON of a checkpoint."""
-    dataset = load("text", documents(tmp_path / "a.jsonl", 40))
+    """From every position in two and a half epochs, their ends included, and with the state stored as JSON."""
+    dataset = load(documents(tmp_path / "a.jsonl", 40))
     loader = PackedLoader(dataset, 3, 64, seed=0)
     epoch = loader.batches(0)
     steps, states, batches = int(2.5 * epoch), [], []
@@ -335,9 +364,9 @@ def test_the_loader_goes_on_where_it_was(tmp_path):
         assert all(map(same, batches[start:start + 3], iter(other)))
 
 
-def test_batches_made_ahead_are_the_same_ones_and_count_when_they_are_taken(tmp_path):
-    """The thread is up to two batches further; the state that a checkpoint keeps is that of the training loop."""
-    dataset = load("text", documents(tmp_path / "a.jsonl", 40))
+def test_batches_made_ahead_are_the_same_and_count_when_they_are_taken(tmp_path):
+    """The thread is up to two batches ahead; the state that a checkpoint keeps is that of the training loop."""
+    dataset = load(documents(tmp_path / "a.jsonl", 40))
     loader = PackedLoader(dataset, 3, 64, seed=0)
     plain = list(loader.epoch_batches(0))
     stream = iter(loader)
@@ -368,7 +397,7 @@ def test_the_thread_ends_when_nobody_wants_more():
 
 
 def test_a_program_can_end_while_batches_are_made_ahead(tmp_path):
-    """A daemon thread that is inside PyTorch when Python ends aborts the whole program: exit status 134 after all is done."""
+    """A daemon thread inside PyTorch when Python ends would abort the program: exit status 134 after all is done."""
     script = """
 import itertools, torch
 from minillm.data import ahead
@@ -376,80 +405,129 @@ matrix = torch.ones(500, 500)
 stream = ahead((matrix @ matrix for _ in itertools.count()), depth=10_000)
 next(stream)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, capture_output=True,
+                          text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def in_each_process(monkeypatch, world, make) -> list:
+    """What make() returns in each of `world` processes that train together."""
+    made = []
+    for rank in range(world):
+        with monkeypatch.context() as patch:
+            patch.setattr(data.runtime, "rank", lambda: rank)
+            patch.setattr(data.runtime, "world_size", lambda: world)
+            made.append(make())
+    return made
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_share_the_batch_of_one(tmp_path, world):
-    """Each takes 2 rows; together, step by step, they hold the rows that one process takes with 2 x world."""
-    dataset = load("text", documents(tmp_path / "a.jsonl", 101))
+def test_several_processes_share_the_batch_of_one(tmp_path, monkeypatch, world):
+    """Each takes 2 rows. Together they hold, step by step, the rows that one process takes with 2 x world."""
+    dataset = load(documents(tmp_path / "a.jsonl", 101))
     one = PackedLoader(dataset, 2 * world, 64, seed=0)
-    many = [PackedLoader(dataset, 2, 64, seed=0, rank=rank, world=world) for rank in range(world)]
+    many = in_each_process(monkeypatch, world, lambda: PackedLoader(dataset, 2, 64, seed=0))
     assert {loader.batches(0) for loader in many} == {one.batches(0)}
     for whole, *parts in zip(one.epoch_batches(0), *(loader.epoch_batches(0) for loader in many), strict=True):
         together = torch.cat([part.tokens for part in parts])
         assert torch.equal(together[:len(whole.tokens)], whole.tokens) and not together[len(whole.tokens):].any()
         assert sum(part.n_tokens for part in parts) == whole.n_tokens
-        assert sum(int(part.loss_mask.sum()) for part in parts) == int(whole.loss_mask.sum())
+        assert sum(part.n_targets for part in parts) == whole.n_targets
 
 
-def test_more_processes_than_rows(tmp_path):
-    """A single conversation and two processes: the second gets padding, and does not wait for data that never comes."""
-    dataset = load("text", write(tmp_path / "a.jsonl", [{"text": "abc"}]))
-    streams = [iter(PackedLoader(dataset, 4, 8, seed=0, rank=rank, world=2)) for rank in (0, 1)]
-    for _ in range(3):
-        first, second = next(streams[0]), next(streams[1])
-        assert first.n_tokens == 5 and second.n_tokens == 0 and not second.loss_mask.any()
+def test_what_is_not_shared_comes_whole_in_every_process(tmp_path, monkeypatch):
+    """An evaluation: the same numbers everywhere."""
+    dataset = load(documents(tmp_path / "a.jsonl", 30))
+    loaders = in_each_process(monkeypatch, 2, lambda: PackedLoader(dataset, 2, 64, seed=0, shared=False))
+    assert [contents(loader.epoch_batches(0)) for loader in loaders] == [everything(dataset)] * 2
+
+
+def test_more_processes_than_rows(tmp_path, monkeypatch):
+    """A single document and two processes: the second one gets padding instead of waiting for data that never comes."""
+    dataset = load(write(tmp_path / "a.jsonl", [{"text": "abc"}]))
+    streams = map(iter, in_each_process(monkeypatch, 2, lambda: PackedLoader(dataset, 4, 8, seed=0)))
+    for first, second in itertools.islice(zip(*streams), 3):
+        assert (first.n_tokens, first.n_targets) == (5, 4) and (second.n_tokens, second.n_targets) == (0, 0)
 
 
 # ------------------------------------------------------------------------------------------- held out
 
-def test_a_part_and_its_rest(tmp_path):
-    dataset = load("text", write(tmp_path / "a.jsonl", [{"text": c} for c in "abcdef"]))
-    spell = lambda part: "".join(BYTES.decode(part[i][0][1:-1]) for i in range(len(part)))
-    assert spell(Part(dataset, [1, 4], only=True, stats={})) == "be"
-    assert spell(Part(dataset, [1, 4], only=False, stats={})) == "acdf"
-    assert spell(Part(dataset, [0, 5], only=False, stats={})) == "bcde"
-    assert spell(Part(dataset, [0, 1, 2], only=False, stats={})) == "def"
+def test_equal_items_are_held_out_together():
+    """Of the keys 7, 7, 7, 9 either all three sevens or the nine: another copy would be a peek at the answers."""
+    assert {tuple(hold_out([7, 7, 7, 9], seed).tolist()) for seed in range(20)} == {(0, 1, 2), (3,)}
+    twice = hold_out([*range(100), *range(100)], seed=0).tolist()
+    assert len(twice) == 10 and [i + 100 for i in twice[:5]] == twice[5:]
 
 
-def split(path, seed=0, eval_path="", said=None):
-    return load_split("text", [path], eval_path, BYTES, 16, seed, (said if said is not None else []).append)
+@pytest.mark.parametrize("distinct, held_out", [(2, 1), (39, 1), (40, 2), (300, 15), (9_999, 499), (30_000, 500)])
+def test_five_percent_of_the_distinct_items_are_held_out(distinct, held_out):
+    """At least one and at most 500."""
+    assert len(hold_out(range(distinct), seed=0)) == held_out
 
 
-def test_the_held_out_part_is_seeded_disjoint_and_covers_all_with_the_rest(tmp_path):
-    path, said = write(tmp_path / "a.jsonl", [{"text": f"{i:04d}"} for i in range(300)]), []
-    train, held_out = split(path, said=said)
-    assert (len(train), len(held_out)) == (285, 15) and said[-1] == "held out for evaluation: 15 of 300 sequences"
-    names = lambda part: [BYTES.decode(part[i][0][1:-1]) for i in range(len(part))]
-    assert sorted(names(train) + names(held_out)) == [f"{i:04d}" for i in range(300)]
-    assert names(split(path)[1]) == names(held_out) != names(split(path, seed=1)[1])
+def test_from_copies_of_a_single_item_nothing_can_be_held_out():
+    assert hold_out([], 0).tolist() == hold_out([7], 0).tolist() == hold_out([7, 7, 7], 0).tolist() == []
+
+
+def test_a_subset(tmp_path):
+    dataset = load(write(tmp_path / "a.jsonl", [{"text": c} for c in ("a", "bb", "ccc", "dddd")]))
+    subset = Subset(dataset, [1, 3], stats={"sequences": 2})
+    assert spell(subset) == ["bb", "dddd"] and subset.lengths([1, 0]).tolist() == [6, 4]
+
+
+def split(path, seed=0, eval_path="", encode=encode_text):
+    return load_split(encode, [path], eval_path, BYTES, 64, seed)
+
+
+def test_the_held_out_part_is_seeded_disjoint_and_covers_all_with_the_rest(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": f"{i:04d}"} for i in range(300)])
+    train, held_out = split(path)
+    assert capsys.readouterr().out.endswith("held out for evaluation: 15 of 300 sequences\n")
+    assert (len(train), len(held_out)) == (285, 15) and train.stats["sequences held out"] == 15
+    assert sorted(spell(train) + spell(held_out)) == [f"{i:04d}" for i in range(300)]
+    assert spell(split(path)[1]) == spell(held_out) != spell(split(path, seed=1)[1])
     assert contents(PackedLoader(held_out, 4, 16, seed=0).epoch_batches(0)) == everything(held_out)
     assert train.lengths([0, 284]).tolist() == [6, 6]
 
 
-def test_the_held_out_part_knows_its_bytes(tmp_path):
-    """20 texts of 3 characters, 9 bytes each, in pieces: what is held out is one of 20 x 1 pieces; bits per byte need it.
+@pytest.mark.parametrize("encode", [encode_text, encode_conversation])
+def test_no_copy_of_a_held_out_sequence_is_trained_on(tmp_path, encode):
+    """100 texts, or conversations, each twice: five are held out, both copies of each. The order of the copies and
+    keys that are not trained on change nothing."""
+    def answer(text):
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
 
-    A text of 20 bytes is cut in two pieces at 16 tokens: 15 targets, all of them bytes, and 6 of which 5 are.
+    records = [{"text": f"{i:04d}", "conversations": answer(f"{i:04d}")} for i in range(100)]
+    copies = [{**record, "source": "copy"} for record in reversed(records)]
+    train, held_out = split(write(tmp_path / "a.jsonl", records + copies), encode=encode)
+    assert (len(train), len(held_out)) == (190, 10)
+    assert len(set(spell(held_out))) == 5 and not set(spell(train)) & set(spell(held_out))
+
+
+def test_the_held_out_part_knows_its_bytes(tmp_path):
+    """Bits per byte need them. 20 texts of 3 characters, 9 bytes each: one is held out.
+
+    A text of 68 bytes is cut into two pieces at 64 tokens: one of 63 targets, all of them bytes, and one of 7 tokens,
+    whose first is no target and whose last is <|endoftext|>: 5 bytes. Two of the 40 pieces are held out.
     """
-    _, held_out = split(write(tmp_path / "a.jsonl", [{"text": "\u4e16\u754c\u4eba"}] * 20))
-    assert len(held_out) == 1 and held_out.stats["bytes"] == 9
-    _, held_out = split(write(tmp_path / "b.jsonl", [{"text": "x" * 20}] * 20))
-    lengths = sorted(held_out.lengths([0, 1]).tolist())
-    assert held_out.stats["bytes"] == sum({16: 15, 7: 5}[n] for n in lengths)
+    _, held_out = split(write(tmp_path / "a.jsonl", [{"text": "\u4e16\u754c" + chr(0x4e00 + i)} for i in range(20)]))
+    assert len(held_out) == 1 and held_out.stats == {"sequences": 1, "bytes": 9}
+    _, held_out = split(write(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "x" * 64 + f"{i:02d}"} for i in range(20)]))
+    lengths = held_out.lengths([0, 1]).tolist()
+    assert held_out.stats["bytes"] == sum({64: 63, 7: 5}[length] for length in lengths)
 
 
 def test_a_file_of_ones_own_is_the_held_out_data(tmp_path):
-    train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}]), eval_path=write(tmp_path / "b.jsonl", [{"text": "bb"}] * 3))
+    own = write(tmp_path / "b.jsonl", [{"text": "bb"}] * 3)
+    train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}]), eval_path=own)
     assert len(train) == 1 and len(held_out) == 3 and held_out.stats["bytes"] == 6
 
 
-def test_a_single_document_is_trained_on_and_evaluated_on(tmp_path):
-    said = []
-    train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}]), said=said)
-    assert len(train) == len(held_out) == 1 and said[-1] == "a single sequence: it is trained on and evaluated on"
+@pytest.mark.parametrize("copies", [1, 30])
+def test_a_single_document_is_trained_on_and_evaluated_on(tmp_path, capsys, copies):
+    train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}] * copies))
+    assert len(train) == len(held_out) == copies
+    assert capsys.readouterr().out.endswith("a single sequence: it is trained on and evaluated on\n")
 
 
 # ------------------------------------------------------------------------------------------- the cache
@@ -462,27 +540,40 @@ class Counting(Tokenizer):
         return super().encode(*arguments, **options)
 
 
+def made_anew(path, encode=encode_text, max_seq_len=64, tokenizer=BYTES) -> bool:
+    """Whether the file is tokenised, and not found in the cache."""
+    Counting.encoded = 0
+    load(path, encode, max_seq_len, Counting(tokenizer.document))
+    return Counting.encoded > 0
+
+
 def test_the_cache_is_used_until_something_changes(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "abc"}])
+    assert made_anew(path) and not made_anew(path)
+    assert made_anew(path, max_seq_len=32) and made_anew(path, tokenizer=train_tokenizer(["abcabc"], 260))
+    assert not made_anew(path)
+    write(tmp_path / "a.jsonl", [{"text": "abcd"}])
+    assert made_anew(path) and not made_anew(path)
+    write(tmp_path / "a.jsonl", [{"text": "abcd", "conversations": HI_YO}])
+    assert made_anew(path) and made_anew(path, encode_conversation)
+
+
+def test_what_counts_is_the_content_of_a_file(tmp_path):
+    """Another file of the same size and time is read; the same content of another time or in another folder is not."""
     path = tmp_path / "a.jsonl"
     write(path, [{"text": "abc"}])
-    other_tokenizer = Counting(train_tokenizer(["abcabc"], 260).document)
-
-    def made_anew(kind="text", max_seq_len=64, tokenizer=Counting(BYTES.document)):
-        Counting.encoded = 0
-        load(kind, path, max_seq_len, tokenizer)
-        return Counting.encoded > 0
-
-    assert made_anew() and not made_anew()
-    assert made_anew(max_seq_len=32) and made_anew(tokenizer=other_tokenizer)
-    assert not made_anew()
-    time = path.stat().st_mtime_ns
-    os.utime(path, ns=(time, time + 1_000_000_000))
-    assert made_anew() and not made_anew()
-    write(path, [{"text": "abcd"}])  # another size, even if the clock stood still
-    os.utime(path, ns=(time, time + 1_000_000_000))
-    assert made_anew() and not made_anew()
-    write(path, [{"conversations": HI_YO, "text": "abcd"}])
-    assert made_anew() and made_anew(kind="chat")
+    old = path.stat()
+    assert made_anew(path)
+    write(tmp_path / "new", [{"text": "xyz"}])
+    os.replace(tmp_path / "new", path)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (old.st_size, old.st_mtime_ns)
+    assert made_anew(path) and spell(load(path)) == ["xyz"]
+    os.utime(path, ns=(0, 0))
+    assert not made_anew(path)
+    (tmp_path / "copy").mkdir()
+    write(tmp_path / "copy" / "a.jsonl", [{"text": "xyz"}])
+    assert not made_anew(tmp_path / "copy" / "a.jsonl")
 
 
 def test_an_interrupted_build_is_not_taken_for_the_data(tmp_path, monkeypatch, cache):
@@ -490,23 +581,23 @@ def test_an_interrupted_build_is_not_taken_for_the_data(tmp_path, monkeypatch, c
     path = documents(tmp_path / "a.jsonl", 50)
 
     def interrupted(jobs, tokenizer, workers):
-        yield data.encode_lines(next(jobs), tokenizer)
+        yield token_cache.encode_lines(next(jobs), tokenizer)
         raise KeyboardInterrupt
 
     for killed in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(data, "encode_all", interrupted)
+            patch.setattr(token_cache, "encode_all", interrupted)
             if killed:
-                patch.setattr(data.shutil, "rmtree", lambda *arguments, **options: None)
+                patch.setattr(token_cache.shutil, "rmtree", lambda *arguments, **options: None)
             with pytest.raises(KeyboardInterrupt):
-                load("text", path)
+                load(path)
         assert len(list(cache.iterdir())) == killed
-    assert len(load("text", path)) == 50
+    assert len(load(path)) == 50
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert "the token cache cannot be written" in one_line(load, "text", documents(tmp_path / "a.jsonl", 3))
+    assert "the token cache cannot be written" in one_line(load, documents(tmp_path / "a.jsonl", 3))
 
 
 def test_a_full_disk_while_tokenising_leaves_nothing_behind(tmp_path, monkeypatch, cache):
@@ -514,13 +605,13 @@ def test_a_full_disk_while_tokenising_leaves_nothing_behind(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(data, "encode_all", full)
-    error = one_line(load, "text", documents(tmp_path / "a.jsonl", 3))
+    monkeypatch.setattr(token_cache, "encode_all", full)
+    error = one_line(load, documents(tmp_path / "a.jsonl", 3))
     assert "No space left on device" in error and "MINILLM_CACHE" in error and not any(cache.iterdir())
 
 
 def test_only_the_first_process_of_a_machine_tokenises(tmp_path, monkeypatch):
-    """The others wait until it is done; here it is done while the other one sleeps."""
+    """The others wait until it is done; here that happens while the other one sleeps."""
     path = documents(tmp_path / "a.jsonl", 5)
     monkeypatch.setenv("LOCAL_RANK", "1")
     slept = []
@@ -528,18 +619,19 @@ def test_only_the_first_process_of_a_machine_tokenises(tmp_path, monkeypatch):
     def sleep(seconds):
         slept.append(seconds)
         monkeypatch.setenv("LOCAL_RANK", "0")
-        load("text", path)
+        load(path)
         monkeypatch.setenv("LOCAL_RANK", "1")
 
-    monkeypatch.setattr(data.time, "sleep", sleep)
-    assert len(load("text", path)) == 5 and len(slept) == 1
+    monkeypatch.setattr(token_cache.time, "sleep", sleep)
+    assert len(load(path)) == 5 and len(slept) == 1
 
 
 class Killed(Tokenizer):
-    """A worker that the system kills."""
+    """In a worker that the system kills."""
 
     def encode(self, text, allow_special=False):
-        os._exit(9) if "fatal" in text else None
+        if "fatal" in text:
+            os._exit(9)
         return super().encode(text, allow_special)
 
     def __reduce__(self):
@@ -547,23 +639,23 @@ class Killed(Tokenizer):
 
 
 def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache):
-    """To the byte; a bad line is told as by one; and a worker that dies ends the build instead of hanging it."""
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    """To the byte. A bad line is reported as by one process. A worker that dies ends the build and does not hang it."""
+    monkeypatch.setattr(token_cache.os, "cpu_count", lambda: 2)
     lines = [json.dumps({"text": f"{i} " + "lorem ipsum " * 50}) for i in range(1500)]  # 0.9 MB: four chunks
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
     files = {}
     for parallel in (1 << 30, 1):
-        monkeypatch.setattr(data, "PARALLEL", parallel)
-        folder = load("text", path, 1024).folder
+        monkeypatch.setattr(token_cache, "PARALLEL", parallel)
+        folder = load(path, max_seq_len=1024).folder
         files[parallel] = {file.name: file.read_bytes() for file in folder.iterdir()}
-        data.shutil.rmtree(folder)
+        token_cache.shutil.rmtree(folder)
     assert files[1] == files[1 << 30] and len(files[1]["starts.bin"]) == 8 * (len(lines) + 1)
 
     path.write_text(lines[0] + "\n{oops\n" + lines[1])
-    assert one_line(load, "text", path).startswith(f"{path}:2: not JSON")
+    assert one_line(load, path).startswith(f"{path}:2: not JSON")
     path.write_text(lines[0] + '\n{"text": "fatal"}')
-    assert "process was killed" in one_line(load, "text", path, 64, Killed(BYTES.document))
+    assert "process was killed" in one_line(load, path, encode_text, 64, Killed(BYTES.document))
     assert not any(cache.iterdir())
 
 
@@ -571,16 +663,19 @@ MEMORY = r"""
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-from minillm import data
+from minillm import token_cache
+from minillm.data import PackedLoader, encode_text
 from minillm.tokenizer import train_tokenizer
 
-folder, scale = Path(sys.argv[1]), 2**20 if sys.platform == "darwin" else 2**10
-data.CACHE, data.PARALLEL = folder / "cache", 1 << 40
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+folder = Path(sys.argv[1])
+token_cache.CACHE, token_cache.PARALLEL = folder / "cache", 1 << 40
 tokenizer = train_tokenizer(["a"], 259)
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
 def epoch(dataset):
-    return sum(batch.n_tokens for batch in data.PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
+    return sum(batch.n_tokens for batch in PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
 
 peaks = []
 for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 0.6 and 6 MB of masks
@@ -588,7 +683,7 @@ for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 
     with open(path, "w") as file:
         for i in range(lines):
             file.write(json.dumps({"text": "lorem ipsum " * 25}) + "\n")
-    dataset = data.load_dataset("text", str(path), tokenizer, 512, say=lambda line: None)
+    dataset = token_cache.load_dataset(encode_text, str(path), tokenizer, 512)
     assert epoch(dataset) == lines * 302
     peaks.append(peak())
 for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 150 MB, written directly
@@ -596,15 +691,16 @@ for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 15
         for _ in range(100):
             file.write(np.ones(500_000, dtype).tobytes())
 np.arange(0, 50_000_001, 500).tofile(dataset.folder / "starts.bin")
-assert epoch(data.TokenDataset(dataset.folder)) == 50_000_000
+assert epoch(token_cache.TokenDataset(dataset.folder)) == 50_000_000
 print(*peaks, peak())
 """
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Pitfall 17. As Python objects 6 MB of text were hundreds of MB; and pages of a mapped file count as memory too."""
+    """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too."""
     pytest.importorskip("resource")
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=Path(__file__).parent.parent,
+                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    small, large, huge = map(float, run.stdout.split())
+    small, large, huge = map(float, run.stdout.splitlines()[-1].split())
     assert large - small < 24 and huge - small < 24, (small, large, huge)

@@ -1,7 +1,7 @@
 """Chapter 4. The model: what one position computes, and why neither padding, packing nor the cache may change it.
 
-Attention in the smallest case, two tokens and one head of width d = 4. The second token's query is (2, 0, 0, 0), the keys
-are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0, 0):
+Attention in the smallest case, two tokens and one head of width d = 4. The second token's query is (2, 0, 0, 0), the
+keys are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0, 0):
 
     scores     q k / sqrt(d)      2 ln 3 / 2 = ln 3   and   0
     weights    softmax            3 / 4               and   1 / 4
@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from minillm import model as model_file
-from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, attend, attention_mask_2d,
-                           document_block_mask, document_lengths, document_positions, llama3_frequencies, packed_forward, preset_config, rotate)
+from minillm import attention
+from minillm.attention import attend, attention_mask_2d, document_block_mask, document_lengths, document_positions
+from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, llama3_frequencies,
+                           apply_rope, packed_forward, preset_config)
 from minillm.prefix import apply_prefix
 from tests.helpers import close, waiting_forbidden
 
-SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8,
              intermediate_size=20)
 
 
@@ -75,7 +77,7 @@ def test_rope_turns_each_pair_by_its_own_angle():
     """
     rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 4}))
     cos, sin = rotary(torch.tensor([[100]]))
-    turned = rotate(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin)
+    turned = apply_rope(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin)
     assert close(turned.flatten(), [0.862319, 0.540302, -0.506366, 0.841471])
 
 
@@ -84,8 +86,9 @@ def test_rope_knows_distances_only(query_at, key_at):
     """A query (1, 0) and a key (1, 0), three positions apart: the product is cos 3 = -0.989992, wherever they stand."""
     rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 2}))
     one = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    query, key = (rotate(one, *rotary(torch.tensor([[at]]))) for at in (query_at, key_at))
-    torch.testing.assert_close((query * key).sum().item(), -0.989992, atol=5e-5, rtol=0)  # 500 rad has 4 digits after the point
+    query, key = (apply_rope(one, *rotary(torch.tensor([[at]]))) for at in (query_at, key_at))
+    # 500 rad has 4 digits after the point
+    torch.testing.assert_close((query * key).sum().item(), -0.989992, atol=5e-5, rtol=0)
 
 
 def test_rope_mistake_neighbours_as_pairs():
@@ -95,8 +98,8 @@ def test_rope_mistake_neighbours_as_pairs():
     (cos 1, sin 1) . (0, 1) = sin 1 = 0.841471. With neighbours as pairs it is 0.
     """
     rotary = RotaryEmbedding(ModelConfig(**{**SIZES, "head_dim": 4}))
-    query = rotate(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[1]])))
-    key = rotate(torch.tensor([0, 0, 1.0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[0]])))
+    query = apply_rope(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[1]])))
+    key = apply_rope(torch.tensor([0, 0, 1.0, 0]).view(1, 1, 1, 4), *rotary(torch.tensor([[0]])))
     assert close((query * key).sum(), 0.841471)
 
 
@@ -119,7 +122,7 @@ def test_attention_worked_example():
     """Of the module's docstring; the plain causal path, the masked one, and the two products written out."""
     q, k, v = worked_attention()
     causal = attention_mask_2d(None, torch.zeros(1, 2), 2, 0, "cpu")
-    for output in (attend(q, k, v, None), attend(q, k, v, causal), model_file._attend_in_two_products(q, k, v, causal)):
+    for output in (attend(q, k, v, None), attend(q, k, v, causal), attention._attend_in_two_products(q, k, v, causal)):
         assert close(output[0, 0, :, 0], [1.0, 2.0])
 
 
@@ -155,7 +158,7 @@ def test_bf16_on_the_cpu_takes_another_path_to_the_same_numbers(masked):
     actual = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert actual.dtype == torch.bfloat16 and (actual.float() - expected).abs().max() < 0.03
     causal = torch.ones(9, 9, dtype=torch.bool).tril()  # and the formula itself, in float32, to the usual digits
-    assert close(model_file._attend_in_two_products(q, k, v, mask if masked else causal), expected)
+    assert close(attention._attend_in_two_products(q, k, v, mask if masked else causal), expected)
 
 
 def test_swiglu_worked_example():
@@ -174,7 +177,8 @@ def test_positions_restart_with_each_document():
 def test_who_may_look_at_whom():
     """Two documents of two tokens, and a padding token that sees itself alone (a softmax over nothing is NaN)."""
     mask = attention_mask_2d(None, torch.tensor([[0, 0, 1, 1, -1]]), 5, 0, "cpu")
-    assert mask.int().tolist() == [[[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]]]
+    assert mask.int().tolist() == [[[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0],
+                                     [0, 0, 0, 0, 1]]]]
     mask = attention_mask_2d(torch.tensor([[False, True, True]]), None, 3, 0, "cpu")
     assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
     mask = attention_mask_2d(torch.tensor([[False, True, True, True]]), None, 2, 2, "cpu")  # two in the cache, two new
@@ -183,11 +187,12 @@ def test_who_may_look_at_whom():
 
 # ------------------------------------------------------------------------------------------ the whole
 
-@pytest.mark.parametrize("preset, parameters", [("tiny", 1_607_040), ("mini", 25_830_912), ("small", 63_912_192), ("base", 105_605_888)])
+@pytest.mark.parametrize("preset, parameters", [("tiny", 1_607_040), ("mini", 25_830_912), ("small", 63_912_192),
+                                                ("base", 105_605_888)])
 def test_parameters_of_the_presets(preset, parameters):
-    """With 6,400 tokens. small, counted by hand: embedding 6400 x 768 = 4,915,200 (the head is the same matrix); per layer
-    q 768 x 768, k and v 768 x 384 each, o 768 x 768, q_norm and k_norm 96 each, MLP 3 x 768 x 2432, two norms of 768
-    = 7,374,528, times 8; last norm 768."""
+    """With 6,400 tokens. small, counted by hand: embedding 6400 x 768 = 4,915,200 (the head is the same matrix); per
+    layer q 768 x 768, k and v 768 x 384 each, o 768 x 768, q_norm and k_norm 96 each, MLP 3 x 768 x 2432, two norms of
+    768 = 7,374,528, times 8; last norm 768."""
     with torch.device("meta"):
         model = CausalLM(preset_config(preset, 6400))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -215,7 +220,8 @@ def test_a_new_model_knows_nothing():
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_activation_checkpointing_changes_the_memory_and_nothing_else(prefix):
-    """What the backward pass holds on to: per layer its input (and the mask's share of it) instead of every product in it."""
+    """What the backward pass holds on to: per layer its input (and the mask's share of it) instead of every product in
+    it."""
     model, tokens, docs = small_model(), ids(2, 12), torch.arange(12).expand(2, 12) // 5
     if prefix:
         apply_prefix(model, 3, [1, 2])
@@ -266,9 +272,11 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(model_type, same)
     assert torch.allclose(model(tokens), before, atol=1e-3) is same
 
 
-@pytest.mark.parametrize("model_type, biases", [("qwen3", []), ("llama", []), ("qwen2", ["k_proj.bias", "q_proj.bias", "v_proj.bias"])])
+@pytest.mark.parametrize("model_type, biases", [("qwen3", []), ("llama", []),
+                                                ("qwen2", ["k_proj.bias", "q_proj.bias", "v_proj.bias"])])
 def test_which_biases_each_family_has(model_type, biases):
-    names = [name for name, _ in small_model(model_type=model_type).named_parameters() if "layers.0" in name and "bias" in name]
+    names = [name for name, _ in small_model(model_type=model_type).named_parameters() if "layers.0" in name
+             and "bias" in name]
     assert sorted(name.removeprefix("model.layers.0.self_attn.") for name in names) == biases
 
 
@@ -332,7 +340,8 @@ def test_packing_mistake_one_document_reads_the_other():
 def test_the_same_number_in_another_place_is_another_document():
     """doc_ids 0 0 1 1 and 4 4 9 9 mean the same; only equality within a row counts."""
     model, tokens = small_model(), ids(1, 4)
-    assert torch.equal(model(tokens, doc_ids=torch.tensor([[0, 0, 1, 1]])), model(tokens, doc_ids=torch.tensor([[4, 4, 9, 9]])))
+    assert torch.equal(model(tokens, doc_ids=torch.tensor([[0, 0, 1, 1]])),
+                       model(tokens, doc_ids=torch.tensor([[4, 4, 9, 9]])))
 
 
 def listed(counts, indices):
@@ -343,7 +352,8 @@ def listed(counts, indices):
 
 @pytest.mark.parametrize("length", [12, 16, 18])
 def test_the_block_mask_is_the_mask_in_blocks(length):
-    """Blocks of 4: skipped where no pair may look, whole where all may, and read through the mask in between; never two of these."""
+    """Blocks of 4: skipped where no pair may look, whole where all may, and read through the mask in between; never two
+    of these."""
     random = torch.Generator().manual_seed(0)
     for _ in range(50):
         doc_ids = (torch.rand(2, length, generator=random) < torch.tensor([[0.1], [0.4]])).long().cumsum(1)
@@ -352,7 +362,8 @@ def test_the_block_mask_is_the_mask_in_blocks(length):
         mask, n = attention_mask_2d(None, doc_ids, length, 0, "cpu")[:, 0], -(-length // 4)
         pad = (0, 4 * n - length) * 2
         tiles = F.pad(mask, pad).view(2, n, 4, n, 4).transpose(2, 3)
-        some, whole = listed(blocks.kv_num_blocks, blocks.kv_indices), listed(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        some, whole = listed(blocks.kv_num_blocks, blocks.kv_indices), listed(blocks.full_kv_num_blocks,
+                                                                              blocks.full_kv_indices)
         assert ((some | whole) == tiles.any(-1).any(-1)).all() and not (some & whole).any()
         assert (whole == tiles.all(-1).all(-1)).all()
         b, q, k = torch.meshgrid(torch.arange(2), torch.arange(length), torch.arange(length), indexing="ij")
@@ -360,7 +371,8 @@ def test_the_block_mask_is_the_mask_in_blocks(length):
 
 
 def test_long_packed_rows_equal_their_documents_alone():
-    """On CPUs rows of over 512 tokens are attended to document by document: forward and backward, with padding at the end."""
+    """On CPUs rows of over 512 tokens are attended to document by document: forward and backward, with padding at the
+    end."""
     model, tokens = small_model(num_key_value_heads=2, max_position_embeddings=1024), ids(2, 600)
     lengths = [[200, 1, 310, 89], [600]]
     doc_ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
@@ -370,7 +382,8 @@ def test_long_packed_rows_equal_their_documents_alone():
     alone = [model.hidden(part[None]) for row, n in zip(tokens, lengths) for part in row.split(n)]
     close(hidden.flatten(0, 1), torch.cat(alone, dim=1)[0])
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for one, other in zip(*(torch.autograd.grad((x ** 2).mean(), parameters) for x in (hidden, torch.cat(alone, dim=1)))):
+    for one, other in zip(*(torch.autograd.grad((x ** 2).mean(), parameters)
+                            for x in (hidden, torch.cat(alone, dim=1)))):
         close(one, other)
     mask = attention_mask_2d(None, doc_ids, 600, 0, "cpu")
     q, k, v = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8), torch.randn(2, 2, 600, 8)
@@ -380,14 +393,17 @@ def test_long_packed_rows_equal_their_documents_alone():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_flex_attention_equals_the_plain_mask(kv_heads):
-    """Its compiled form runs on CUDA only; here the formula, with grouped heads and padding, and a row of padding alone."""
+    """Its compiled form runs on CUDA only; here the formula, with grouped heads and padding, and a row of padding
+    alone."""
     model, tokens = small_model(num_key_value_heads=kv_heads).requires_grad_(False), ids(3, 10)
     doc_ids = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, -1, -1], [0] * 10, [-1] * 10])
-    close(model.hidden(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
+    close(model.hidden(tokens, doc_ids=doc_ids, block_mask=document_block_mask(doc_ids)),
+          model.hidden(tokens, doc_ids=doc_ids))
 
 
 def test_one_program_serves_batches_of_all_shapes():
-    """As the scripts compile the models that read batches of ever other shapes: in one piece, once without and once with doc_ids."""
+    """As the scripts compile the models that read batches of ever other shapes: in one piece, once without and once
+    with doc_ids."""
     model, counter = small_model(), CompileCounter()
     compiled = torch.compile(model.model, dynamic=True, backend=counter, fullgraph=True)
     for rows, length in ((3, 7), (5, 12), (4, 9)):
@@ -401,7 +417,8 @@ def test_one_program_serves_batches_of_all_shapes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("length", [30, 127, 128, 129, 384])
 def test_the_compiled_forward_of_packed_rows_equals_its_plain_twin(length):
-    """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32; the mask is made without waiting."""
+    """Flex attention and torch.compile against the dense mask, hidden states and gradients, in float32; the mask is
+    made without waiting."""
     torch.manual_seed(0)
     model = CausalLM(ModelConfig(vocab_size=64, num_hidden_layers=2)).cuda()
     tokens = torch.randint(64, (2, length), device="cuda")
@@ -460,8 +477,8 @@ def test_a_full_cache_says_so():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_of_padding_alone_are_finite(dtype):
-    """Pitfall 7. Such rows happen (the last batch of an epoch, a masked prompt); their values mean nothing, yet NaN would
-    spread through the gradient to every weight."""
+    """Pitfall 7. Such rows happen (the last batch of an epoch, a masked prompt); their values mean nothing, yet NaN
+    would spread through the gradient to every weight."""
     model, tokens = small_model().to(dtype), ids(3, 6)
     mask = torch.ones(3, 6, dtype=torch.bool)
     mask[0], mask[1, :4] = False, False
@@ -473,7 +490,8 @@ def test_rows_of_padding_alone_are_finite(dtype):
 
 
 def test_large_weights_in_half_precision_stay_finite():
-    """Weights 30 times as large: with queries and keys normalised and norms in float32 nothing overflows fp16's 65,504."""
+    """Weights 30 times as large: with queries and keys normalised and norms in float32 nothing overflows fp16's 65,504.
+    """
     model = small_model()
     with torch.no_grad():
         for name, weight in model.named_parameters():

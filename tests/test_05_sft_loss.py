@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import losses
-from minillm.losses import head_logprobs, sft_loss, sft_loss_from_hidden, token_logprobs
+from minillm import logprobs
+from minillm.logprobs import head_logprobs, linear_cross_entropy
+from minillm.losses import sft_loss, token_logprobs
 from tests.helpers import close
 
 # A vocabulary of three and a text of three tokens. After token 0 the model says (1/2, 1/4, 1/4), after token 2 it says
@@ -173,7 +174,7 @@ def small_chunks(monkeypatch):
     """18 tokens in chunks of 5, 5, 5 and 3."""
     def chunks(hidden, weight):
         return [slice(i, i + 5) for i in range(0, hidden.shape[0], 5)]
-    monkeypatch.setattr(losses._HeadLogprobs, "chunks", staticmethod(chunks))
+    monkeypatch.setattr(logprobs._HeadLogprobs, "chunks", staticmethod(chunks))
 
 
 def test_head_worked_example():
@@ -239,7 +240,7 @@ def test_head_never_holds_all_the_logits(monkeypatch):
     """2 x 1025 tokens, vocabulary 300: all logits are 614,400 numbers. In chunks of 512 tokens the largest tensor is
     512 x 300 = 153,600 numbers; four times the tokens do not make it larger. The plain twin holds them all.
     """
-    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", 1)
     largest = {}
     for length in (1025, 4097):
         for function in (head_logprobs, lambda h, w, t: token_logprobs(h @ w.T, t)):
@@ -273,11 +274,11 @@ def test_head_sums_the_weight_gradient_in_float32(monkeypatch):
     The first chunk counts 256 times: 65,536. In bf16 65,536 + 256 is 65,536 again, and the other 63 chunks would be
     lost; the gradient is 65,536 + 63 x 256 = 81,664.
     """
-    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", 1)
     hidden = torch.ones(1, 64 * 512 + 1, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, requires_grad=True)
-    logprobs = head_logprobs(hidden, weight, torch.zeros(1, 64 * 512 + 1, dtype=torch.long))
-    logprobs.backward(torch.where(torch.arange(64 * 512) < 512, 256.0, 1.0)[None])
+    result = head_logprobs(hidden, weight, torch.zeros(1, 64 * 512 + 1, dtype=torch.long))
+    result.backward(torch.where(torch.arange(64 * 512) < 512, 256.0, 1.0)[None])
     close(weight.grad, [[81664.0], [-81664.0]])
     big = torch.tensor(65536.0, dtype=torch.bfloat16)
     assert big + 256 == big
@@ -299,9 +300,9 @@ def test_head_ignores_tokens_that_the_loss_masks():
 
 @pytest.mark.parametrize("picks", [True, False])
 def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks):
-    """With a mask: the same values and gradients as masking afterwards, NaN outside it no matter, and 0 where nothing is asked.
-    Also where, as on a GPU, all logits are made, since to count those asked for would be to wait."""
-    monkeypatch.setattr(losses, "_picks_rows", lambda x: picks)
+    """With a mask: the same values and gradients as masking afterwards, NaN outside it no matter, and 0 where nothing
+    is asked. Also where, as on a GPU, all logits are made, since to count those asked for would be to wait."""
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     hidden, weight, tokens = head_inputs()
     mask = torch.arange(6) < torch.tensor([[2], [6], [0]])
     broken = hidden.detach().clone()
@@ -309,7 +310,9 @@ def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks):
     broken.requires_grad_()
     twin = weight.detach().clone().requires_grad_()
     scale = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
-    asked, masked = head_logprobs(broken, twin, tokens, 1.3, mask), torch.where(mask, head_logprobs(hidden, weight, tokens, 1.3), 0.0)
+    asked, masked = head_logprobs(broken, twin, tokens, 1.3, mask), torch.where(mask,
+                                                                                head_logprobs(hidden, weight, tokens,
+                                                                                              1.3), 0.0)
     close(asked, masked)
     (asked * scale).sum().backward()
     (masked * scale).sum().backward()
@@ -317,14 +320,15 @@ def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks):
     close(broken.grad, hidden.grad)
 
 
-# ---------------------------------------------------------------- sft_loss_from_hidden
+# ---------------------------------------------------------------- linear_cross_entropy
 
 @pytest.mark.parametrize("n_tokens", [None, 40])
 def test_the_loss_from_hidden_states_equals_its_plain_twin(small_chunks, n_tokens):
     hidden, weight, tokens = head_inputs()
     mask = torch.arange(7) < torch.tensor([[2], [7], [4]])
     twin_hidden, twin_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    loss, twin = sft_loss_from_hidden(hidden, weight, tokens, mask, n_tokens), sft_loss(twin_hidden @ twin_weight.T, tokens, mask, n_tokens)
+    loss, twin = linear_cross_entropy(hidden, weight, tokens, mask, n_tokens), sft_loss(twin_hidden @ twin_weight.T,
+                                                                                        tokens, mask, n_tokens)
     close(loss, twin)
     loss.backward()
     twin.backward()
@@ -338,7 +342,7 @@ def test_the_loss_from_hidden_states_makes_no_logits_that_nobody_asks_for():
     mask = torch.zeros(2, 1025, dtype=torch.bool)
     mask[1, 7:12] = True
     with LargestTensor() as mode:
-        sft_loss_from_hidden(hidden, weight, tokens, mask).backward()
+        linear_cross_entropy(hidden, weight, tokens, mask).backward()
     assert mode.largest == hidden.numel() > 5 * 300
 
 
@@ -350,10 +354,10 @@ def test_the_loss_from_hidden_states_ignores_what_is_masked():
     broken = hidden.detach().clone()
     broken[1:], broken[0, 1:] = float("nan"), float("inf")
     broken.requires_grad_()
-    close(sft_loss_from_hidden(broken, weight, tokens, mask), sft_loss(hidden @ weight.T, tokens, mask))
-    sft_loss_from_hidden(broken, weight, tokens, mask).backward()
+    close(linear_cross_entropy(broken, weight, tokens, mask), sft_loss(hidden @ weight.T, tokens, mask))
+    linear_cross_entropy(broken, weight, tokens, mask).backward()
     assert broken.grad.isfinite().all() and weight.grad.isfinite().all()
-    empty = sft_loss_from_hidden(hidden, weight, tokens, torch.zeros_like(mask))
+    empty = linear_cross_entropy(hidden, weight, tokens, torch.zeros_like(mask))
     empty.backward()
     assert empty == 0 and not hidden.grad.any()
 
@@ -367,7 +371,7 @@ def test_inputs_are_left_alone():
     before = [x.detach().clone() for x in inputs]
     (token_logprobs(logits, tokens, 0.5).sum() + sft_loss(logits, tokens, mask)).backward()
     head_logprobs(hidden, weight, ids, 0.5).sum().backward()
-    sft_loss_from_hidden(hidden, weight, ids, ids > 0).backward()
+    linear_cross_entropy(hidden, weight, ids, ids > 0).backward()
     assert all(torch.equal(x, y) for x, y in zip(inputs, before))
 
 
@@ -378,8 +382,10 @@ def test_inputs_are_left_alone():
     lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=0.0),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long)),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 2, dtype=torch.long)),
-    lambda: sft_loss_from_hidden(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)),
-    lambda: sft_loss_from_hidden(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)),
+    lambda: linear_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long),
+                                 torch.ones(2, 3, dtype=torch.bool)),
+    lambda: linear_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.long),
+                                 torch.ones(2, 3)),
     lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)),
     lambda: sft_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)),
     lambda: sft_loss(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)),

@@ -7,8 +7,8 @@ The two numbers 1.0 and -2.0 as a tensor "a" of shape (2,) in float32 are
     {"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}              54 characters, then 2 spaces
     00 00 80 3f  00 00 00 c0                                            1.0 and -2.0 in IEEE 754
 
-No pickle is involved, so that a file from a stranger can be opened; and a file that was cut short or tampered with is
-refused, whatever it claims about itself.
+No pickle is involved, so a file from a stranger can be opened. A file that was cut short or tampered with is refused,
+whatever it claims about itself.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import checkpoint
-from minillm.checkpoint import (atomic_write, capture_rng, check_tokenizer, config_from_json, config_to_json, load_config,
-                                load_model, load_safetensors, load_training_state, restore_rng, save_model,
-                                save_safetensors, save_training_state, start_run)
+from minillm.checkpoint import check_tokenizer, config_from_json, config_to_json, load_config, load_model, save_model
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
+from minillm.safetensors import DTYPES, atomic_write, load_json, load_safetensors, save_json, save_safetensors
+from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
 
 ONE_AND_MINUS_TWO = (b"\x38\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + b" " * 2
                      + b"\x00\x00\x80\x3f\x00\x00\x00\xc0")
@@ -38,7 +37,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and resource l
 
 
 class SmallTokenizer:
-    """What checkpoint.py asks of a tokenizer."""
+    """What checkpoint.py needs of a tokenizer."""
 
     vocab_size, endoftext_id, pad_id, end_id = 20, 0, 0, 2
 
@@ -104,7 +103,7 @@ def test_the_worked_example_is_written(tmp_path):
 
 def assorted_tensors():
     torch.manual_seed(0)
-    tensors = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in checkpoint.DTYPES.values()}
+    tensors = {str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in DTYPES.values()}
     strange = {"a number": torch.tensor(3.5), "nothing": torch.zeros(0, 4), "transposed": torch.randn(4, 3).t(),
                "a slice, ¿名字?": torch.randn(9)[1::2], "odd size": torch.ones(3, dtype=torch.int8)}
     return {**tensors, **strange}
@@ -134,7 +133,7 @@ def test_the_safetensors_package_reads_ours_and_we_read_its(tmp_path):
 
 
 def test_a_tensor_at_an_odd_byte_is_read(tmp_path):
-    """Other writers need not align: here the numbers start at byte 8 + 55."""
+    """Other writers need not align the numbers: here they start at byte 8 + 55."""
     (tmp_path / "x").write_bytes(struct.pack("<Q", 55) + ONE_AND_MINUS_TWO[8:63] + ONE_AND_MINUS_TWO[-8:])
     assert load_safetensors(tmp_path / "x")["a"].tolist() == [1.0, -2.0]
 
@@ -195,7 +194,7 @@ def test_memory_follows_what_is_used(tmp_path):
     """One GiB of zeros (a file with a hole) opens without being read; writing 64 MiB needs no second copy of them."""
     script = f"""
 import json, resource, struct, sys, torch
-from minillm.checkpoint import load_safetensors, save_safetensors
+from minillm.safetensors import load_safetensors, save_safetensors
 unit = 2**20 if sys.platform == "darwin" else 2**10
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 with open({str(tmp_path / "big")!r}, "wb") as file:
@@ -255,16 +254,30 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*file"):
         save_model(tmp_path / "file", small_model(), SmallTokenizer())
 
 
+def test_json_is_written_whole_and_read_with_care(tmp_path):
+    path = tmp_path / "folder" / "x.json"
+    save_json(path, {"text": "你好", "list": [1, None]})
+    assert path.read_bytes() == '{\n  "text": "你好",\n  "list": [\n    1,\n    null\n  ]\n}\n'.encode()
+    assert load_json(path) == {"text": "你好", "list": [1, None]}
+    for text, message in (("[1]", "must hold a JSON object, not list"), ("{", "is not valid JSON"),
+                          ("\xff", "is not valid JSON"), ("[" * 100_000, "is not valid JSON")):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=message):
+            load_json(path)
+    with pytest.raises(UserError, match="cannot read .*nowhere.json: No such file"):
+        load_json(tmp_path / "nowhere.json")
+
+
 # The child saves state after state; it is killed inside each system call of a save, then at random moments.
 KILL_SCRIPT = """
 import os, random, signal, sys, time, torch
-from minillm.checkpoint import load_training_state, save_training_state
+from minillm.training_state import load_training_state, save_training_state
 folder, random_kills = sys.argv[1], int(sys.argv[2])
 
 def state(step):
@@ -312,7 +325,8 @@ assert step > 2, "no save got through"
 @POSIX
 def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path):
     # One thread: a forked child has none of its parent's OpenMP threads, and would wait for them for ever.
-    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "30"], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "30"], check=True, timeout=120,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 # --------------------------------------------------------------------------------------- model folders
@@ -324,7 +338,8 @@ def test_a_model_comes_back_to_the_bit(folder):
     tokens = torch.randint(24, (2, 7))
     assert torch.equal(again(tokens), model(tokens))
     assert all(parameter.requires_grad for parameter in again.parameters())
-    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors",
+                                          "tokenizer.json"]
 
 
 def test_tied_embeddings_are_stored_once_and_tied_after_reload(folder):
@@ -379,7 +394,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(folder):
         load_model(folder)
 
 
-def test_what_older_files_hold_besides_is_accepted_only_where_harmless(folder):
+def test_extra_tensors_of_older_files_are_accepted_only_if_harmless(folder):
     def add(weights):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
@@ -407,7 +422,8 @@ def test_shards_are_put_together(folder):
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"model.embed_tokens.weight": "model-00002-of-00002.safetensors"}, "model.embed_tokens.weight, which .* places in model-00002"),
+    ({"model.embed_tokens.weight": "model-00002-of-00002.safetensors"},
+     "model.embed_tokens.weight, which .* places in model-00002"),
     ({"nobody": "model-00003-of-00003.safetensors"}, "cannot read .*model-00003"),
     ({"nobody": "model-00001-of-00002.safetensors"}, "do not hold: nobody"),
     ({"model.norm.weight": "../elsewhere.safetensors"}, "file name of this folder"),
@@ -438,7 +454,7 @@ def test_each_folder_that_is_no_checkpoint_is_told_apart(folder, tmp_path):
     with pytest.raises(UserError, match="model.safetensors is missing"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pickled weights only \(pytorch_model.bin\)"):
+    with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model.bin\)"):
         load_model(folder)
     config.write_text("{")
     with pytest.raises(UserError, match="config.json is not valid JSON"):
@@ -472,7 +488,7 @@ def test_a_tokenizer_must_fit_the_model():
 
 
 # ---------------------------------------------------------------------------------------------- config
-# As published, without the keys that have no say in the computation (and some of those, to be ignored).
+# As published, without most of the keys that change nothing (a few are kept, and must be ignored).
 
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -542,7 +558,8 @@ def test_config_round_trip(model_type, scaling):
     ({"model_type": ["qwen3"]}, "model_type"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 4}, "use_sliding_window"),
-    ({"use_sliding_window": True, "sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+    ({"use_sliding_window": True, "sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]},
+     "use_sliding_window"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6}}, "rope_parameters"),
@@ -576,7 +593,8 @@ def test_a_sliding_window_that_is_switched_off_is_no_reason_to_refuse():
 # ---------------------------------------------------------------------------------------- exact resume
 
 def draw():
-    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist(), torch.randn(1).item()
+    return (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist(),
+            torch.randn(1).item())
 
 
 def test_random_generators_go_on_where_they_were(tmp_path):
@@ -610,7 +628,8 @@ def test_training_goes_on_to_the_bit(tmp_path):
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     train(model, optimizer, 3)
-    save_training_state(tmp_path, {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": capture_rng()})
+    save_training_state(tmp_path, {"step": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                   "rng": capture_rng()})
     train(model, optimizer, 3)
 
     state = load_training_state(tmp_path)
@@ -662,102 +681,12 @@ def test_another_thread_count_is_said(tmp_path, monkeypatch, capsys):
     assert "threads 3 -> 5" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------- run folders
-
-CONFIG = {"lr": 0.1, "data": ["a.jsonl"], "out": "x", "resume": False, "save_every": 5, "device": "cpu"}
-
-
-def finish(out, note):
-    (out / "summary.json").write_text(note)
-    save_training_state(out, {"step": 9, "finished": True})
-
-
-def test_an_older_run_is_renamed_and_the_one_before_it_goes(tmp_path, capsys):
-    out = tmp_path / "out"
-    assert start_run(out, False, CONFIG) is None and capsys.readouterr().out == ""
-    assert json.loads((out / "run_config.json").read_text()) == CONFIG
-    finish(out, "first")
-    assert start_run(out, False, CONFIG) is None
-    assert capsys.readouterr().out.count("\n") == 1 and os.listdir(out) == ["run_config.json"]
-    finish(out, "second")
-    start_run(out, False, CONFIG)
-    assert (tmp_path / "out.bak" / "summary.json").read_text() == "second"
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.bak"]
-
-
-def test_a_folder_without_a_run_is_left_where_it_is(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    start_run(tmp_path, False, CONFIG)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_what_the_run_reads_is_never_moved_away(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    start_run(out, False, CONFIG)
-    finish(out, "{}")
-    (out / "mine.jsonl").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    for needed in (out, "out", out / "mine.jsonl", "other/../out/mine.jsonl"):
-        with pytest.raises(UserError, match="would be overwritten"):
-            start_run(out, False, CONFIG, inputs=["", "elsewhere", needed])
-    monkeypatch.chdir(out)
-    with pytest.raises(UserError, match="would be overwritten"):
-        start_run(".", False, CONFIG)
-    assert sorted(os.listdir(tmp_path)) == ["out"] and (out / "mine.jsonl").exists()
-
-
-def test_out_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="is a file; give a folder"):
-        start_run(tmp_path / "out", False, CONFIG)
-
-
-def test_resume_with_nothing_there_starts_at_step_0(tmp_path, capsys):
-    """Also after a run that died before its first checkpoint: it does not push a finished run out of OUT.bak."""
-    out = tmp_path / "out"
-    start_run(out, False, CONFIG)
-    finish(out, "precious")
-    start_run(out, False, CONFIG)
-    (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    capsys.readouterr()
-    assert start_run(out, True, CONFIG) is None
-    assert "starting from step 0" in capsys.readouterr().out and os.listdir(out) == ["run_config.json"]
-    assert (tmp_path / "out.bak" / "summary.json").read_text() == "precious"
-
-
-def test_two_wrong_commands_do_not_cost_the_run_before_them(tmp_path):
-    """Both die before their first checkpoint (a wrong --model, say): the good run is moved aside once, and stays there."""
-    out = tmp_path / "out"
-    start_run(out, False, CONFIG)
-    finish(out, "precious")
-    for _ in range(3):
-        start_run(out, False, CONFIG)
-        (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert (tmp_path / "out.bak" / "summary.json").read_text() == "precious"
-
-
-def test_resume_continues_and_cuts_the_log(tmp_path):
-    """The steps after the state are trained again; their lines, and one torn by the crash, go."""
-    start_run(tmp_path, False, CONFIG)
-    save_training_state(tmp_path, {"step": 20})
-    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 2}\n{"step": 20, "loss": 1}\n{"step": 30}\n{"st')
-    state = start_run(tmp_path, True, {**CONFIG, "resume": True, "save_every": 7, "out": "y", "a new flag": 1})
-    assert state["step"] == 20 and state["finished"] is False
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10, "loss": 2}\n{"step": 20, "loss": 1}\n'
-
-
-def test_a_finished_run_is_known_by_both_its_state_and_its_summary(tmp_path):
-    start_run(tmp_path, False, CONFIG)
-    finish(tmp_path, "{}")
-    assert start_run(tmp_path, True, CONFIG)["finished"] is True
-    (tmp_path / "summary.json").unlink()
-    assert start_run(tmp_path, True, CONFIG)["finished"] is False
-
-
-def test_resume_with_another_setting_is_refused_by_name(tmp_path, capsys):
-    start_run(tmp_path, False, CONFIG)
-    save_training_state(tmp_path, {"step": 20})
-    with pytest.raises(UserError, match=r"--lr 0.2 \(it was 0.1\), --data \['b'\] \(it was \['a.jsonl'\]\)"):
-        start_run(tmp_path, True, {**CONFIG, "lr": 0.2, "data": ["b"]})
-    assert start_run(tmp_path, True, {**CONFIG, "device": "cuda"})["step"] == 20
-    assert "--device cuda (it was cpu)" in capsys.readouterr().out
+def test_frozen_weights_are_not_part_of_the_state():
+    """The base model's folder holds them. A tied head is frozen and trained together with its embedding."""
+    model = small_model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    assert list(trained_weights(model)) == ["model.norm.weight"]
+    model.model.embed_tokens.weight.requires_grad_(True)
+    assert sorted(trained_weights(model)) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]

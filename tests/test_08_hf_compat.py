@@ -1,6 +1,6 @@
-"""Chapter 8: the same folder in two programs. What is written here opens in transformers, and the other way round.
+"""Chapter 8: one folder, two programs. What is written here opens in transformers, and the other way round.
 
-Names, shapes and formulas are all compared at once by one number: the largest difference of two logits.
+One number compares names, shapes and formulas all at once: the largest difference between two logits.
 """
 
 import json
@@ -12,11 +12,13 @@ from minillm.checkpoint import load_model, save_model
 from minillm.model import CausalLM, ModelConfig
 from minillm.tokenizer import Tokenizer, train_tokenizer
 
-TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n", "naïve café 🙂 I'll <|im_end|>"]
+TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n",
+         "naïve café 🙂 I'll <|im_end|>"]
 CHATS = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  2+2?\n"}, {"role": "assistant", "content": "4"},
-     {"role": "tool", "content": "{}"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "谢谢"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  2+2?\n"},
+     {"role": "assistant", "content": "4"}, {"role": "tool", "content": "{}"}, {"role": "assistant", "content": ""},
+     {"role": "user", "content": "谢谢"}],
 ]
 
 
@@ -26,7 +28,8 @@ def tokenizer() -> Tokenizer:
 
 
 def strengthen(model):
-    """Weights five times the usual: at 0.02 attention is nearly uniform and a wrong rotation would hardly show."""
+    """Weights five times as large: with the usual 0.02 attention is nearly uniform, and a wrong rotation hardly shows.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -73,8 +76,8 @@ def test_our_config_means_the_same_in_transformers(our_folder):
                 "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
     assert {key: getattr(config, key) for key in expected} == expected
     # version 5 keeps theta in rope_parameters, version 4 beside it
-    theta = config.rope_parameters["rope_theta"] if int(transformers.__version__.split(".")[0]) >= 5 else config.rope_theta
-    assert theta == 10000.0
+    version = int(transformers.__version__.split(".")[0])
+    assert (config.rope_parameters["rope_theta"] if version >= 5 else config.rope_theta) == 10000.0
     generation = transformers.GenerationConfig.from_pretrained(our_folder)
     assert (generation.eos_token_id, generation.pad_token_id) == ([2, 0], 0)
 
@@ -88,7 +91,8 @@ def test_our_tokenizer_gives_the_same_ids_and_chats_in_transformers(our_folder, 
     for chat in CHATS:
         for prompt in (False, True):
             ids, _ = tokenizer.render(chat, add_generation_prompt=prompt)
-            assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt) == tokenizer.decode(ids)
+            text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            assert text == tokenizer.decode(ids)
 
 
 def test_generation_in_transformers_ends_where_ours_would(our_folder, tokenizer):
@@ -96,7 +100,8 @@ def test_generation_in_transformers_ends_where_ours_would(our_folder, tokenizer)
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(our_folder), load_model(our_folder)
     prompt, _ = tokenizer.render(CHATS[0], add_generation_prompt=True)
-    reply = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20)[0].tolist()
+    reply = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                            max_new_tokens=20)[0].tolist()
     tokens = list(prompt)
     while len(tokens) < len(prompt) + 20 and (len(tokens) == len(prompt) or tokens[-1] not in (0, 2)):
         tokens.append(int(ours(torch.tensor([tokens]))[0, -1].argmax()))
@@ -131,8 +136,8 @@ def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes)
     assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
 
 
-def test_the_llama3_scaling_of_rope_is_seen_by_the_logits(tmp_path):
-    """Guards the test above: without the scaling the logits are elsewhere."""
+def test_the_llama3_scaling_of_rope_changes_the_logits(tmp_path):
+    """Guards the test above: without the scaling the logits differ."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     theirs = strengthen(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_scaling=LLAMA3)))

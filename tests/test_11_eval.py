@@ -1,8 +1,8 @@
 """Chapter 11: asking the model. Held-out loss, bits per byte, accuracy, and a chat that knows where its context ends.
 
-A model that gives each of 512 tokens the same probability spends log2 512 = 9 bits and ln 512 = 6.2383 nats on a token. The
-texts "abc" and "defgh" have 3 and 5 bytes, and as many tokens where nothing is merged; each ends with one token more. So
-4 + 6 = 10 tokens are predicted, 90 bits are spent on 8 bytes: 11.25 bits per byte.
+A model that gives each of 512 tokens the same probability spends log2 512 = 9 bits and ln 512 = 6.2383 nats on a token.
+The texts "abc" and "defgh" have 3 and 5 bytes, and as many tokens where nothing is merged; each ends with one token
+more. So 4 + 6 = 10 tokens are predicted, 90 bits are spent on 8 bytes: 11.25 bits per byte.
 
 The toy model of this chapter has learned eight conversations by heart, in a tokenizer without merges (259 tokens: three
 special ones and the bytes). Then a reply has as many tokens as bytes, and one that ends it.
@@ -19,12 +19,15 @@ import torch
 
 import eval as evaluation
 from minillm import checkpoint
-from minillm.data import load_dataset
+from minillm.data import encode_conversation, encode_text
+from minillm.token_cache import load_dataset
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions, reply_to, score
+from minillm.evaluate import (answer_questions, fit_context, held_out_loss, prompt_messages, read_questions, reply_to,
+                              score)
 from minillm.generate import generate
 from minillm.losses import sft_loss
-from minillm.lora import apply_lora, save_lora
+from minillm.lora import apply_lora
+from minillm.peft import save_adapter
 from minillm.model import CausalLM, ModelConfig
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import close
@@ -54,7 +57,8 @@ RECORDS = [{"conversations": conversation(turns), **rest} for turns, rest in QUE
 def train(end_is_trained=True) -> CausalLM:
     """Overfit the eight conversations; optionally with the mistake that the end of a turn is masked out of the loss."""
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=2,
                                  head_dim=16, intermediate_size=128, max_position_embeddings=128))
     rendered = [BYTES.render(record["conversations"]) for record in RECORDS]
     T = max(len(tokens) for tokens, _ in rendered)
@@ -85,7 +89,7 @@ def folder(tmp_path_factory, model):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("minillm.data.CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr("minillm.token_cache.CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def write(path, records) -> str:
@@ -100,7 +104,8 @@ def run(**options):
 # Numbers
 
 def uniform_model() -> CausalLM:
-    model = CausalLM(ModelConfig(vocab_size=512, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8, intermediate_size=8))
+    model = CausalLM(ModelConfig(vocab_size=512, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                 num_key_value_heads=1, head_dim=8, intermediate_size=8))
     with torch.no_grad():
         model.lm_head.weight.zero_()
     return model
@@ -109,13 +114,14 @@ def uniform_model() -> CausalLM:
 @pytest.mark.parametrize("row_length, batch_size", [(64, 16), (64, 1), (9, 2), (3, 16)])
 def test_bits_per_byte_of_a_uniform_model(tmp_path, row_length, batch_size):
     """However the documents are packed, and also where they are cut into pieces: 10 tokens, 8 bytes."""
-    texts = load_dataset("text", write(tmp_path / "t.jsonl", [{"text": "abc"}, {"text": "defgh"}]), BYTES, row_length)
+    texts = load_dataset(encode_text, write(tmp_path / "t.jsonl", [{"text": "abc"}, {"text": "defgh"}]), BYTES,
+                         row_length)
     metrics = held_out_loss(uniform_model(), texts, row_length, CPU, batch_size)
     assert close(metrics["bits_per_byte"], 11.25) and close(metrics["val_loss"], 6.2383246)
 
 
 def test_loss_of_conversations_is_per_trained_token_and_has_no_bits_per_byte(tmp_path):
-    chats = load_dataset("chat", write(tmp_path / "c.jsonl", RECORDS), BYTES, 64)
+    chats = load_dataset(encode_conversation, write(tmp_path / "c.jsonl", RECORDS), BYTES, 64)
     metrics = held_out_loss(uniform_model(), chats, 64, CPU)
     assert set(metrics) == {"val_loss"} and close(metrics["val_loss"], 6.2383246)
 
@@ -123,14 +129,14 @@ def test_loss_of_conversations_is_per_trained_token_and_has_no_bits_per_byte(tmp
 def test_loss_does_not_depend_on_packing(tmp_path, model):
     """Means of batches must not be averaged: the batches hold different numbers of trained tokens."""
     path = write(tmp_path / "c.jsonl", RECORDS)
-    losses = [held_out_loss(model, load_dataset("chat", path, BYTES, row), row, CPU, size)["val_loss"]
+    losses = [held_out_loss(model, load_dataset(encode_conversation, path, BYTES, row), row, CPU, size)["val_loss"]
               for row, size in [(64, 16), (64, 1), (90, 2), (100, 3)]]
     # bf16 autocast, where the CPU has it, rounds differently for other shapes
     assert max(losses) - min(losses) < 2e-3 * max(losses) + 1e-4
 
 
 def test_dropout_is_off_while_measuring(tmp_path, model):
-    chats = load_dataset("chat", write(tmp_path / "c.jsonl", RECORDS), BYTES, 64)
+    chats = load_dataset(encode_conversation, write(tmp_path / "c.jsonl", RECORDS), BYTES, 64)
     expected = held_out_loss(model, chats, 64, CPU)
     copy = CausalLM(model.config)
     copy.load_state_dict(model.state_dict())
@@ -146,10 +152,13 @@ def test_score_of_five_replies():
     (1 + 2/3 + 2/3 + 1 + 1/2) / 5 = 23/30.
     """
     records = [{"conversations": conversation(["?"]), **rest} for rest in
-               [{"answer": "7", "task": "add"}, {"answer": "7", "task": "add"}, {"answer": "red"}, {"task": "talk"}, {"answer": None}]]
-    metrics = score(records, ["It is 7.", "It is 8.", "Red. Stupid.", "Hello.", "word " * 25], [4, 4, 3, 2, 25], [True] * 4 + [False])
+               [{"answer": "7", "task": "add"}, {"answer": "7", "task": "add"}, {"answer": "red"}, {"task": "talk"},
+                {"answer": None}]]
+    metrics = score(records, ["It is 7.", "It is 8.", "Red. Stupid.", "Hello.", "word " * 25], [4, 4, 3, 2, 25],
+                    [True] * 4 + [False])
     assert metrics["accuracy_by_task"] == {"add": 0.5, "other": 1.0}
-    assert close([metrics["accuracy"], metrics["stopped"], metrics["reply_tokens"], metrics["gold_reward"]], [2 / 3, 0.8, 7.6, 23 / 30])
+    assert close([metrics["accuracy"], metrics["stopped"], metrics["reply_tokens"], metrics["gold_reward"]],
+                 [2 / 3, 0.8, 7.6, 23 / 30])
 
 
 # Replies
@@ -162,7 +171,8 @@ def test_overfitted_replies_are_word_for_word_and_end_by_themselves(model):
 
 
 def test_without_the_end_of_the_turn_in_the_loss_no_reply_ends():
-    """The classic mistake: <|im_end|> is not supervised (often because pad and end are one token, and pad is masked)."""
+    """The classic mistake: <|im_end|> is not supervised (often because pad and end are one token, and pad is masked).
+    """
     texts, counts, stopped = reply_to(train(end_is_trained=False), BYTES, RECORDS, CPU)
     assert stopped == [False] * 8 and counts == [64] * 8
     assert [text.startswith(r["conversations"][-1]["content"]) for text, r in zip(texts, RECORDS)] == [True] * 8
@@ -177,8 +187,8 @@ def test_replies_do_not_depend_on_the_batch_or_on_the_order(model):
 
 
 def test_questions_that_do_not_fit_the_context_are_counted_and_said(model, capsys):
-    """The context has 128 tokens, 64 are for the reply. "u" n times makes a prompt of 8 + n + 11 tokens; a turn before it, of
-    "u" m times and a reply "a", 8 + m + 13 + 1 more."""
+    """The context has 128 tokens, 64 are for the reply. "u" n times makes a prompt of 8 + n + 11 tokens; a turn before
+    it, of "u" m times and a reply "a", 8 + m + 13 + 1 more."""
     ask = lambda *turns: {"conversations": conversation(turns)}
     records = [ask("u" * 45), ask("u" * 46), ask("u" * 14, "a", "u" * 9), ask("u" * 15, "a", "Hi")]
     kept = [len(fit_context(BYTES, r["conversations"], 64)[1]) for r in records]
@@ -198,7 +208,8 @@ def test_the_context_forgets_the_oldest_turns_and_keeps_the_system_message():
     """Lengths: system 10 + n, user 8 + n, assistant 13 + n, the header of the reply 11 tokens."""
     system, old, new = [{"role": "system", "content": "s"}], conversation(["aa", "b"]), conversation(["ccc"])
     whole = system + old + conversation(["c", "d"]) + new  # 11 + 10 + 14 + 9 + 14 + 11 + 11 = 80
-    for limit, kept in [(80, whole), (79, system + conversation(["c", "d"]) + new), (56, system + conversation(["c", "d"]) + new),
+    for limit, kept in [(80, whole), (79, system + conversation(["c", "d"]) + new),
+                        (56, system + conversation(["c", "d"]) + new),
                         (55, system + new), (33, system + new), (32, system + new)]:
         tokens, messages = fit_context(BYTES, whole, limit)
         assert messages == kept
@@ -227,7 +238,8 @@ def test_table_and_json_hold_the_same_numbers(tmp_path, folder, capsys):
     assert 0 < result["val_loss"] < 0.1 and "bits_per_byte" not in result
     assert result["questions"] == 8 and result["data"] == [data] and result["model"] == folder
     shown = capsys.readouterr().out
-    assert "| accuracy     | 1.000" in shown and "|   fact       | 1.000" in shown and "| Grass?   | It is green." in shown
+    for line in ("| accuracy     | 1.000", "|   fact       | 1.000", "| Grass?   | It is green."):
+        assert line in shown
 
 
 def test_embedded_data_are_the_default(tmp_path, folder, monkeypatch):
@@ -240,7 +252,8 @@ def test_embedded_data_are_the_default(tmp_path, folder, monkeypatch):
     checkpoint.save_model("out/sft", checkpoint.load_model(folder), BYTES)
     result = run()
     conversations, text = run(data="data/sft_eval.jsonl"), run(data="data/pretrain_eval.jsonl")
-    assert {"val_loss", "bits_per_byte", "accuracy", "accuracy_by_task", "stopped", "reply_tokens", "gold_reward"} <= set(result)
+    assert {"val_loss", "bits_per_byte", "accuracy", "accuracy_by_task", "stopped", "reply_tokens",
+            "gold_reward"} <= set(result)
     assert result["val_loss"] == conversations["val_loss"] != text["val_loss"], "the loss is that of the conversations"
     assert result["bits_per_byte"] == text["bits_per_byte"]
     assert "accuracy" not in text and text["questions"] == 0
@@ -267,9 +280,11 @@ def test_of_a_large_file_some_questions_are_asked_evenly_spaced(tmp_path, folder
 def test_compare_shows_two_models_on_the_same_questions(tmp_path, folder, capsys):
     torch.manual_seed(1)
     checkpoint.save_model(tmp_path / "random", CausalLM(checkpoint.load_config(folder)), BYTES)
-    result = run(compare=[folder, str(tmp_path / "random")], data=write(tmp_path / "d.jsonl", RECORDS * 2), json=str(tmp_path / "c.json"))
+    result = run(compare=[folder, str(tmp_path / "random")], data=write(tmp_path / "d.jsonl", RECORDS * 2),
+                 json=str(tmp_path / "c.json"))
     good, bad = result["compared"]
-    assert good["model"] == folder and good["accuracy"] == 1 and bad["accuracy"] == 0 and bad["val_loss"] > 4 > 0.1 > good["val_loss"]
+    assert good["model"] == folder and good["accuracy"] == 1 and bad["accuracy"] == 0
+    assert bad["val_loss"] > 4 > 0.1 > good["val_loss"]
     assert json.loads((tmp_path / "c.json").read_text()) == result
     table, replies = capsys.readouterr().out.split("| question")
     accuracy = next(line for line in table.splitlines() if line.startswith("| accuracy "))
@@ -290,7 +305,7 @@ def test_adapters_are_tried_on_one_base(tmp_path, folder):
             for parameter_name, parameter in model.named_parameters():
                 if "lora_B" in parameter_name:
                     parameter.normal_().mul_(strength)
-        save_lora(model, str(tmp_path / name), base=folder)
+        save_adapter(model, str(tmp_path / name), base=folder)
     base = run(model=folder, data=data)
     none, strong = (str(tmp_path / name) for name in ("none", "strong"))
     first, second = run(model=folder, data=data, adapter=[none, strong])["compared"]
@@ -329,24 +344,29 @@ def talk(monkeypatch, capsys, *lines, **options):
 
 
 def test_chat_keeps_the_history_until_reset(folder, monkeypatch, capsys):
-    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "", "Name?", "/reset", "Name?", "/help", "/quit", "Hi", model=folder)
+    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "", "Name?", "/reset", "Name?", "/help", "/quit", "Hi",
+                                 model=folder)
     assert turns == 3 and replies == ["Hi Bo", "Bo", "What?"]
     assert "a new conversation begins" in notes and "/quit ends the chat" in notes
 
 
 def test_chat_ends_with_its_input_and_names_unknown_commands(folder, monkeypatch, capsys):
-    turns, replies, notes = talk(monkeypatch, capsys, "/rest", "\ufeffHi\r", model=folder)  # a byte order mark, a Windows line
+    # a byte order mark, a Windows line
+    turns, replies, notes = talk(monkeypatch, capsys, "/rest", "\ufeffHi\r", model=folder)
     assert turns == 1 and replies == [HELLO] and "there is no command /rest" in notes
 
 
 def test_chat_forgets_the_oldest_turn_when_the_context_is_full(folder, monkeypatch, capsys):
-    """112 tokens are for the prompt, 16 for the reply. "I am Bo" and "Hi Bo" have 33 tokens, "Name?" with the header 24, "Bo"
-    15: the second "Name?" still fits (85), the third (113) does not."""
-    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Hi", model=folder, max_new_tokens=16)
+    """112 tokens are for the prompt, 16 for the reply. "I am Bo" and "Hi Bo" have 33 tokens, "Name?" with the header
+    24, "Bo" 15: the second "Name?" still fits (85), the third (113) does not."""
+    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Hi", model=folder,
+                                 max_new_tokens=16)
     assert turns == 4 and "forgotten" not in notes
     seen = []
-    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages, limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
-    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Name?", "Hi", model=folder, max_new_tokens=16)
+    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages,
+                        limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
+    turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Name?", "Hi", model=folder,
+                                 max_new_tokens=16)
     assert turns == 5 and replies[:2] == ["Hi Bo", "Bo"]
     assert "the context of 128 tokens is full: the oldest 2 messages are forgotten" in notes
     assert [messages[0]["content"] for messages in seen] == ["I am Bo"] * 4 + ["Name?"], "forgotten once and for all"
@@ -362,11 +382,14 @@ def test_a_message_longer_than_the_context_gets_one_line_and_is_not_remembered(f
 
 def test_system_message_temperature_and_seed(folder, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages, limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
+    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages,
+                        limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
     talk(monkeypatch, capsys, "Hi", "/reset", "Sky?", model=folder, system="Be nice.")
     assert [[m["content"] for m in messages] for messages in seen] == [["Be nice.", "Hi"], ["Be nice.", "Sky?"]]
-    first, again, other, greedy = (talk(monkeypatch, capsys, "Sky?", model=folder, max_new_tokens=20, **options)[1] for options in
-                                   [dict(temperature=4.0), dict(temperature=4.0), dict(temperature=4.0, seed=1), dict(temperature=4.0, top_p=0.0)])
+    first, again, other, greedy = (talk(monkeypatch, capsys, "Sky?", model=folder, max_new_tokens=20, **options)[1]
+                                   for options in
+                                   [dict(temperature=4.0), dict(temperature=4.0), dict(temperature=4.0, seed=1),
+                                    dict(temperature=4.0, top_p=0.0)])
     assert first == again != other and greedy == ["It is blue."]
 
 
@@ -400,8 +423,10 @@ def test_ctrl_c_stops_a_reply_and_at_the_prompt_the_chat(folder, monkeypatch, ca
 def test_the_chat_as_a_program(folder):
     """Lines through a pipe, UTF-8 both ways, invalid bytes and a control token among them."""
     root = os.path.dirname(os.path.abspath(evaluation.__file__))
-    process = subprocess.run([sys.executable, os.path.join(root, "eval.py"), "--chat", "--model", folder, "--device", "cpu"],
-                             input="I am Bo\nName?\n".encode() + b"\xff\xfe <|im_end|>\n/reset\nHi\n", capture_output=True, timeout=120, cwd=root,
+    process = subprocess.run([sys.executable, os.path.join(root, "eval.py"), "--chat", "--model", folder, "--device",
+                              "cpu"],
+                             input="I am Bo\nName?\n".encode() + b"\xff\xfe <|im_end|>\n/reset\nHi\n",
+                             capture_output=True, timeout=120, cwd=root,
                              env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
     lines = process.stdout.decode().splitlines()
     assert process.returncode == 0 and lines[:2] == ["Hi Bo", "Bo"] and lines[-1] == HELLO, process.stderr.decode()
@@ -413,7 +438,7 @@ def test_the_chat_as_a_program(folder):
     (dict(chat=True, prompt="Hi"), "--chat, --prompt and --compare exclude each other"),
     (dict(compare=["a", "b", "c"]), "--compare takes two folders"),
     (dict(compare=["a", "b"], model="c"), "no --model or --adapter beside them"),
-    (dict(chat=True, adapter=["a", "b"]), "to talk with, give one"),
+    (dict(chat=True, adapter=["a", "b"]), "to talk with a model, give one"),
     (dict(prompt=" "), "--prompt is empty"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such data file"),
     (dict(adapter=["nowhere"]), "nowhere holds no adapter"),
@@ -428,11 +453,14 @@ def test_impossible_wishes(folder, options, message):
     ("{}", "found: nothing"),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": 7}', ':1: "answer" must be text, not int'),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": " "}', ":1: \"answer\" is ' '"),
-    ('{"conversations": [{"role": "user", "content": "?"}], "answer": "a", "choices": "b"}', '"choices" must be a list'),
-    ('{"conversations": [{"role": "user", "content": "?"}], "answer": "a", "choices": [1]}', 'each of "choices" must be text'),
+    ('{"conversations": [{"role": "user", "content": "?"}], "answer": "a", "choices": "b"}',
+     '"choices" must be a list'),
+    ('{"conversations": [{"role": "user", "content": "?"}], "answer": "a", "choices": [1]}',
+     'each of "choices" must be text'),
     ('{"conversations": [{"role": "user", "content": "?"}], "task": 3}', '"task" must be text'),
     ('{"conversations": [{"role": "robot", "content": "?"}]}', "unknown role 'robot'"),
-    ('{"conversations": [{"role": "user", "content": "?"}]}\n{"conversations": 3}', ":2: \"conversations\" must be a list"),
+    ('{"conversations": [{"role": "user", "content": "?"}]}\n{"conversations": 3}',
+     ":2: \"conversations\" must be a list"),
     ('{"text": "a"}\n{"test": "b"}', ':2: no key "text"'),
     ("", "the file is empty"),
 ])

@@ -1,12 +1,12 @@
-"""Chapter 13. Adapters, prefix tuning and prompt tuning: small modules between the layers, and learned tokens before them.
+"""Chapter 13. Adapters add small modules inside the layers; prefix and prompt tuning add tokens before the text.
 
-An adapter squeezes a hidden vector h through a few numbers and adds what comes out. With one number, h = [1, -2],
+An adapter squeezes a hidden vector h through a few numbers and adds the result back. With one number, h = [1, -2],
 W_down = [1, 0], b_down = 0, W_up = [2, 1], b_up = [1/2, 0]:
 
     W_down h = 1    gelu(1) = 0.84134475    h + [2, 1] 0.84134475 + [1/2, 0] = [3.18268950, -1.15865525]
 
-Prefix tuning adds a key and a value that every token sees before its own document. With head size 1, a prefix of key ln 3
-and value 2, and two documents of one token each, with query 1, key 0 and the values 6 and 10: the prefix weighs
+Prefix tuning adds a key and a value that every token sees before its own document. With head size 1, a prefix of key
+ln 3 and value 2, and two documents of one token each, with query 1, key 0 and the values 6 and 10: the prefix weighs
 e^(ln 3) / (e^(ln 3) + e^0) = 3/4, so the results are 3/4 2 + 1/4 6 = 3 and 3/4 2 + 1/4 10 = 4.
 """
 
@@ -17,26 +17,28 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.adapter import AdapterLinear, apply_bottleneck, load_bottleneck, save_bottleneck
-from minillm.checkpoint import load_model, load_safetensors, save_model
+from minillm.adapter import AdapterLinear, apply_bottleneck
+from minillm.attention import attend, attention_mask_2d
+from minillm.checkpoint import load_model, save_model
 from minillm.errors import UserError
 from minillm.generate import generate, stream
 from minillm.losses import sft_loss
-from minillm.model import CausalLM, KVCache, attend, attention_mask_2d, preset_config
-from minillm.peft import load_adapter, remove_adapter
-from minillm.prefix import Prefixed, apply_prefix, apply_prompt, load_prefix, save_prefix
+from minillm.lora import apply_lora
+from minillm.model import CausalLM, KVCache, preset_config
+from minillm.peft import has_adapter, load_adapter, remove_adapter, save_adapter
+from minillm.prefix import Prefixed, apply_prefix, apply_prompt
+from minillm.safetensors import load_safetensors, save_safetensors
 from tests.helpers import close
-from tests.test_12_lora import TOKENIZER, TOKENS, far, linear, small_model, trained
+from tests.test_12_lora import TOKENIZER, TOKENS, change, far, linear, refused, small_model, trained
 
 WORDS = [40, 41, 42, 43, 44]
 METHODS = {
     "adapter": lambda model: apply_bottleneck(model, 6),
     "pfeiffer": lambda model: apply_bottleneck(model, 6, "pfeiffer"),
     "prefix": lambda model: apply_prefix(model, 5, WORDS),
-    "prefix with mlp": lambda model: apply_prefix(model, 5, hidden=7),
     "prompt": lambda model: apply_prompt(model, 5, WORDS),
 }
-PREFIXES = ["prefix", "prefix with mlp", "prompt"]
+PREFIXES = ["prefix", "prompt"]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_prefix = pytest.mark.parametrize("method", PREFIXES)
 
@@ -46,11 +48,7 @@ def adapted(method, **changes):
     return trained(METHODS[method](small_model(**changes)))
 
 
-def save(model, folder):
-    (save_prefix if model.model.prefix is not None else save_bottleneck)(model, folder)
-
-
-# --------------------------------------------------------------------------------------------- adapters
+# Adapters
 
 def test_the_worked_example_of_an_adapter():
     layer = AdapterLinear(linear([[1, 0], [0, 1]]), 1)
@@ -69,15 +67,16 @@ def test_the_counts_of_adapters(placement, expected):
 
 def test_where_the_adapters_sit():
     """Houlsby: on the outputs of attention and MLP, before the residual addition. Pfeiffer: of the MLP alone."""
-    names = lambda method: [n for n, m in METHODS[method](small_model()).named_modules() if isinstance(m, AdapterLinear)]
-    assert names("adapter") == ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj",
+    names = {placement: [name for name, module in apply_bottleneck(small_model(), 6, placement).named_modules()
+                         if isinstance(module, AdapterLinear)] for placement in ("houlsby", "pfeiffer")}
+    assert names["houlsby"] == ["model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj",
                                 "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
-    assert names("pfeiffer") == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert names["pfeiffer"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 
 
 @pytest.mark.parametrize("method", ["adapter", "pfeiffer"])
 def test_adapters_start_as_the_identity_and_can_leave_it(method):
-    """Both matrices at zero would be the identity for ever: no gradient would reach either."""
+    """With both matrices at zero an adapter would stay the identity: no gradient would reach either."""
     model = small_model()
     base = model(TOKENS)
     METHODS[method](model)
@@ -87,7 +86,21 @@ def test_adapters_start_as_the_identity_and_can_leave_it(method):
     assert far(trained(model)(TOKENS), base)
 
 
-# --------------------------------------------------------------------------------------------- prefix and prompt
+def test_under_autocast_an_adapter_keeps_no_copy_of_its_input():
+    """As for LoRA (chapter 12): only the base's output h is kept, and what follows from it."""
+    layer, x = AdapterLinear(nn.Linear(5, 6), 2), torch.randn(3, 5, dtype=torch.bfloat16)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep), torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    assert sum(tensor.shape == (3, 6) for tensor in kept) == 1
+
+
+# Prefix and prompt
 
 def test_the_worked_example_of_a_prefix():
     prefix = Prefixed([(torch.full((1, 1, 1, 1), 1.09861229), torch.full((1, 1, 1, 1), 2.0))], cache=None)
@@ -98,35 +111,22 @@ def test_the_worked_example_of_a_prefix():
 
 
 def test_the_counts_of_prefixes():
-    """P = 5: prompt 5 x 32; prefix 5 x 2 layers x 2 x 2 heads x 12; with the MLP 5 x 24 + (24 + 1) 7 + (7 + 1) 96."""
-    count = lambda method: sum(p.numel() for p in METHODS[method](small_model()).parameters() if p.requires_grad)
-    assert {method: count(method) for method in PREFIXES} == {"prompt": 160, "prefix": 480, "prefix with mlp": 1063}
+    """P = 5: prompt 5 x 32; prefix 5 x 2 layers x (keys and values) 2 x 2 heads x 12."""
+    counts = {method: sum(p.numel() for p in METHODS[method](small_model()).parameters() if p.requires_grad)
+              for method in PREFIXES}
+    assert counts == {"prompt": 160, "prefix": 480}
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 @pytest.mark.parametrize("changes", [{}, {"model_type": "llama"}])
 def test_at_the_start_the_logits_are_those_of_the_base_after_the_words(method, changes):
-    """Also in a packed row, before each document, where the base needs the words once for each."""
+    """Also in a packed row, where one prefix serves every document and the base would need the words before each."""
     model = small_model(**changes)
     expected = model(torch.cat([torch.tensor([WORDS, WORDS]), TOKENS], dim=1))[:, 5:]
     METHODS[method](model)
     close(model(TOKENS), expected)
     packed = model(TOKENS.view(1, 14), doc_ids=torch.tensor([[3] * 7 + [4] * 7]))
     close(packed.view(2, 7, -1), expected)
-
-
-def test_with_the_mlp_a_prefix_starts_at_random():
-    """What holds at the start: the logits are those of the folded prefix, and differ from the base and between seeds."""
-    base, logits = small_model()(TOKENS), []
-    for seed in (0, 1):
-        model = small_model()
-        torch.manual_seed(seed)
-        METHODS["prefix with mlp"](model)
-        logits.append(model(TOKENS))
-        folded = apply_prefix(small_model(), 5, WORDS)
-        folded.model.prefix.prompt_embeddings.data = model.model.prefix.folded().data
-        close(folded(TOKENS), logits[-1])
-    assert far(logits[0], base) and far(logits[0], logits[1])
 
 
 def test_fewer_words_are_repeated_more_are_cut_and_none_are_drawn():
@@ -142,7 +142,7 @@ def test_fewer_words_are_repeated_more_are_cut_and_none_are_drawn():
 
 @every_prefix
 def test_positions_after_a_prefix_start_at_its_length(method):
-    """Given ones are counted from the prefix's end too: a shift of all of them changes what a prefix key weighs."""
+    """Given positions also count from the end of the prefix. Shifting all of them changes the attention to it."""
     model = adapted(method)
     logits = model(TOKENS)
     close(model(TOKENS, positions=torch.arange(7).expand(2, 7)), logits)
@@ -151,18 +151,18 @@ def test_positions_after_a_prefix_start_at_its_length(method):
 
 @every_prefix
 def test_no_label_falls_on_a_prefix(method):
-    """The mistake elsewhere: virtual tokens in the labels. Here there is no place for one: the logits are those of the
-    tokens alone, and the loss of a packed row is the mean over its documents' tokens, one by one."""
+    """The mistake elsewhere: virtual tokens among the labels. Here they have no place: there are logits for the tokens
+    alone, and the loss of a packed row is the mean over the tokens of its documents, each computed alone."""
     model = adapted(method)
     row, doc_ids = TOKENS.view(1, 14), torch.tensor([[0] * 7 + [1] * 7])
     mask = torch.tensor([[False] * 3 + [True] * 4 + [False] * 2 + [True] * 5])
     logits = model(row, doc_ids=doc_ids)
     assert logits.shape == (1, 14, 259)
-    one, two = (sft_loss(model(TOKENS[i:i + 1]), TOKENS[i:i + 1], mask.view(2, 7)[i:i + 1], n_tokens=9) for i in (0, 1))
-    close(sft_loss(logits, row, mask), (one + two).item())
+    losses = [sft_loss(model(TOKENS[[i]]), TOKENS[[i]], mask.view(2, 7)[[i]], n_tokens=9) for i in (0, 1)]
+    close(sft_loss(logits, row, mask), (losses[0] + losses[1]).item())
 
 
-# --------------------------------------------------------------------------------------------- what holds for all
+# What holds for all
 
 @every_method
 def test_packed_padded_and_cached_rows_give_the_same_logits(method):
@@ -218,7 +218,8 @@ def test_the_base_may_be_bf16(method):
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = model(TOKENS).float()
     expected = model.float()(TOKENS)
-    assert expected.std() > 0.4 and (logits - expected).abs().mean() < 0.01 and (under_autocast - expected).abs().mean() < 0.01
+    assert expected.std() > 0.4
+    assert (logits - expected).abs().mean() < 0.01 and (under_autocast - expected).abs().mean() < 0.01
 
 
 @every_prefix
@@ -229,47 +230,62 @@ def test_it_compiles_into_one_graph(method):
     close(compiled(TOKENS.view(1, 14), doc_ids=doc_ids), model(TOKENS.view(1, 14), doc_ids=doc_ids))
 
 
-# --------------------------------------------------------------------------------------------- folders and mistakes
+# Folders and mistakes
 
 @every_method
 def test_saved_loaded_and_taken_off(tmp_path, method):
     model, other = adapted(method), small_model()
     base = other(TOKENS)
-    save(model, tmp_path)
+    save_adapter(model, tmp_path)
     close(load_adapter(other, tmp_path)(TOKENS), model(TOKENS))
-    assert not any(name.startswith("mlp") for name in load_safetensors(tmp_path / "adapter_model.safetensors"))
-    assert torch.equal(remove_adapter(other)(TOKENS), base) and set(other.state_dict()) == set(small_model().state_dict())
+    assert has_adapter(other)
+    remove_adapter(other)
+    assert not has_adapter(other)
+    assert torch.equal(other(TOKENS), base) and set(other.state_dict()) == set(small_model().state_dict())
 
 
 def test_one_kind_takes_the_place_of_another(tmp_path):
     model, expected = small_model(), {}
     for method in METHODS:
         other = adapted(method)
-        save(other, tmp_path / method)
+        save_adapter(other, tmp_path / method)
         expected[method] = other(TOKENS)
     for method in [*METHODS, *reversed(METHODS)]:
         close(load_adapter(model, tmp_path / method)(TOKENS), expected[method])
 
 
 @pytest.mark.parametrize("method, changes, message", [
-    ("adapter", {"hidden_size": 16}, "base_model.model.model.layers.0.self_attn.o_proj.down.weight (6, 32) instead of (6, 16)"),
+    ("adapter", {"hidden_size": 16},
+     "base_model.model.model.layers.0.self_attn.o_proj.down.weight (6, 32) instead of (6, 16)"),
     ("adapter", {"num_hidden_layers": 1}, "unexpected base_model.model.model.layers.1.mlp.down_proj.down.bias, "),
     ("prefix", {"num_hidden_layers": 3}, "prompt_embeddings (5, 96) instead of (5, 144)"),
+    ("prefix", {"num_key_value_heads": 4, "head_dim": 6},
+     "does not fit this base model: num_attention_heads 2 instead of 4"),
     ("prompt", {"hidden_size": 16}, "prompt_embeddings (5, 32) instead of (5, 16)"),
-    ("prompt", {"max_position_embeddings": 5}, "a prefix of 5 virtual tokens does not fit: it must be between 1 and 4, for the model's context is 5"),
+    ("prompt", {"max_position_embeddings": 5}, "a prefix of 5 virtual tokens does not fit: it must be between 1 and 4, "
+     "because the model's context is 5 tokens"),
 ])
 def test_an_adapter_for_another_base(tmp_path, method, changes, message):
-    save(adapted(method), tmp_path)
-    model = small_model(**changes)
-    before = model(TOKENS)
-    with pytest.raises(UserError, match=re.escape(message)):
-        load_adapter(model, tmp_path)
-    assert torch.equal(model(TOKENS), before)
+    """Two heads of 12 numbers and four of 6 give tensors of one shape."""
+    save_adapter(adapted(method), tmp_path)
+    refused(small_model(**changes), tmp_path, message)
+
+
+@every_method
+def test_a_failed_load_keeps_the_adapter_that_was_on(tmp_path, method):
+    save_adapter(adapted(method), tmp_path)
+    tensors = load_safetensors(tmp_path / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    tensors = {**tensors, name: torch.full_like(tensors[name], float("nan"))}
+    save_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    for other in METHODS:
+        refused(adapted(other), tmp_path, f"{name} holds NaN or infinite numbers")
 
 
 def test_an_unknown_kind_names_the_known_ones(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UserError, match="peft_type = IA3 is not supported here; only LORA, BOTTLENECK, PREFIX_TUNING, PROMPT_TUNING"):
+    message = 'peft_type = "IA3" is not supported; it must be one of LORA, BOTTLENECK, PREFIX_TUNING, PROMPT_TUNING'
+    with pytest.raises(UserError, match=message):
         load_adapter(small_model(), tmp_path)
 
 
@@ -277,14 +293,16 @@ def test_an_unknown_kind_names_the_known_ones(tmp_path):
 @pytest.mark.parametrize("length", [0, 64, 1000])
 def test_a_prefix_longer_than_the_context(apply, length):
     model = small_model()
-    with pytest.raises(UserError, match=f"a prefix of {length} virtual tokens does not fit: it must be between 1 and 63"):
+    message = f"a prefix of {length} virtual tokens does not fit: it must be between 1 and 63"
+    with pytest.raises(UserError, match=message):
         apply(model, length, WORDS)
     assert model.model.prefix is None and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_second_one_and_sizes_that_do_not_fit():
     model = small_model()
-    with pytest.raises(UserError, match=r"bottleneck 33 does not fit model.layers.0.self_attn.o_proj \(32 outputs\): it must be between 1 and 32"):
+    message = "bottleneck 33 does not fit model.layers.0.self_attn.o_proj (32 outputs): it must be between 1 and 32"
+    with pytest.raises(UserError, match=re.escape(message)):
         apply_bottleneck(model, 33)
     with pytest.raises(UserError, match="placement 'both' must be one of houlsby, pfeiffer"):
         apply_bottleneck(model, 8, "both")
@@ -296,23 +314,55 @@ def test_a_second_one_and_sizes_that_do_not_fit():
         apply_prompt(model, 5, WORDS)
 
 
-@pytest.mark.parametrize("name, key, value, message", [
-    ("adapter", "bottleneck", "6", "bottleneck = 6 must be a number"), ("adapter", "placement", "both", "placement = both one of houlsby, pfeiffer"),
-    ("prompt", "num_virtual_tokens", None, "num_virtual_tokens = None must be a number"), ("prompt", "num_virtual_tokens", 6, "(5, 32) instead of (6, 32)"),
+@pytest.mark.parametrize("method, key, value, message", [
+    ("adapter", "bottleneck", "6", 'bottleneck = "6" is not supported; it must be a positive whole number'),
+    ("adapter", "bottleneck", None, "bottleneck = null is not supported; it must be a positive whole number"),
+    ("adapter", "placement", "both", 'placement = "both" is not supported; it must be one of houlsby, pfeiffer'),
+    ("adapter", "placement", ["houlsby"], 'placement = ["houlsby"] is not supported'),
+    ("adapter", "modules_to_save", ["lm_head"], 'modules_to_save = ["lm_head"] is not supported; it must be empty'),
+    ("prompt", "num_virtual_tokens", None, "num_virtual_tokens = null is not supported; it must be a positive whole"),
+    ("prompt", "num_virtual_tokens", 5.0, "num_virtual_tokens = 5.0 is not supported"),
+    ("prompt", "num_virtual_tokens", 6, "(5, 32) instead of (6, 32)"),
+    ("prompt", "num_transformer_submodules", 2, "num_transformer_submodules = 2 is not supported; it must be 1"),
+    ("prompt", "modules_to_save", ["lm_head"], 'modules_to_save = ["lm_head"] is not supported; it must be empty'),
+    ("prefix", "num_virtual_tokens", 10**30, "num_virtual_tokens = 1000000000000000000000000000000 is not supported"),
+    ("prefix", "num_attention_heads", "2", 'num_attention_heads = "2" is not supported; it must be a positive whole'),
+    ("prefix", "num_transformer_submodules", [1], "num_transformer_submodules = [1] is not supported; it must be 1"),
+    ("prefix", "modules_to_save", ["lm_head"], 'modules_to_save = ["lm_head"] is not supported; it must be empty'),
+    ("prefix", "a_later_setting", 1, "a_later_setting = 1 is not supported; it must be empty"),
 ])
-def test_a_config_that_cannot_be_meant(tmp_path, name, key, value, message):
-    save(adapted(name), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(UserError, match=re.escape(message)):
-        (load_bottleneck if name == "adapter" else load_prefix)(small_model(), tmp_path)
+def test_a_setting_that_is_refused(tmp_path, method, key, value, message):
+    save_adapter(adapted(method), tmp_path)
+    change(tmp_path, **{key: value})
+    refused(small_model(), tmp_path, message)
 
 
-# --------------------------------------------------------------------------------------------- the PEFT package
+@every_prefix
+def test_settings_that_change_nothing_are_ignored(tmp_path, method):
+    """Records, how training started, and sizes that the tensors show anyway."""
+    model = adapted(method)
+    save_adapter(model, tmp_path)
+    change(tmp_path, peft_version="0.21.2", auto_mapping=None, revision=None, task_type=None, token_dim=None,
+           num_layers=None, num_attention_heads=None, num_transformer_submodules=None, modules_to_save=None,
+           prefix_projection=True, encoder_hidden_size=7, init_weights="zero", prompt_tuning_init="TEXT",
+           prompt_tuning_init_text="hello", tokenizer_name_or_path="gpt2", tokenizer_kwargs={"use_fast": True})
+    close(load_adapter(small_model(), tmp_path)(TOKENS), model(TOKENS))
+
+
+def test_a_model_with_two_kinds_cannot_be_saved(tmp_path):
+    for apply in (apply_lora, apply_bottleneck):
+        model = apply_prefix(small_model(), 5, WORDS)
+        apply(model, 4, *([8] if apply is apply_lora else []))
+        with pytest.raises(ValueError, match="must hold one kind of adapter"):
+            save_adapter(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The PEFT package
 
 @pytest.fixture
 def theirs(tmp_path):
-    """make(config) -> the PEFT package's model on our base folder, trained; make(folder) -> one that it loads."""
+    """make(config) -> PEFT's model on our base folder, trained; make(folder) -> PEFT's model with that adapter."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     save_model(tmp_path / "base", small_model(), TOKENIZER)
 
@@ -327,17 +377,17 @@ def theirs(tmp_path):
 
 @every_prefix
 def test_our_folder_opens_in_peft_with_the_same_logits_loss_and_replies(tmp_path, theirs, method):
-    """Our cached replies to prompts of two lengths are the argmax of its forward passes, each prompt alone and nothing cached.
-    (Its own generate() is not the measure: with transformers 5.24, peft 0.21 forgets the prefix there.)"""
+    """Our cached replies to prompts of two lengths equal the argmax of PEFT's forward passes, one prompt at a time and
+    without a cache. (Its own generate() is no reference: with transformers 5.24, peft 0.21 drops the prefix there.)"""
     model = adapted(method)
-    save(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     other = theirs(tmp_path / "adapter")
     logits = model(TOKENS)
     mask = torch.tensor([[False] * 3 + [True] * 4, [False] * 2 + [True] * 5])
     labels = TOKENS.masked_fill(~mask, -100)
     with torch.no_grad():
         result = other(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), labels=labels)
-    close(result.logits[:, -7:], logits)  # for a prompt, the package also gives logits for the virtual tokens
+    close(result.logits[:, -7:], logits)  # PEFT also returns logits for the virtual tokens of a prompt
     close(sft_loss(logits, TOKENS, mask), result.loss.item())
     prompts = [[7, 8, 9], [30, 31, 32, 33, 34, 35]]
     replies = []
@@ -350,7 +400,9 @@ def test_our_folder_opens_in_peft_with_the_same_logits_loss_and_replies(tmp_path
     assert generate(model, prompts, 8, end_id=258, temperature=0).responses() == replies
 
 
-@pytest.mark.parametrize("kind, options", [("PromptTuning", {}), ("PrefixTuning", {}), ("PrefixTuning", {"prefix_projection": True, "encoder_hidden_size": 7})])
+@pytest.mark.parametrize("kind, options", [
+    ("PromptTuning", {}), ("PrefixTuning", {}),
+    ("PrefixTuning", {"prefix_projection": True, "encoder_hidden_size": 7})])
 def test_an_adapter_of_peft_loads_here_with_the_same_logits(tmp_path, theirs, kind, options):
     peft = pytest.importorskip("peft")
     other = theirs(getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=5, **options))

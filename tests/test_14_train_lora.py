@@ -14,7 +14,8 @@ import torch
 import train_lora
 from benchmarks import compare_peft
 from minillm import data, runtime
-from minillm.checkpoint import load_model, load_safetensors, save_model
+from minillm.checkpoint import load_model, save_model
+from minillm.safetensors import load_safetensors
 from minillm.errors import UserError
 from minillm.losses import sft_loss
 from minillm.model import CausalLM, ModelConfig

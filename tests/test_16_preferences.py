@@ -1,11 +1,11 @@
-"""Chapter 16: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
+r"""Chapter 16: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
 
 A pair is one prompt and two answers. Its tokens are
 
-    <|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\n        the prompt, encoded once, the same for both sides
+    <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n          the prompt, encoded once, the same for both sides
     good<|im_end|>        bad<|im_end|>                             the answers: the only tokens that are compared
 
-DPO compares log p(answer | prompt) of the two, a reward model reads a score off the last token, <|im_end|>.
+DPO compares log p(answer | prompt) of the two. A reward model reads a score at the last token, <|im_end|>.
 """
 
 import gzip
@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import data
-from minillm.checkpoint import load_model, load_safetensors, save_model, save_safetensors
+from minillm import runtime, token_cache
+from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
-from minillm.data import PairLoader, load_pairs
 from minillm.errors import UserError
 from minillm.heads import RewardModel, ValueModel, load_reward_model, save_reward_model
 from minillm.model import CausalLM, ModelConfig
-from minillm.preferences import answer_logprobs, pair_logprobs, rank_pairs, reference_logprobs
+from minillm.preferences import PairLoader, answer_logprobs, load_pairs, pair_logprobs, rank_pairs
+from minillm.records import read_texts
 from minillm.rewards import Judge, judge_reward, model_reward, question_text
+from minillm.safetensors import load_safetensors, save_safetensors
 from minillm.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import close
 
@@ -34,25 +35,26 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
-    """On CPUs with bf16 the scripts use it; here digits are compared."""
+    """On CPUs with bf16 the scripts use it; here all digits are compared."""
     monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(["What is two plus two? The answer is four. Question: Answer A: B: Which answer is better, A or B?"] * 3, 300)
+    text = "What is two plus two? The answer is four. Question: Answer A: B: Which answer is better, A or B?"
+    return train_tokenizer([text] * 3, 300)
 
 
 def small_lm(tokenizer, seed=0, **changes):
-    """Weights five times the usual, so that every token and position matters."""
+    """Weights five times the usual size, so that every token and position matters."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 head_dim=8, intermediate_size=48, max_position_embeddings=512)
+    sizes = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=512)
     model = CausalLM(ModelConfig(**{**sizes, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -87,54 +89,90 @@ def write(path, records):
     return str(path)
 
 
-def load(tmp_path, tokenizer, records, max_seq_len=64, said=None):
+def load(tmp_path, tokenizer, records, max_seq_len=64):
     """All the pairs of these records, as training data."""
     path = write(tmp_path / "pairs.jsonl", records)
-    return load_pairs([path], path, tokenizer, max_seq_len, 0, said.append if said is not None else lambda line: None)[0]
+    return load_pairs([path], path, tokenizer, max_seq_len, 0)[0]
 
 
 # ---------------------------------------------------------------- from a line to tokens
 
-def test_both_sides_share_the_prompts_tokens(tmp_path, tokenizer):
-    """Encoded side by side, "a: " + "b" could merge across the border in one side and not in the other."""
-    pairs = load(tmp_path, tokenizer, [pair("two?", "four", " five "), pair("<|im_end|>", "<|im_start|>", "\n\n x")])
-    for i, (question, answers) in enumerate([("two?", ("four", " five ")), ("<|im_end|>", ("<|im_start|>", "\n\n x"))]):
-        prompts = []
-        for (tokens, mask), answer in zip(pairs[i], answers):
-            assert mask.tolist() == sorted(mask.tolist()), "the answer is the end of the sequence"
-            prompts.append(tokens[~mask].tolist())
-            assert tokenizer.decode(tokens[mask].tolist()) == answer + "<|im_end|>"
-            assert tokens[mask][-1] == tokenizer.end_id and (tokens[mask][:-1] != tokenizer.end_id).all()
-        assert prompts[0] == prompts[1] == tokenizer.render([turn("user", question)], add_generation_prompt=True)[0]
-        assert tokenizer.decode(prompts[0]) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+@pytest.mark.parametrize("question, answers", [("two?", ("four", " five ")),
+                                               ("<|im_end|>", ("<|im_start|>", "\n\n x"))])
+def test_both_sides_share_the_prompts_tokens(tmp_path, tokenizer, question, answers):
+    """Pitfall 8. Encoded as one text, "a: " + "b" could merge across the border on one side and not on the other."""
+    pairs = load(tmp_path, tokenizer, [pair(question, *answers)])
+    prompts = []
+    for (tokens, mask), answer in zip(pairs[0], answers):
+        assert mask.tolist() == sorted(mask.tolist()), "the answer is the end of the sequence"
+        prompts.append(tokens[~mask].tolist())
+        assert tokenizer.decode(tokens[mask].tolist()) == answer + "<|im_end|>"
+        assert tokens[mask][-1] == tokenizer.end_id and (tokens[mask][:-1] != tokenizer.end_id).all()
+    assert prompts[0] == prompts[1] == tokenizer.render([turn("user", question)], add_generation_prompt=True)[0]
+    assert tokenizer.decode(prompts[0]) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_only_the_last_answer_of_a_conversation_is_compared(tmp_path, tokenizer):
-    """A system message, and an earlier answer that both sides have."""
+    """Before it stand a system message and an earlier answer, which both sides have."""
     before = [turn("system", "Be brief."), turn("user", "two?"), turn("assistant", "four"), turn("user", "sure?")]
-    pairs = load(tmp_path, tokenizer, [{"chosen": before + [turn("assistant", "Yes.")], "rejected": before + [turn("assistant", "No!")]}], max_seq_len=256)
-    (chosen, mask), (rejected, _) = pairs[0]
-    assert tokenizer.decode(chosen.tolist()) == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n"
-                                                 "<|im_start|>assistant\nfour<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n"
-                                                 "<|im_start|>assistant\nYes.<|im_end|>")
+    record = {"chosen": before + [turn("assistant", "Yes.")], "rejected": before + [turn("assistant", "No!")]}
+    (chosen, mask), (rejected, _) = load(tmp_path, tokenizer, [record], max_seq_len=256)[0]
+    start = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n"
+             "<|im_start|>assistant\nfour<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(chosen.tolist()) == start + "Yes.<|im_end|>"
+    assert tokenizer.decode(rejected.tolist()) == start + "No!<|im_end|>"
     assert tokenizer.decode(chosen[mask].tolist()) == "Yes.<|im_end|>"
 
 
-def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, tokenizer):
+@pytest.mark.parametrize("record", [
+    {"prompt": [turn("user", "two?")], "chosen": [turn("assistant", "4")], "rejected": [turn("assistant", "5")]},
+    {"prompt": "two?", "chosen": "4", "rejected": "5"},
+    {"prompt": "two?", "chosen": [turn("assistant", "4")], "rejected": "5"},
+    {"prompt": "two?", **pair("two?", "4", "5")},  # once more in front of each answer: it is not doubled
+    {"prompt": [{**turn("user", "two?"), "id": 7}], **pair("two?", "4", "5")},
+])
+def test_a_prompt_beside_the_answers_is_their_prompt(tmp_path, tokenizer, record):
+    """Its key is easily taken for one that may be ignored. Then answers are trained on without their question."""
+    (chosen, chosen_mask), (rejected, rejected_mask) = load(tmp_path, tokenizer, [record])[0]
+    assert tokenizer.decode(chosen.tolist()) == "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+    assert tokenizer.decode(rejected.tolist()) == "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>"
+    assert tokenizer.decode(chosen[chosen_mask].tolist()) == "4<|im_end|>"
+    assert tokenizer.decode(rejected[rejected_mask].tolist()) == "5<|im_end|>"
+
+
+def test_a_prompt_of_several_messages_stands_before_both_answers(tmp_path, tokenizer):
+    """A system message that only one of the two places has is kept."""
+    prompt = [turn("system", "Be brief."), turn("user", "two?")]
+    four, five = turn("assistant", "4"), turn("assistant", "5")
+    for record in ({"prompt": prompt, "chosen": [four], "rejected": [five]},
+                   {"prompt": "two?", "chosen": [*prompt, four], "rejected": [*prompt, five]}):
+        for (tokens, _), answer in zip(load(tmp_path, tokenizer, [record])[0], "45"):
+            assert tokenizer.decode(tokens.tolist()) == (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\ntwo?<|im_end|>\n"
+                f"<|im_start|>assistant\n{answer}<|im_end|>")
+
+
+def test_a_tokenizer_is_trained_on_the_prompt_too(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "two?", "chosen": "4", "rejected": "5"}, pair("six?", "7", "8")])
+    assert list(read_texts([path])) == ["two?", "4", "two?", "5", "six?", "7", "six?", "8"]
+
+
+def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, tokenizer, capsys):
     """Each of these would cost ln 2 = 0.693 for ever, or teach the opposite of what was meant."""
     long = "word " * 60
     other = {**pair("q", "a", "b"), "rejected": [turn("user", "another q"), turn("assistant", "b")]}
     unanswered = {"chosen": [turn("user", "q")], "rejected": [turn("user", "q")]}
-    said = []
     pairs = load(tmp_path, tokenizer, [
         pair("kept", "a", "b"), other, pair("q", "same", "same"), pair("q", "", "b"), pair("q", "a", " \n"), unanswered,
-        pair(long, "a", "b"), pair("q", long + "a", long + "b"), pair("cut", long, "b")], said=said)
+        pair(long, "a", "b"), pair("q", long + "a", long + "b"), pair("cut", long, "b")])
     assert len(pairs) == 2
-    counts = {k: v for k, v in pairs.stats.items() if v and "pairs" in k}
-    assert counts == {"pairs with different prompts, dropped": 1, "pairs with equal answers, dropped": 2, "pairs with an empty answer, dropped": 2,
-                      "pairs without an assistant's answer at the end, dropped": 1,
-                      "pairs whose prompt leaves no room for an answer, dropped": 1, "pairs with an answer cut at --max_seq_len": 1}
-    assert all(f"{v} {k}" in said[0] for k, v in counts.items()), "and it is said"
+    counts = {reason: count for reason, count in pairs.stats.items() if "pairs" in reason}
+    assert counts == {
+        "pairs with different prompts, dropped": 1, "pairs with equal answers, dropped": 2,
+        "pairs with an empty answer, dropped": 2, "pairs without an assistant's answer at the end, dropped": 1,
+        "pairs whose prompt leaves no room for an answer, dropped": 1, "pairs with an answer cut at --max_seq_len": 1}
+    printed = capsys.readouterr().out.splitlines()[0]
+    assert all(f"{count} {reason}" in printed for reason, count in counts.items())
     (cut, mask), (whole, _) = pairs[1]
     assert len(cut) == 64 and mask.any() and cut[-1] != tokenizer.end_id and whole[-1] == tokenizer.end_id
 
@@ -142,9 +180,10 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, tokenizer):
 def test_a_pair_keeps_all_it_can_hold(tmp_path, tokenizer):
     """Exactly as long as the limit: nothing is cut. One token more: the <|im_end|> goes."""
     whole = tokenizer.render(pair("q", "word word", "b")["chosen"])[0][:-len(tokenizer.encode("\n"))]
-    for room, cut in ((len(whole), 0), (len(whole) - 1, 1)):
+    for room, stats in ((len(whole), {}), (len(whole) - 1, {"pairs with an answer cut at --max_seq_len": 1})):
         pairs = load(tmp_path, tokenizer, [pair("q", "word word", "b")], max_seq_len=room)
-        assert pairs.stats["pairs with an answer cut at --max_seq_len"] == cut and pairs[0][0][0].tolist() == whole[:room]
+        assert pairs[0][0][0].tolist() == whole[:room]
+        assert {reason: count for reason, count in pairs.stats.items() if "pairs" in reason} == stats
 
 
 def test_nothing_left_is_an_error(tmp_path, tokenizer):
@@ -153,72 +192,106 @@ def test_nothing_left_is_an_error(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("record, message", [
-    ({"conversations": [turn("user", "q")]}, 'pairs.jsonl:2: no key "chosen"; found: \'conversations\''),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, 'pairs.jsonl:2: "chosen" must be a list of messages'),
-    ({**pair("q", "a", "b"), "rejected": []}, 'pairs.jsonl:2: "rejected" must be a list of messages'),
-    (pair("q", "a", None), 'pairs.jsonl:2: "content" of message 2 of "rejected" must be text'),
-    (pair("q", "a", "b", margin="large"), "pairs.jsonl:2: \"margin\" must be a number, not 'large'"),
-    (pair("q", "a", "b", margin=float("nan")), 'pairs.jsonl:2: "margin" must be a number, not nan'),
+    ({"conversations": [turn("user", "q")]}, "no key \"chosen\"; found: 'conversations'"),
+    ({"chosen": "a", "rejected": "b"}, '"chosen" must be a list of messages'),
+    ({"prompt": [], "chosen": "a", "rejected": "b"}, '"prompt" must be a list of messages with at least one'),
+    ({"prompt": "q", "chosen": "a"}, "no key \"rejected\"; found: 'prompt', 'chosen'"),
+    ({"prompt": "q", "chosen": "a", "rejected": 5}, '"rejected" must be a list of messages'),
+    ({"prompt": "q", **pair("another q", "a", "b")},
+     '"chosen" must begin with the messages of "prompt" or with the assistant'),
+    ({**pair("q", "a", "b"), "rejected": []}, '"rejected" must be a list of messages'),
+    (pair("q", "a", None), '"content" of message 2 of "rejected" must be text'),
+    (pair("q", "a", "b", margin="large"), "\"margin\" must be a number below a million, not large"),
+    (pair("q", "a", "b", margin=float("nan")), '"margin" must be a number below a million, not nan'),
 ])
 def test_a_file_of_another_kind_is_refused_with_its_line(tmp_path, tokenizer, record, message):
     with pytest.raises(UserError) as caught:
         load(tmp_path, tokenizer, [pair("fine", "a", "b"), record])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert f"pairs.jsonl:2: {message}" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_file_as_minimind_has_them(tmp_path, tokenizer):
+def test_a_file_as_minimind_has_them(tmp_path, tokenizer, capsys):
     """dpo.jsonl: lists of messages, some with several turns and keys of their own; here compressed."""
     several = [turn("user", "你好"), turn("assistant", "你好！"), turn("user", "二加二？")]
-    lines = [pair("q", "a", "b"), {"chosen": several + [turn("assistant", "四")], "rejected": several + [turn("assistant", "五")], "source": "x"}]
+    lines = [pair("q", "a", "b"), {"chosen": several + [turn("assistant", "四")],
+                                   "rejected": several + [turn("assistant", "五")], "source": "x"}]
     with gzip.open(tmp_path / "dpo.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    pairs, held_out = load_pairs([str(tmp_path / "dpo.jsonl.gz")], "", tokenizer, 128, 0, lambda line: None)
+    pairs, held_out = load_pairs([str(tmp_path / "dpo.jsonl.gz")], "", tokenizer, 128, 0)
     assert len(pairs) == len(held_out) == 1 and pairs.kinds == [""] and pairs.margins.tolist() == [0.0]
+    assert capsys.readouterr().out.endswith("held out for evaluation: 1 of 2 pairs\n")
 
 
-def test_held_out_pairs_are_trained_on_never(tmp_path, tokenizer):
-    path = write(tmp_path / "pairs.jsonl", [pair(f"question {i}", "a", "b", kind="rude", margin=i) for i in range(100)])
-    pairs, held_out = load_pairs([path], "", tokenizer, 64, 3, lambda line: None)
+def test_held_out_pairs_are_never_trained_on(tmp_path, tokenizer):
+    path = write(tmp_path / "pairs.jsonl",
+                 [pair(f"question {i}", "a", "b", kind="rude", margin=i) for i in range(100)])
+    pairs, held_out = load_pairs([path], "", tokenizer, 64, 3)
     assert len(held_out) == 5 and sorted(pairs.margins.tolist() + held_out.margins.tolist()) == list(range(100))
     for part in (pairs, held_out):
         text = tokenizer.decode(part[2][0][0].tolist())
         assert f"question {part.margins[2]:.0f}<" in text, "a margin belongs to its pair"
 
 
+def test_no_copy_of_a_held_out_pair_is_trained_on(tmp_path, tokenizer, capsys):
+    """100 pairs, each twice: five are held out, both copies of each. A pair with its sides swapped is another pair."""
+    records = [pair(f"question {i}", "a", "b", margin=i) for i in range(100)]
+    path = write(tmp_path / "pairs.jsonl", records + records[::-1])
+    pairs, held_out = load_pairs([path], "", tokenizer, 64, 0)
+    assert (len(pairs), len(held_out), len(set(held_out.margins))) == (190, 10, 5)
+    assert not set(pairs.margins) & set(held_out.margins)
+
+    path = write(tmp_path / "two.jsonl", [pair("q", "a", "b"), pair("q", "b", "a")])
+    assert [len(part) for part in load_pairs([path], "", tokenizer, 64, 0)] == [1, 1]
+    path = write(tmp_path / "one.jsonl", [pair("q", "a", "b")] * 3)
+    assert [len(part) for part in load_pairs([path], "", tokenizer, 64, 0)] == [3, 3]
+    assert capsys.readouterr().out.endswith("a single pair: it is trained on and evaluated on\n")
+
+
 # ---------------------------------------------------------------- batches
 
 def numbered(tmp_path, tokenizer, n=50):
-    return load(tmp_path, tokenizer, [pair(f"q {i}" + " word" * (i * 7 % 11), f"yes {i}", f"no {i}" + " word" * (i % 5), margin=i) for i in range(n)])
+    """Pairs of many lengths, each with its number as its margin."""
+    return load(tmp_path, tokenizer, [pair(f"q {i}" + " word" * (i * 7 % 11), f"yes {i}",
+                                           f"no {i}" + " word" * (i % 5), margin=i) for i in range(n)])
 
 
 def test_a_batch_holds_both_sides_of_its_pairs(tmp_path, tokenizer):
     """Row b and row B + b are one pair; a reward model and DPO compare exactly these."""
     pairs = numbered(tmp_path, tokenizer)
     for batch in PairLoader(pairs, 8, seed=0).epoch_batches(0):
-        B = len(batch.pairs)
+        B = batch.n_pairs
         assert batch.tokens.shape == batch.answer_mask.shape and len(batch.tokens) == 2 * B
         for row in range(2 * B):
             i, side, n = batch.pairs[row % B], row // B, batch.lengths[row]
             tokens, mask = pairs[i][side]
-            assert batch.tokens[row, :n].tolist() == tokens.tolist() and batch.answer_mask[row, :n].tolist() == mask.tolist()
+            assert batch.tokens[row, :n].tolist() == tokens.tolist()
+            assert batch.answer_mask[row, :n].tolist() == mask.tolist()
             assert not batch.answer_mask[row, n:].any() and batch.margins[row % B] == i
-        assert batch.n_tokens == batch.lengths.sum()
+        assert batch.n_tokens == sum(len(tokens) for i in batch.pairs for tokens, _ in pairs[i])
+        assert batch.n_chosen_tokens == sum(int(pairs[i][0][1].sum()) for i in batch.pairs)
+
+
+def order(batches) -> list:
+    """The pairs of each batch."""
+    return [batch.pairs.tolist() for batch in batches]
 
 
 def test_every_pair_comes_once_in_an_epoch_and_in_another_order_in_the_next(tmp_path, tokenizer):
     loader = PairLoader(numbered(tmp_path, tokenizer), 8, seed=0)
-    epochs = [[b.pairs.tolist() for b in loader.epoch_batches(e)] for e in (0, 1)]
+    epochs = [order(loader.epoch_batches(epoch)) for epoch in (0, 1)]
     assert len(epochs[0]) == loader.batches(0) == 7
-    assert all(sorted(sum(e, [])) == list(range(50)) for e in epochs) and epochs[0] != epochs[1]
+    assert all(sorted(i for batch in epoch for i in batch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
 
 
 def test_batches_of_similar_length_hold_little_padding(tmp_path, tokenizer):
-    """Pitfall 17: with batches as they come, this data would be 21 % padding."""
-    pairs = numbered(tmp_path, tokenizer, 200)
-    share = lambda batches: 1 - sum(b.n_tokens for b in batches) / sum(b.tokens.numel() for b in batches)
-    loader = PairLoader(pairs, 10, seed=0)
-    assert share([loader.collate(list(range(i, i + 10))) for i in range(0, 200, 10)]) > 0.2
-    assert share(list(loader.epoch_batches(0))) < 0.13
+    """Pitfall 17: in the order of the file more than a fifth of the batches would be padding."""
+    def padding(batches):
+        return 1 - sum(batch.n_tokens for batch in batches) / sum(batch.tokens.numel() for batch in batches)
+
+    loader = PairLoader(numbered(tmp_path, tokenizer, 200), 10, seed=0)
+    assert padding([loader.collate(list(range(i, i + 10))) for i in range(0, 200, 10)]) > 0.2
+    assert padding(list(loader.epoch_batches(0))) < 0.13
 
 
 def test_the_loader_goes_on_where_it_was(tmp_path, tokenizer):
@@ -233,19 +306,28 @@ def test_the_loader_goes_on_where_it_was(tmp_path, tokenizer):
         assert torch.equal(next(batches).tokens, next(again).tokens)
 
 
-def test_two_processes_share_the_batches_of_one(tmp_path, tokenizer):
-    """Together they see what one process sees with a batch twice as large, the last and smaller batch included."""
+def test_two_processes_share_the_batches_of_one(tmp_path, tokenizer, monkeypatch):
+    """20 pairs, 4 for each of two processes: step by step the batches of one process with 8: 8, 8 and 4 pairs. In the
+    last step the second process has no pair. It must take part all the same, with a batch without rows.
+    """
     pairs = numbered(tmp_path, tokenizer, 20)
-    whole = [b.pairs.tolist() for b in PairLoader(pairs, 6, seed=1).epoch_batches(0)]
-    parts = [[b.pairs.tolist() for b in PairLoader(pairs, 3, seed=1, rank=rank, world=2).epoch_batches(0)] for rank in (0, 1)]
-    assert len(whole[-1]) == 2 and parts[1][-1] == []  # the second process is left with nothing, and must still take part
-    assert sorted(sum(parts[0] + parts[1], [])) == list(range(20))
+    whole = order(PairLoader(pairs, 8, seed=1).epoch_batches(0))
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(runtime, "rank", lambda: rank)
+        parts.append(list(PairLoader(pairs, 4, seed=1).epoch_batches(0)))
+    assert [len(batch) for batch in whole] == [8, 8, 4]
+    assert [first + second for first, second in zip(order(parts[0]), order(parts[1]), strict=True)] == whole
+    empty = parts[1][-1]
+    assert (empty.n_pairs, empty.n_tokens, empty.n_chosen_tokens) == (0, 0, 0)
+    assert empty.tokens.shape == empty.answer_mask.shape == (0, 8) and len(empty.margins) == 0
 
 
 # ---------------------------------------------------------------- log p(answer | prompt)
 
 def test_the_logprob_of_an_answer_is_the_sum_over_its_own_tokens(tmp_path, tokenizer):
-    """Token by token with softmax and log, without the prompt, with the <|im_end|>, from a row without padding."""
+    """Token by token with softmax and log, from a row without padding: with the <|im_end|>, without the prompt."""
     pairs, model = numbered(tmp_path, tokenizer, 6), small_lm(tokenizer)
     found = pair_logprobs(model, pairs, 4, CPU)
     average = pair_logprobs(model, pairs, 4, CPU, average=True)
@@ -254,9 +336,9 @@ def test_the_logprob_of_an_answer_is_the_sum_over_its_own_tokens(tmp_path, token
             tokens, mask = pairs[i][side]
             with torch.no_grad():
                 p = model(torch.tensor([tokens.tolist()])).double().softmax(-1)[0]
-            expected = sum(p[t - 1, tokens[t]].log().item() for t in range(1, len(tokens)) if mask[t])
-            close(found[i, side], expected)
-            close(average[i, side], expected / mask.sum())
+            expected = [p[t - 1, tokens[t]].log().item() for t in range(1, len(tokens)) if mask[t]]
+            close(found[i, side], sum(expected))
+            close(average[i, side], sum(expected) / len(expected))
 
 
 def test_padding_changes_no_logprob_and_swapping_the_sides_flips_the_margin(tmp_path, tokenizer):
@@ -270,7 +352,7 @@ def test_padding_changes_no_logprob_and_swapping_the_sides_flips_the_margin(tmp_
 
 
 def test_no_gradient_reaches_the_model_from_the_prompt(tmp_path, tokenizer):
-    """The gradient on the logits is zero before the last prompt token: in a one-layer world, on its hidden states."""
+    """Only positions that predict a token of the answer have a gradient on their hidden state."""
     pairs, model = numbered(tmp_path, tokenizer, 2), small_lm(tokenizer)
     batch = next(iter(PairLoader(pairs, 2, seed=0)))
     hidden = model.hidden(batch.tokens).detach().requires_grad_()
@@ -279,51 +361,16 @@ def test_no_gradient_reaches_the_model_from_the_prompt(tmp_path, tokenizer):
     assert torch.equal(used[:, :-1], batch.answer_mask[:, 1:]) and not used[:, -1].any()
 
 
-class Untouchable:
-    """A reference that must not be asked again."""
-
-    def hidden(self, tokens):
-        raise AssertionError("the cache was not used")
-
-    lm_head = None
-
-
-def test_the_reference_is_asked_once_and_never_stale(tmp_path, tokenizer, lm_folder):
-    pairs, model = numbered(tmp_path, tokenizer, 5), load_model(lm_folder)
-    found = reference_logprobs(model, lm_folder, pairs, 4, CPU)
-    close(found, pair_logprobs(model, pairs, 4, CPU))
-    assert torch.equal(reference_logprobs(Untouchable(), lm_folder, pairs, 2, CPU), found)
-    # anything that would change the numbers: averages, other pairs, a limit that cuts, other weights
-    with pytest.raises(AssertionError):
-        reference_logprobs(Untouchable(), lm_folder, pairs, 4, CPU, average=True)
-    with pytest.raises(AssertionError):
-        reference_logprobs(Untouchable(), lm_folder, load(tmp_path, tokenizer, [pair("q", "a", "b")]), 4, CPU)
-    with pytest.raises(AssertionError):
-        reference_logprobs(Untouchable(), lm_folder, numbered(tmp_path / "..", tokenizer, 5), 4, CPU)
-    weights = {k: v.clone() for k, v in load_safetensors(lm_folder / "model.safetensors").items()}
-    weights["model.norm.weight"][0] += 1e-3
-    save_safetensors(lm_folder / "model.safetensors", weights)
-    with pytest.raises(AssertionError):
-        reference_logprobs(Untouchable(), lm_folder, pairs, 4, CPU)
-
-
-def test_a_damaged_cache_is_made_again(tmp_path, tokenizer, lm_folder):
-    pairs, model = numbered(tmp_path, tokenizer, 5), load_model(lm_folder)
-    found = reference_logprobs(model, lm_folder, pairs, 4, CPU)
-    (file,) = data.CACHE.glob("reference-*.npy")
-    file.write_bytes(file.read_bytes()[:-3])
-    assert torch.equal(reference_logprobs(model, lm_folder, pairs, 4, CPU), found)
-
-
 # ---------------------------------------------------------------- how good is a ranking
 
 def test_accuracy_margin_and_calibration():
-    """Margins ln 3, ln 3, -ln 3, 0: stated confidences 3/4, 3/4, 3/4, 1/2. Two wins, a loss and a tie: (2 + 1/2) / 4 = 0.625.
-    Mean margin ln 3 / 4 = 0.274653. In the bin of 3/4 the accuracy is 2/3, off by 1/12 for 3 of 4 pairs; in the bin of
-    1/2 it is 1/2: calibration error 1/12 x 3/4 = 0.0625.
+    """Margins ln 3, ln 3, -ln 3, 0: the stated confidences are 3/4, 3/4, 3/4, 1/2. Two wins, a loss and a tie are an
+    accuracy of (2 + 1/2) / 4 = 0.625. The mean margin is ln 3 / 4 = 0.274653. In the bin of 3/4 the accuracy is 2/3,
+    off by 1/12 for 3 of 4 pairs; in the bin of 1/2 it is 1/2. The calibration error is 1/12 x 3/4 = 0.0625.
     """
     ln3 = 1.0986122886681098
-    found = rank_pairs(torch.tensor([ln3, ln3, -ln3, 0.0]), ["rude", "wrong", "wrong", "rude"])
+    scores = torch.tensor([[ln3, 0.0], [1.0, 1.0 - ln3], [-ln3, 0.0], [5.0, 5.0]])  # chosen, rejected
+    found = rank_pairs(scores, ["rude", "wrong", "wrong", "rude"])
     close(found["preference_accuracy"], 0.625)
     assert found["accuracy_by_kind"] == {"rude": 0.75, "wrong": 0.5}
     close(found["margin"], 0.2746531)
@@ -333,19 +380,19 @@ def test_accuracy_margin_and_calibration():
 
 def test_a_policy_that_is_the_reference_prefers_nothing():
     """Ties count half: 0 would read as "always wrong", 1 as "always right"."""
-    found = rank_pairs(torch.zeros(8), [""] * 8)
+    found = rank_pairs(torch.zeros(8, 2), [""] * 8)
     assert (found["preference_accuracy"], found["calibration_error"], found["accuracy_by_kind"]) == (0.5, 0.0, {})
 
 
 def test_sure_and_wrong_is_badly_calibrated():
-    close(rank_pairs(torch.full((4,), -20.0), [""] * 4)["calibration_error"], 1.0)
+    close(rank_pairs(torch.tensor([[-20.0, 0.0]] * 4), [""] * 4)["calibration_error"], 1.0)
 
 
 # ---------------------------------------------------------------- the scalar head
 
 def test_a_score_is_read_at_the_last_token_whatever_stands_behind_it(tokenizer):
-    """Also when the padding is the end token itself: a search for the first pad would read one token too early (or, in a
-    full row, at the very last place), a search for the last token that is no pad likewise.
+    """Also when the padding is the end token itself. A search for the first pad, or for the last token that is no pad,
+    would then read the score one token too early.
     """
     model = RewardModel.from_lm(small_lm(tokenizer))
     tokens, end = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0)), tokenizer.end_id
@@ -356,14 +403,14 @@ def test_a_score_is_read_at_the_last_token_whatever_stands_behind_it(tokenizer):
         scores = model(tokens, torch.tensor([7, 12]))
         assert scores.shape == (2,) and scores.dtype == torch.float32
         close(scores[:1], alone)
-    assert abs(model(tokens[:1], torch.tensor([6])) - alone) > 1e-2 and abs(model(tokens[:1], torch.tensor([8])) - alone) > 1e-2
+    for length in (6, 8):
+        assert abs(model(tokens[:1], torch.tensor([length])) - alone) > 1e-2
 
 
 def test_a_value_for_each_token_from_what_came_before_it(tokenizer):
     """Causal: a later token changes no earlier value. The last value is the reward of the same weights."""
     reward_model = RewardModel.from_lm(small_lm(tokenizer))
-    value_model = ValueModel(reward_model.config, reward_model.model)
-    value_model.load_state_dict(reward_model.state_dict())
+    value_model = ValueModel.from_reward_model(reward_model)
     tokens = torch.arange(20).view(2, 10) + 5
     values = value_model(tokens)
     assert values.shape == (2, 10)
@@ -374,15 +421,30 @@ def test_a_value_for_each_token_from_what_came_before_it(tokenizer):
     assert (changed[:, 7:] - values[:, 7:]).abs().min() > 1e-4
 
 
+def test_values_are_shifted_and_scaled_as_the_scores_are(tokenizer):
+    """Hidden states (2, 1) and (0, 1), weight (3, 1), bias 0: values 7 and 1. If scores become (score - 3) / 4, the
+    values become (7 - 3) / 4 = 1 and (1 - 3) / 4 = -0.5. Once more with (score + 1) / 0.5: 4 and 1.
+    """
+    value_model = ValueModel.from_reward_model(RewardModel.from_lm(small_lm(tokenizer, hidden_size=2)))
+    with torch.no_grad():
+        value_model.score.weight.copy_(torch.tensor([[3.0, 1.0]]))
+        hidden = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+        close(value_model.scores(hidden), [7.0, 1.0])
+        value_model.normalise(3.0, 4.0)
+        close(value_model.scores(hidden), [1.0, -0.5])
+        value_model.normalise(-1.0, 0.5)
+        close(value_model.scores(hidden), [4.0, 1.0])
+
+
 def test_the_final_norm_is_applied_once(tokenizer):
-    """Pitfall 6: the backbone's hidden states are normed already. By hand: weight times hidden state at the last token."""
+    """Pitfall 6: the hidden states are normed already. By hand: weight times hidden state, at the last token."""
     lm = small_lm(tokenizer)
     model, tokens = RewardModel.from_lm(lm), torch.tensor([[5, 6, 7]])
     close(model(tokens, torch.tensor([3])), (lm.hidden(tokens)[0, 2] * model.score.weight[0]).sum()[None])
 
 
 def test_scores_keep_their_digits_under_autocast(tokenizer):
-    """bf16 has 8 bits: near 300 it could only say 300 or 302."""
+    """bf16 has 8 bits: near 300 it knows only even numbers."""
     model = RewardModel.from_lm(small_lm(tokenizer))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model.score.weight.mul_(1e3)
@@ -390,15 +452,14 @@ def test_scores_keep_their_digits_under_autocast(tokenizer):
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
-def test_the_folder_comes_back(reward_folder, tokenizer):
+def test_a_reward_model_comes_back_from_its_folder(reward_folder, tokenizer):
     model, tokens = RewardModel.from_lm(small_lm(tokenizer)), torch.tensor([[5, 6, 7]])
     save_reward_model(reward_folder, model, tokenizer)
     again = load_reward_model(reward_folder)
     assert torch.equal(model(tokens, torch.tensor([3])), again(tokens, torch.tensor([3])))
-    value_model = load_reward_model(reward_folder, cls=ValueModel)
-    assert type(value_model) is ValueModel and torch.equal(value_model.score.weight, model.score.weight)
     config = json.loads((reward_folder / "config.json").read_text())
-    assert (config["architectures"], config["num_labels"], config["pad_token_id"]) == (["Qwen3ForSequenceClassification"], 1, tokenizer.pad_id)
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert config["num_labels"] == 1 and config["pad_token_id"] == tokenizer.pad_id
     assert set(load_safetensors(reward_folder / "model.safetensors")) == set(model.state_dict())
 
 
@@ -410,13 +471,14 @@ def test_a_language_model_is_no_reward_model_nor_the_other_way_round(lm_folder, 
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.update({"score.weight": torch.zeros(2, 32)}), r"score.weight \(2, 32\) instead of \(1, 32\)"),
-    (lambda w: w.pop("score.weight"), "missing score.weight"),
-    (lambda w: w.update({"score.bias": torch.zeros(1)}), "unexpected score.bias"),
+    ({"score.weight": torch.zeros(2, 32)}, r"score.weight \(2, 32\) instead of \(1, 32\)"),
+    ({"score.weight": None}, "missing score.weight"),
+    ({"score.bias": torch.zeros(1)}, "unexpected score.bias"),
 ])
 def test_weights_that_do_not_fit_are_refused(reward_folder, change, message):
-    weights = {k: v.clone() for k, v in load_safetensors(reward_folder / "model.safetensors").items()}
-    change(weights)
+    """Pitfall 19."""
+    weights = {**load_safetensors(reward_folder / "model.safetensors"), **change}
+    weights = {name: tensor.clone() for name, tensor in weights.items() if tensor is not None}
     save_safetensors(reward_folder / "model.safetensors", weights)
     with pytest.raises(UserError, match=message):
         load_reward_model(reward_folder)
@@ -425,11 +487,13 @@ def test_weights_that_do_not_fit_are_refused(reward_folder, change, message):
 def test_transformers_gives_the_same_scores(reward_folder, tokenizer):
     """It reads the score at the last token that is no padding."""
     transformers = pytest.importorskip("transformers")
-    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(reward_folder, output_loading_info=True)
+    classifier = transformers.AutoModelForSequenceClassification
+    theirs, report = classifier.from_pretrained(reward_folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert type(theirs).__name__ == "Qwen3ForSequenceClassification" and theirs.config.num_labels == 1
     chats = [pair("two?", answer, "x")["chosen"] for answer in ("four", "four, of course, what else", "五")]
-    rows = [tokenizer.render(c[:-1], add_generation_prompt=True)[0] + tokenizer.encode(c[-1]["content"]) + [tokenizer.end_id] for c in chats]
+    rows = [tokenizer.render(chat[:-1], add_generation_prompt=True)[0] + tokenizer.encode(chat[-1]["content"])
+            + [tokenizer.end_id] for chat in chats]
     tokens = torch.full((3, max(map(len, rows))), tokenizer.pad_id)
     for row, ids in zip(tokens, rows):
         row[:len(ids)] = torch.tensor(ids)
@@ -445,8 +509,9 @@ def test_transformers_gives_the_same_scores(reward_folder, tokenizer):
 def test_a_reward_model_of_transformers_loads_here(tmp_path, kind, tokenizer):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                                    head_dim=8, intermediate_size=40, num_labels=1, pad_token_id=0, initializer_range=0.3)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40, num_labels=1, pad_token_id=0, initializer_range=0.3)
     theirs = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = torch.randint(1, 70, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -458,15 +523,17 @@ def test_a_reward_model_of_transformers_loads_here(tmp_path, kind, tokenizer):
 # ---------------------------------------------------------------- models as rewards
 
 def test_a_reward_model_scores_each_answer_up_to_its_end(reward_folder, tokenizer):
-    """The sequence that it was trained on: prompt, answer, <|im_end|>, no newline behind it. Order and company change nothing."""
+    """It reads the sequence that it was trained on: prompt, answer, <|im_end|>, and no newline after it. Neither the
+    order of the answers nor the other answers change a score.
+    """
     reward, model = model_reward(reward_folder), load_reward_model(reward_folder)
     messages = [turn("user", "two?")]
     scores = reward(messages, ["four", "I do not know that", ""], {})
     assert len(scores) == 3 and all(type(s) is float for s in scores)
-    text = "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\nfour<|im_end|>"
-    tokens = torch.tensor([tokenizer.encode("<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
-                           + tokenizer.encode("four") + [tokenizer.end_id]])
-    assert tokenizer.decode(tokens[0].tolist()) == text
+    prompt = "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
+    tokens = tokenizer.encode(prompt, allow_special=True) + tokenizer.encode("four") + [tokenizer.end_id]
+    assert tokenizer.decode(tokens) == prompt + "four<|im_end|>"
+    tokens = torch.tensor([tokens])
     close(scores[0], model(tokens, torch.tensor([tokens.shape[1]]))[0])
     close(torch.tensor(reward(messages, ["", "four"], {})), [scores[2], scores[0]])
 
@@ -487,10 +554,15 @@ def test_a_judge_says_a_or_b(lm_folder, tokenizer):
 
 
 def test_both_orders_cancel_a_judges_love_for_the_first_place(lm_folder, monkeypatch):
-    """A judge that says "A" with 0.9 whatever it reads: 0.9 in the first place, 0.1 in the second, 1/2 for everybody."""
+    """A judge that says "A" with 0.9 whatever it reads: 0.9 in the first place, 0.1 in the second, a mean of 1/2."""
     judge = Judge(lm_folder)
     asked = []
-    monkeypatch.setattr(judge, "ask", lambda prompts, batch_size: asked.extend(prompts) or [0.9] * len(prompts))
+
+    def always_a(prompts, batch_size):
+        asked.extend(prompts)
+        return [0.9] * len(prompts)
+
+    monkeypatch.setattr(judge, "ask", always_a)
     ((first, second),) = judge.compare([([turn("user", "q")], "one", "two", {})])
     close([first, second], [0.9, 0.1])
     assert asked == ["Question: q\nAnswer A: one\nAnswer B: two\nWhich answer is better, A or B?",
@@ -501,7 +573,8 @@ def test_both_orders_cancel_a_judges_love_for_the_first_place(lm_folder, monkeyp
 
 def test_a_judge_sees_the_whole_conversation():
     assert question_text([turn("user", "q")]) == "q"
-    assert question_text([turn("system", "s"), turn("user", "q"), turn("assistant", "a"), turn("user", "r")]) == "system: s\nuser: q\nassistant: a\nuser: r"
+    several = [turn("system", "s"), turn("user", "q"), turn("assistant", "a"), turn("user", "r")]
+    assert question_text(several) == "system: s\nuser: q\nassistant: a\nuser: r"
 
 
 def test_the_judge_as_a_reward_is_a_probability_and_half_for_its_own_answer(lm_folder, tokenizer):
@@ -520,19 +593,19 @@ def test_the_judge_as_a_reward_is_a_probability_and_half_for_its_own_answer(lm_f
 
 # ---------------------------------------------------------------- AI feedback
 
-def label(**flags):
-    """data/label_preferences.py, run in this process on the CPU."""
+def label(*flags) -> dict:
+    """data/label_preferences.py, run in this process on the CPU: its report."""
     spec = importlib.util.spec_from_file_location("label_preferences", ROOT / "data" / "label_preferences.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script, script.main(parse_config(script.Config, "", [x for k, v in {"device": "cpu", **flags}.items() for x in (f"--{k}", str(v))]))
+    return script.main(parse_config(script.Config, "", [str(flag) for flag in ("--device", "cpu", *flags)]))
 
 
 @pytest.fixture
 def talkative(tmp_path, tokenizer):
     """A folder whose model ends its random answers soon."""
     model = small_lm(tokenizer, tie_word_embeddings=False)
-    with torch.no_grad():  # <|im_end|> in about every fifth place
+    with torch.no_grad():  # about every fifth token is <|im_end|>
         direction = model.hidden(torch.randint(3, 200, (4, 30))).mean((0, 1))
         model.lm_head.weight.mul_(0.2)
         model.lm_head.weight[tokenizer.end_id] = 4.0 * direction / direction.norm() ** 2
@@ -543,15 +616,17 @@ def talkative(tmp_path, tokenizer):
 def test_ai_feedback_becomes_ordinary_pairs(tmp_path, tokenizer, talkative, lm_folder):
     prompts = [{"conversations": [turn("user", f"question {i}?")], "task": "talk", "lang": "en"} for i in range(40)]
     out = tmp_path / "made" / "preference.jsonl"
-    _, report = label(policy=talkative, judge=lm_folder, prompts=write(tmp_path / "prompts.jsonl", prompts), out=out, max_new_tokens=40)
+    report = label("--policy", talkative, "--judge", lm_folder, "--out", out, "--max_new_tokens", 40,
+                   "--prompts", write(tmp_path / "prompts.jsonl", prompts))
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == report["pairs"] > 0
     assert report["pairs"] + sum(report["dropped"].values()) == report["prompts"] == 40
     assert 0 <= report["first_answer_preferred"] <= 1 and all(0.5 <= line["confidence"] <= 1 for line in lines)
-    pairs, _ = load_pairs([str(out)], str(out), tokenizer, 256, 0, lambda line: None)
+    pairs, _ = load_pairs([str(out)], str(out), tokenizer, 256, 0)
     assert len(pairs) == len(lines)
-    # and the judge does prefer what was chosen, in both orders
-    found = Judge(lm_folder).compare([(line["chosen"][:-1], line["chosen"][-1]["content"], line["rejected"][-1]["content"], line) for line in lines])
+    # the judge does prefer what was chosen, in both orders
+    found = Judge(lm_folder).compare([(line["chosen"][:-1], line["chosen"][-1]["content"],
+                                       line["rejected"][-1]["content"], line) for line in lines])
     assert all(first > 0.5 and second > 0.5 for first, second in found)
 
 
@@ -559,5 +634,5 @@ def test_a_judge_that_only_sees_the_place_labels_nothing(tmp_path, tokenizer, ta
     monkeypatch.setattr(Judge, "ask", lambda self, prompts, batch_size: [0.9] * len(prompts))
     path = write(tmp_path / "prompts.jsonl", [{"conversations": [turn("user", f"q {i}")]} for i in range(10)])
     with pytest.raises(UserError, match="no pair is left of 10 prompts: .*the two orders disagree"):
-        label(policy=talkative, judge=talkative, prompts=path, out=tmp_path / "x.jsonl")
+        label("--policy", talkative, "--judge", talkative, "--prompts", path, "--out", tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()

@@ -1,0 +1,100 @@
+"""Masks and kernels of attention: who may look at whom, and softmax(q k^T / sqrt(d)) v on each kind of hardware.
+
+Shape symbols as in model.py: B rows, T queries, S keys, H heads, K key/value heads, d head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+
+def document_positions(doc_ids):
+    """doc_ids (B, T), equal within a document -> positions (B, T) that restart at 0 with each document."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
+    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix: int = 0):
+    """Who may look at whom: bool (B, 1, T, prefix + S), True = may; None when plain causal attention is enough.
+
+    attention_mask (B, S) bool: False = padding, never looked at. doc_ids (B, T): only within one document. past: keys
+    before those of the T tokens (with attention_mask it may be a tensor, for a static cache). prefix: keys before the S
+    others, which every token looks at.
+    """
+    if attention_mask is None and doc_ids is None and (past + prefix == 0 or T == 1):
+        return None
+    S = past + T if attention_mask is None else attention_mask.shape[1]
+    query, key = past + torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
+    allowed = (key <= query)[None]  # (1, T, S)
+    if doc_ids is not None:
+        allowed = allowed & (doc_ids[:, :, None] == doc_ids[:, None, :])
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, :]
+    # A padding token looks at itself: a softmax over nothing would be NaN.
+    return F.pad(allowed | (key == query)[None], (prefix, 0), value=True)[:, None]
+
+
+def document_block_mask(doc_ids, block: int = 128) -> BlockMask:
+    """attention_mask_2d for packed rows, doc_ids (B, T), in the form of flex attention (arXiv 2412.05496).
+
+    It says which blocks of queries and keys hold no allowed pair and are skipped, and which hold only allowed pairs and
+    need no mask. The first and the last document of each block are enough to know that: within a row the ids never
+    fall, except for the -1 of padding at its end.
+    """
+    def same_document(b, h, query, key):
+        return (key <= query) & (doc_ids[b, query] == doc_ids[b, key])
+
+    T = doc_ids.shape[1]
+    ordered = doc_ids.masked_fill(doc_ids < 0, T)
+    first = ordered[:, ::block]  # (B, blocks), as last
+    last = F.pad(ordered, (0, -T % block), value=T + 1)[:, block - 1::block]
+    key = torch.arange(first.shape[1], device=doc_ids.device)
+    query = key[:, None]
+    some = (key <= query) & (last[:, None, :] >= first[:, :, None])  # (B, blocks of queries, blocks of keys)
+    whole = (key < query) & (first[:, None, :] == last[:, :, None])
+    lists = []
+    for chosen in (some & ~whole, whole):
+        chosen = chosen[:, None]  # the 1 is for the heads
+        counts = chosen.sum(-1, dtype=torch.int32)
+        lists += [counts, chosen.int().argsort(dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=same_document, seq_lengths=(T, T))
+
+
+def document_lengths(doc_ids) -> list:
+    """attention_mask_2d for packed rows, doc_ids (B, T), as lists: the lengths of each row's documents, in order."""
+    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in doc_ids]
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d).
+
+    mask: what attention_mask_2d, document_block_mask or document_lengths returns.
+    """
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    if isinstance(mask, list):  # one document after the other
+        found = []
+        for row, lengths in enumerate(mask):
+            for document in zip(*(x[row:row + 1].split(lengths, dim=2) for x in (q, k, v))):
+                found.append(attend(*document, None))  # three tensors (1, heads, length, d) -> (1, H, length, d)
+        return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (T > 1 or mask is not None) and T * S <= 2**18:
+        causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        return _attend_in_two_products(q, k, v, causal if mask is None else mask)
+    if T == 1:  # decoding: the query heads that share a key head take the place of queries, and no key is copied
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
+    k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _attend_in_two_products(q, k, v, mask):
+    """The formula as written. In bf16 on short rows PyTorch's fused kernel for CPUs takes twice as long."""
+    (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
+    q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head, side by side
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
+    forbidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    weights = scores.add_(forbidden).softmax(dim=-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)

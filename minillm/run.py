@@ -1,0 +1,399 @@
+"""The training run: everything a stage does around its algorithm.
+
+    run = Run(cfg, inputs=[...])       # checks settings and folders; nothing is written yet
+    run.start(model, optimizers, loader, tokenizer, total_steps, evaluate)    # restores the run, or evaluates first
+    for step in run:                   # the script's own loop body; after each step: log, evaluate and save when due
+        n_tokens = run.count(...)      # what the step averages over, on all processes
+        run.add({"loss": loss})        # what is logged
+    return run.finish(stats)           # the last evaluation, the before/after table, summary.json
+
+Run never calls the model, the loss or the optimizer. What it guarantees:
+- `training_state.pt` alone holds all that exact resume needs, fp32 weights included. It is written after the model
+  folder, so the weights in the folder are never older than the state. A run that ends has those of its last step.
+- A new run replaces an older one in OUT only with its first checkpoint: until then it lives in OUT.new. The older one
+  becomes OUT.bak, OUT.bak2, ...; no checkpoint is ever deleted.
+- However the loop ends (Ctrl-C, SIGTERM, an exception in its body), signals, progress bar and files are put in order.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minillm import runtime
+from minillm.checkpoint import check_weights, save_model
+from minillm.config import flag
+from minillm.errors import UserError
+from minillm.heads import RewardModel, save_reward_model
+from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_replies
+from minillm.peft import has_adapter, save_adapter
+from minillm.records import content_hash
+from minillm.runtime import say
+from minillm.safetensors import load_json, save_json
+from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
+
+# Settings that may change when a run is resumed; device and compile cost no more than the last bits.
+FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every")
+# A folder that holds one of these is kept.
+RUN_FILES = ("config.json", "adapter_config.json", "summary.json", "training_state.pt")
+
+
+@dataclass
+class RunConfig:
+    """The flags that every stage has. A step is an optimizer step; in GRPO and PPO it is a rollout."""
+
+    out: str = flag("", "folder to write")
+    resume: bool = flag(False, "continue the run in --out")
+    max_steps: int = flag(0, "steps; overrides --epochs", low=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", low=1e-6)
+    log_every: int = flag(20, "steps between log lines", low=1)
+    eval_every: int = flag(500, "steps between evaluations", low=1)
+    save_every: int = flag(500, "steps between checkpoints", low=1)
+    device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
+    seed: int = flag(0, "seed of everything random", low=0)
+    compile: bool = flag(True, "torch.compile (on CUDA)")
+
+
+class Interrupted(SystemExit):
+    """Ends the program after a checkpoint, with 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+class Run:
+    """One run of a stage; see the top of this file. If `finished`, OUT holds this very run, complete, with `result`.
+
+    Raises UserError for an OUT that cannot be used, and, with --resume, for a run that was started differently.
+    """
+
+    def __init__(self, cfg: RunConfig, inputs=()):
+        self.cfg, self.out = cfg, Path(os.path.abspath(cfg.out))
+        self.state = self.result = self.progress = self.lock = None
+        inputs = [str(path) for path in inputs if path and os.path.exists(path)]
+        check_out(self.out, inputs)
+        self.new = self.out.with_name(self.out.name + ".new")
+        self.settings = json.loads(json.dumps(asdict(cfg), default=str))
+        self.settings["processes"] = runtime.world_size()
+        # A reward function (.py) may be corrected in the middle of a run.
+        self.settings["contents"] = {path: fingerprint(path) for path in inputs if not path.endswith(".py")}
+        # OUT.new with a checkpoint: a kill came before it could take its place.
+        self.folder = self.new if is_new_run(self.new, self.out, "training_state.pt") else self.out
+        if cfg.resume and (self.folder / "training_state.pt").exists():
+            self._read()
+        elif cfg.resume:
+            say(f"nothing to continue in {cfg.out}: starting from step 0")
+        self.finished = self.result is not None
+
+    def start(self, model, optimizers: list, loader, tokenizer, total_steps: int, evaluate, beside=()):
+        """Go to where the run was, or, for a new one, call evaluate() for the numbers before training.
+
+        model: what the folder will hold. beside: other models that are trained and belong in the state (a critic).
+        evaluate() returns a dict of plain values; "replies" among them, [[question, reply], ...], is shown as a table.
+        """
+        self.model, self.tokenizer, self.optimizers, self.loader = model, tokenizer, optimizers, loader
+        self.models, self.total_steps, self.evaluate = [model, *beside], total_steps, evaluate
+        self.device = next(model.parameters()).device
+        self.steps, self.updates, self.tokens = [], 0, 0
+        self.first = self.step = self.state["step"] if self.state else 0
+        runtime.gather(None)  # the first process changes nothing in the folder before the others have read it
+        try:
+            if runtime.rank() == 0:
+                self.lock = Lock(self.out)
+                self._choose_folder()
+            if self.state:
+                self._restore()
+                if runtime.rank() == 0:
+                    cut_metrics(self.folder / "metrics.jsonl", self.step)
+            else:
+                self.before = evaluate()
+            self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
+        except BaseException:
+            self._close()
+            raise
+
+    def __iter__(self):
+        interrupt = runtime.Interrupt()
+        try:
+            while self.step < self.total_steps:
+                self.steps.append({})
+                yield self.step
+                self.step += 1
+                self._after_step(interrupt.requested())
+        except BaseException:  # an exception in the loop's body arrives here as GeneratorExit
+            self._close()
+            raise
+        finally:
+            interrupt.close()
+
+    def generator(self, step: int, *more: int, device=None) -> torch.Generator:
+        """A random generator of this step's own: after a resume it draws the same numbers."""
+        return runtime.generator(device or self.device, self.cfg.seed, step, *more)
+
+    def count(self, *counts: int):
+        """An optimizer step begins: what it averages over, summed over all processes. Returns one number for each."""
+        self.updates += 1
+        totals = [int(runtime.sum_over_processes(count)) for count in counts]
+        return totals[0] if len(totals) == 1 else totals
+
+    def add(self, stats: dict, weight=None, tokens: int = 0):
+        """Log these values of a micro-batch: numbers, or tensors without dimensions, which are not waited for.
+
+        With a weight the log has their weighted mean; weight 0 counts for nothing. Without one they are parts of a sum
+        over the micro-batches of an optimizer step (a loss divided by the whole step's count), and the log has the mean
+        of these sums over the optimizer steps. tokens: how many the micro-batch had, for the speed.
+        """
+        self.tokens += tokens
+        values = self.steps[-1]
+        for name, value in stats.items() if weight != 0 else ():  # a mean over nothing is NaN
+            value = value.detach() if isinstance(value, torch.Tensor) else float(value)
+            total, weights = values.get(name, (0.0, 0.0))
+            values[name] = (total + value, 0.0) if weight is None else (total + value * weight, weights + weight)
+
+    def finish(self, data: dict, **more) -> dict:
+        """Evaluate, show the table of before and after, and write summary.json; returns the numbers after training.
+
+        data: what went into the run. more: further numbers for the table.
+        """
+        try:
+            if self.step == self.first and runtime.rank() == 0:  # nothing was left to train, but perhaps to save
+                self._save_model()
+            after = {**self.evaluate(), **more}
+            say(before_after(self.before, after))
+            if after.get("replies") and self.before.get("replies"):
+                say(show_replies(["before", "after"], [self.before["replies"], after["replies"]]))
+            seconds = round(time.time() - self.progress.began, 1)
+            if runtime.rank() == 0:
+                save_json(self.folder / "summary.json", {
+                    "data": data, "steps": self.total_steps, "resumed_after": self.first,
+                    "tokens": self.progress.tokens, "seconds": seconds,  # since the last start
+                    "peak_memory_mb": round(runtime.peak_memory_mb(self.device), 1),
+                    "before": numbers(self.before), "after": numbers(after)})
+            return {**numbers(after), "seconds": seconds}
+        finally:
+            self._close()
+
+    # What happens after a step
+
+    def _after_step(self, signal_number: int):
+        self.progress.step()
+        last = self.step == self.total_steps
+        save_now = last or self.step % self.cfg.save_every == 0 or signal_number
+        if save_now or self.step % self.cfg.log_every == 0 or self.step == 1:
+            self._log()
+        if self.step % self.cfg.eval_every == 0 and not last:
+            self.progress.log(self.step, **numbers(self.evaluate()))
+        if save_now:
+            self._save()
+        if signal_number:
+            say(f"interrupted: saved after step {self.step} of {self.total_steps}; "
+                "the same command with --resume continues")
+            raise Interrupted(128 + signal_number)
+
+    def _log(self):
+        """One line: the means over the steps since the last one, over all processes."""
+        # A process without data of its own may have added less than the others.
+        added = runtime.gather([list(step) for step in self.steps])
+        names = list(dict.fromkeys(name for process in added for step in process for name in step))
+        sums = torch.zeros(len(self.steps), len(names), 2, device=self.device)  # of the values, of their weights
+        for row, step in zip(sums, self.steps):
+            for cell, name in zip(row, names):
+                cell[0], cell[1] = step.get(name, (0.0, 0.0))
+        sums = runtime.sum_tensor_over_processes(sums).tolist()
+        line = {}
+        for i, name in enumerate(names):
+            for number, step in enumerate(sums, self.step - len(self.steps) + 1):
+                if not math.isfinite(step[i][0]):
+                    raise UserError(f"{name} became {step[i][0]} at step {number}; stopped, {self.cfg.out} keeps its "
+                                    "last checkpoint (a lower --lr or --max_grad_norm helps most often)")
+            total, weight = sum(step[i][0] for step in sums), sum(step[i][1] for step in sums)
+            line[name] = total / (weight or self.updates or 1)
+        line["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        self.progress.log(self.step, tokens=int(runtime.sum_over_processes(self.tokens)), **line)
+        self.steps, self.updates, self.tokens = [], 0, 0
+
+    # Saving and restoring
+
+    def _choose_folder(self):
+        """Where the run writes. Everything in here happens with the lock, and in the first process only."""
+        if is_new_run(self.new, self.out, "training_state.pt"):
+            take_place(self.new, self.out)
+        found = {path.name for path in self.new.iterdir()} if self.new.is_dir() else set()
+        if found <= {"run_config.json.tmp"} or is_new_run(self.new, self.out, "run_config.json"):
+            shutil.rmtree(self.new, ignore_errors=True)  # of a run that ended before its first checkpoint
+        self.folder = self.out
+        if self.state:
+            return
+        if any((self.out / name).exists() for name in RUN_FILES):
+            self.folder = self.new
+        if self.folder == self.new and self.new.exists():
+            raise UserError(f"{self.new} is in the way: a new run writes there until its first checkpoint; rename it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_json(self.folder / "run_config.json", self.settings)
+        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _save(self):
+        for model in self.models:
+            if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+                raise UserError(f"the weights became NaN or infinite by step {self.step}; stopped, {self.cfg.out} "
+                                "keeps its last checkpoint (a lower --lr helps most often)")
+        rng = runtime.gather(capture_rng(self.device))  # of each process
+        if runtime.rank() > 0:
+            return
+        self._save_model()
+        save_training_state(self.folder, {
+            "step": self.step, "models": [trained_weights(model) for model in self.models],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "loader": self.loader.state(),
+            "rng": rng, "before": self.before})
+        if self.folder == self.new:
+            self.progress.close_file()  # Windows renames no folder that holds an open file
+            take_place(self.new, self.out)
+            self.folder = self.out
+            self.progress.open_file(self.out)
+
+    def _save_model(self):
+        if isinstance(self.model, RewardModel):
+            save_reward_model(self.folder, self.model, self.tokenizer)
+        elif has_adapter(self.model):
+            save_adapter(self.model, self.folder, self.cfg.model)
+        else:
+            save_model(self.folder, self.model, self.tokenizer)
+
+    def _read(self):
+        """The state to continue from; refuses one of other settings or other inputs."""
+        path, out = self.folder / "run_config.json", self.cfg.out
+        saved = load_json(path) if path.exists() else {}
+        differing = [key for key in self.settings if key in saved and saved[key] != self.settings[key]]
+        if "contents" in differing:
+            differing.remove("contents")
+            before, now = saved["contents"] if isinstance(saved["contents"], dict) else {}, self.settings["contents"]
+            changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+            raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
+                            "put back what was there, or start again without --resume")
+        if "processes" in differing:
+            raise UserError(f"--resume: the run in {out} had {saved['processes']} processes, this one has "
+                            f"{self.settings['processes']}; start as many as before")
+        notes = {key: f"--{key} {self.settings[key]} (it was {saved[key]})" for key in differing}
+        if fixed := [note for key, note in notes.items() if key not in FREE_ON_RESUME]:
+            raise UserError(f"--resume: the run in {out} had other settings: {', '.join(fixed)}; give the same ones, "
+                            "or start again without --resume")
+        for key in {"device", "compile"} & notes.keys():
+            say(f"note: {notes[key]}: results may differ in the last bits")
+        self.state = load_training_state(self.folder)
+        if (self.folder / "summary.json").exists():  # written last of all
+            self.result = load_json(self.folder / "summary.json").get("after", {})
+            say(f"the run in {out} is finished: nothing to do")
+
+    def _restore(self):
+        where = self.out / "training_state.pt"
+        try:
+            for model, saved in zip(self.models, self.state["models"], strict=True):
+                check_weights(trained_weights(model), saved, where, "the weights do not fit the model")
+                model.load_state_dict(saved, strict=False)  # strictly checked above; the frozen ones are not in it
+            for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if any(type(self.state["loader"][key]) is not int for key in self.loader.state()):
+                raise TypeError("the position in the data is no number")
+            self.loader.load_state(self.state["loader"])
+            restore_rng(self.state["rng"][runtime.rank()], self.device)
+            self.before = dict(self.state["before"])
+        except UserError:
+            raise
+        except Exception as error:  # whatever is missing or of another type
+            raise UserError(f"{where} is not a state of this run ({type(error).__name__}: {error}); "
+                            "start again without --resume") from None
+        self.state = None
+
+    def _close(self):
+        if self.progress:
+            self.progress.close()
+        if self.lock:
+            self.lock.release()
+        self.lock = None
+
+
+# The folder
+
+def check_out(out: Path, inputs: list):
+    """Raise UserError for an --out that is no folder, or that holds what the run reads."""
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"--out {out}: {place} is a file; give a folder")
+    for path in [*inputs, os.getcwd()]:
+        for place in (out, Path(f"{out}.new")):
+            if Path(path).resolve().is_relative_to(place.resolve()):
+                raise UserError(f"--out {out}: {place} holds {path}, which this run needs; give another --out")
+
+
+def is_new_run(new: Path, out: Path, name: str) -> bool:
+    """Whether OUT.new belongs to a run to OUT (the name alone proves nothing) and holds a file of this name."""
+    if not (new / "run_config.json").exists() or not (new / name).exists():
+        return False
+    return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
+
+
+def take_place(new: Path, out: Path):
+    """OUT becomes the first of OUT.bak, OUT.bak2, ... that is free, and OUT.new becomes OUT; raises UserError."""
+    number = 1
+    while (backup := out.with_name(f"{out.name}.bak{number if number > 1 else ''}")).exists():
+        number += 1
+    try:
+        if out.exists():
+            out.rename(backup)
+            say(f"{out} held an older run; it is now {backup}")
+        new.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot rename {out} to {backup} and {new} to {out}: {error.strerror or error}; "
+                        "do it yourself, then use --resume") from None
+
+
+class Lock:
+    """OUT.lock keeps a second run out of OUT. The system drops the lock when the process ends, however it ends.
+
+    Raises UserError when another run holds it. Windows and some network drives have no such locks; there the user has
+    to take care.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out.with_name(out.name + ".lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
+        try:
+            import fcntl
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.truncate(0)
+            self.file.write(str(os.getpid()))
+            self.file.flush()
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "unknown"
+            self.file.close()
+            raise UserError(f"another run (process {holder}) is writing to {out}; wait for it, end it, "
+                            "or give another --out") from None
+        except (ImportError, OSError):
+            pass
+
+    def release(self):
+        """Let others in."""
+        try:
+            self.path.unlink(missing_ok=True)  # before the lock goes: after it the file may be another run's
+        except OSError:  # Windows removes no open file
+            pass
+        self.file.close()
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, or of a model folder's weights, settings and tokenizer; raises UserError."""
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir()
+                       if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"))
+    try:
+        return " ".join(content_hash(file) for file in files)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None

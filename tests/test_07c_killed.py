@@ -1,0 +1,366 @@
+"""Chapter 7, third part. A run that is killed, asked to stop, or spread over several processes.
+
+Processes are killed for real. The toy stage is that of the second part; two tests use the real stages.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_pretrain
+import train_sft
+from minillm import model as model_file
+from minillm import runtime, token_cache
+from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
+from minillm.training_state import load_training_state
+from tests.helpers import close
+from tests.test_07_training import ROOT, log, place, pretrain, sft  # noqa: F401 (place is a fixture)
+from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
+                                summary, weights)
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks a process in which torch is loaded")
+
+
+# ------------------------------------------------------------------------------------ killed
+
+KILL_EVERYWHERE = r"""
+import os, pathlib, shutil, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from minillm.errors import UserError
+from tests import test_07c_killed as tests
+
+torch.set_num_threads(1)
+replace, rename = os.replace, pathlib.Path.rename
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        os.close(1)  # what the runs print
+        os.open(os.devnull, os.O_WRONLY)
+        try:
+            work()
+            code = 0
+        except UserError as error:
+            code = 3
+            pathlib.Path("error").write_text(str(error), encoding="utf-8")
+        os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+def run_to(moment, out, events=None):
+    # Runs until this many moments have passed, then is killed.
+    passed = []
+
+    def at(name):
+        passed.append(name)
+        if events is not None:
+            events.write(name + "\n")
+            events.flush()
+        if len(passed) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function):
+        def call(source, target):
+            at(f"before {os.path.basename(target)}")  # which is after the file before it
+            return function(source, target)
+        return call
+
+    os.replace, pathlib.Path.rename = around(replace), around(rename)
+    tests.main(tests.Config(out=out), lambda step, run: at(f"in step {step}"), lambda: at("evaluating"))
+    at("after summary.json")
+
+def beside_an_older_run(folder):
+    os.mkdir(folder)
+    shutil.copytree("older", f"{folder}/out")
+    return f"{folder}/out"
+
+tests.main(tests.Config(out="older", seed=5, max_steps=3))  # in this process: what PyTorch loads is then there for all
+out = beside_an_older_run("recorded")
+with open("events.txt", "w", encoding="utf-8") as events:
+    assert child(lambda: run_to(0, out, events)) == 0
+for moment in range(1, len(open("events.txt", encoding="utf-8").readlines()) + 1):
+    out = beside_an_older_run(f"killed{moment}")
+    assert child(lambda: run_to(moment, out)) == signal.SIGKILL
+    code = child(lambda: tests.main(tests.Config(out=out, resume=True)))
+    if code == 3 << 8 and "had other settings: --max_steps 8 (it was 3), --seed 0" in open("error").read():
+        code = child(lambda: tests.main(tests.Config(out=out)))  # OUT is still the older run
+    assert code == 0, (moment, code, open("error").read())
+"""
+
+
+@LINUX
+def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
+    """A new run takes an older one's place. It is killed before each rename of a file or a folder, in each step, in
+    each evaluation, and at the end. Resumed (or, before its first checkpoint, started again), it always ends as the
+    undisturbed run does: state, weights, log and summary. The older run is whole, and nothing is left over."""
+    done = subprocess.run([sys.executable, "-c", KILL_EVERYWHERE, str(ROOT)], capture_output=True, text=True, cwd=place,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    moments = Path("events.txt").read_text(encoding="utf-8").splitlines()
+    assert moments.count("before model.safetensors") == moments.count("before training_state.pt") == 3  # checkpoints
+    assert moments.count("before out.bak") == moments.count("before out") == moments.count("before summary.json") == 1
+    assert moments.count("evaluating") == 3 and moments[-1] == "after summary.json"
+    for number, moment in enumerate(moments, 1):
+        folder = f"killed{number}"
+        try:
+            assert set(os.listdir(folder)) - {"out.lock"} == {"out", "out.bak"}  # a lock that nobody holds is harmless
+            assert not list(Path(folder, "out").glob("*.tmp"))
+            assert_same_run(f"{folder}/out", "recorded/out")
+            assert weights(f"{folder}/out.bak") == weights("older") and summary(f"{folder}/out.bak") == summary("older")
+        except AssertionError as error:
+            raise AssertionError(f"killed at moment {number}, {moment}") from error
+
+
+
+def like_the_fixtures():
+    """In a process of its own: what the fixtures set."""
+    torch.set_num_threads(1)
+    token_cache.CACHE = Path("cache").absolute()
+    runtime.autocast = lambda device: contextlib.nullcontext()
+    model_file.PRESETS["tiny"] = (32, 2, 2, 1, 16, 64)
+
+
+def killed_runs():
+    """{moment: (stage, config)}: ten steps, saved every four."""
+    return {"in step 7": (train_sft, sft(out="a", grad_accum=2, batch_size=2)),
+            "before the state of step 8": (train_pretrain, pretrain(out="b", grad_accum=3, batch_size=1)),
+            "after the state of step 8": (train_sft, sft(out="c", optimizer="adamw"))}
+
+
+KILL_STAGES = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from minillm import run
+from tests import test_07c_killed as tests
+
+tests.like_the_fixtures()
+save = run.save_training_state
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for moment, (stage, cfg) in tests.killed_runs().items():
+    def schedule(step, *rest):
+        if step == 6 and moment == "in step 7":
+            kill()
+        return tests.schedule(step, *rest)
+
+    def save_training_state(folder, state):
+        if state["step"] == 8 and moment == "before the state of step 8":
+            kill()
+        save(folder, state)
+        if state["step"] == 8 and moment == "after the state of step 8":
+            kill()
+
+    if os.fork() == 0:
+        stage.schedule, run.save_training_state = schedule, save_training_state
+        stage.main(cfg)
+        os._exit(0)
+    print(os.wait()[1] == signal.SIGKILL, flush=True)
+"""
+
+
+@LINUX
+def test_sigkill_costs_no_bit_of_a_real_stage(place, capsys):  # noqa: F811
+    """Pitfall 4. Killed in step 7, or before or after the state of step 8 is written: resumed from step 4 or 8, they
+    end with the weights, the optimizer, the generators and the log of a run that nothing disturbed."""
+    run = subprocess.run([sys.executable, "-c", KILL_STAGES, str(ROOT)], capture_output=True, text=True, cwd=place,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert run.stdout.count("True") == 3, run.stdout + run.stderr
+    for moment, (stage, cfg) in killed_runs().items():
+        capsys.readouterr()
+        stage.main(replace(cfg, resume=True))
+        start = 8 if moment == "after the state of step 8" else 4
+        assert f"resuming after step {start} of 10" in capsys.readouterr().out
+        stage.main(replace(cfg, out="undisturbed"))
+        assert_same_run(cfg.out, "undisturbed")
+
+
+# ------------------------------------------------------------------------------------ asked to stop
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_polite_signal_saves_and_says_how_to_go_on(capsys, number, code):
+    """It arrives in step 5, between two checkpoints: the step is finished and saved, and the run goes on to the bit."""
+    def body(step, run):
+        if step == 4:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        main(Config(), body)
+    assert stopped.value.code == code
+    assert "saved after step 5 of 8; the same command with --resume continues" in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert not Path("out", "summary.json").exists() and not Path("out.lock").exists()
+    main(Config(resume=True))
+    assert "resuming after step 5 of 8" in capsys.readouterr().out
+    main(Config(out="undisturbed"))
+    assert_same_run("out", "undisturbed", logs=False)  # this one has a line after step 5
+
+
+def test_a_signal_before_the_first_checkpoint_of_a_new_run():
+    """Then this is its first checkpoint, and the new run takes the older one's place."""
+    main(Config(seed=1))
+    interrupted(Config(), 2)
+    assert load_training_state("out")["step"] == 2 and summary("out.bak")["steps"] == 8
+    main(Config(resume=True))
+    main(Config(out="undisturbed"))
+    assert_same_run("out", "undisturbed", logs=False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends no such signals")
+def test_the_exit_code_of_a_real_command(place):  # noqa: F811
+    """130 for Ctrl-C, 143 for SIGTERM, as a shell expects of a program that a signal ends."""
+    expected = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    runs = {number: subprocess.Popen(
+        [sys.executable, str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--out",
+         f"out{code}", "--max_steps", "100000", "--batch_size", "1", "--device", "cpu"], cwd=place, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for number, code in expected.items()}
+    try:
+        for number, code in expected.items():
+            metrics_file, give_up = Path(f"out{code}", "metrics.jsonl"), time.time() + 60
+            while not metrics_file.exists() or not metrics_file.read_text(encoding="utf-8"):
+                assert runs[number].poll() is None and time.time() < give_up, runs[number].communicate()
+                time.sleep(0.05)
+            runs[number].send_signal(number)
+        for number, code in expected.items():
+            out, errors = runs[number].communicate(timeout=60)
+            assert runs[number].returncode == code and errors == "", errors
+            step = load_training_state(f"out{code}")["step"]
+            assert f"interrupted: saved after step {step} of 100000" in out and log(f"out{code}")[-1]["step"] == step
+    finally:
+        for run in runs.values():
+            run.kill()
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    """But not its echo within a second: torchrun passes on a Ctrl-C that the terminal has sent to every process."""
+    clock = iter([100.0, 100.2, 101.5])
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    interrupt = runtime.Interrupt()
+    try:
+        assert interrupt.requested() == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested() == signal.SIGINT
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.close()
+
+
+# ------------------------------------------------------------------------------------ several processes
+
+TOGETHER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import train_sft
+from minillm.optim import update
+from tests import test_07c_killed as tests
+
+tests.like_the_fixtures()
+rank = int(os.environ["RANK"])
+
+def terminated(call, *arguments):
+    try:
+        call(*arguments)
+    except SystemExit as stopped:
+        assert stopped.code == 143
+        torch.distributed.barrier()  # the second process must not look for the state while the first still writes it
+    else:
+        raise AssertionError("not stopped")
+
+def interrupting(step, *rest):
+    if step == 5 and rank == 1:  # one process alone is asked
+        os.kill(os.getpid(), signal.SIGTERM)
+    return tests.schedule(step, *rest)
+
+def body(step, run):  # each process draws random numbers of its own number
+    torch.rand(rank + 1)
+
+def interrupting_body(step, run):
+    body(step, run)
+    if step == 4 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+cfg = tests.replace(tests.together(), batch_size=2)
+for changes in ({}, {"out": "older", "max_steps": 1}, {"out": "older", "max_steps": 1, "seed": 5}):
+    train_sft.main(tests.replace(cfg, **changes))
+train_sft.schedule = interrupting
+terminated(train_sft.main, tests.replace(cfg, out="stopped"))
+train_sft.schedule = tests.schedule
+train_sft.main(tests.replace(cfg, out="stopped", resume=True))
+
+tests.main(tests.Config(out="toys"), body)
+terminated(tests.main, tests.Config(out="stopped toys"), interrupting_body)
+tests.main(tests.Config(out="stopped toys", resume=True), body)
+
+# Of three parameters the first has a gradient in the first process, the second in both, the third in none.
+model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])
+for number in (1,) if rank else (0, 1):
+    model[number].grad = torch.full((2,), float(rank + 1))
+tests.runtime.sum_gradients(model.parameters())
+assert [p.grad if p.grad is None else p.grad.tolist() for p in model] == [[1.0, 1.0], [3.0, 3.0], None]
+for p in model:
+    p.grad = None
+before = [p.detach().clone() for p in model]
+update(model, [torch.optim.AdamW(model.parameters())], 1.0)
+assert all(p.grad is None for p in model) and all(map(torch.equal, model, before))
+"""
+
+
+def together():
+    return sft(out="two", optimizer="adamw", lr=1e-4, weight_decay=0.0, batch_size=4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+def test_two_processes_train_like_one(place):  # noqa: F811
+    """torchrun with two processes of two rows each, and one process of four: the same weights to 1e-5, the same log.
+    Only the first process writes and prints. A signal to the second stops both at the same step, and both resume, each
+    with its own random numbers. At the end of an epoch of nine numbers the second process has none, and the log of both
+    is still that of one process."""
+    Path("together.py").write_text(TOGETHER, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py",
+               str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        try:
+            out, errors = run.communicate(timeout=120)
+        except subprocess.TimeoutExpired:  # one process waits for another that went on: torchrun ends both
+            run.terminate()
+            raise
+    assert run.returncode == 0, errors
+    train_sft.main(replace(together(), out="one"))
+    one, two = load_training_state("one"), load_training_state("two")
+    for name, weight in one["models"][0].items():
+        assert close(two["models"][0][name], weight)
+    assert same([one["loader"], one["step"]], [two["loader"], two["step"]])
+    for a, b in zip(logged("one"), logged("two"), strict=True):
+        assert a["step"] == b["step"] and close(a["loss"], b["loss"])
+    assert summary("one")["tokens"] == summary("two")["tokens"]
+
+    said = out.splitlines()
+    assert sum(line.startswith("step 10/10") for line in said) == 2  # two whole runs, not four
+    assert sum("held an older run" in line for line in said) == 1 and Path("older.bak", "summary.json").exists()
+    assert sum("interrupted: saved after step 6 of 10" in line for line in said) == 1
+    assert "resuming after step 6 of 10" in said
+    assert_same_run("two", "stopped", logs=False)
+
+    # Four numbers a step, nine in an epoch: the mean of each is that of one process.
+    main(Config(out="toy", batch_size=4))
+    assert [entry["step"] for entry in log("toys")] == [1, 3, 5, 6, 8]
+    for a, b in zip(logged("toy"), logged("toys"), strict=True):
+        assert "val_loss" in a or close(a["number"], b["number"])
+    first, second = load_training_state("toys")["rng"]
+    assert not torch.equal(first["torch"], second["torch"])
+    assert_same_run("toys", "stopped toys", logs=False)

@@ -1,0 +1,187 @@
+"""Chapter 20: what an answer is worth: rewards from rules, models, judges and one's own file.
+
+A reward function in a user's file takes (messages, answers, example) and returns one number per answer. A reward source
+takes a whole batch of them, [(messages, answers, example), ...], and returns one number per answer of the batch. Worked
+example of a weighted sum, `--reward answer 0.5*mine.py:short`, for "What is 37 + 45?" (82):
+
+    answer                  answer   short (1 / letters)     sum
+    "82"                       1           1/2             1 + 0.5/2 = 1.25
+    "83 !"                   0.1           1/4           0.1 + 0.5/4 = 0.225
+"""
+
+import sys
+
+import pytest
+import torch
+
+from minillm.checkpoint import save_model
+from minillm.errors import UserError
+from minillm.heads import RewardModel, save_reward_model
+from minillm.model import CausalLM, ModelConfig
+from minillm.rewards import load_rewards, score_answers
+from minillm.tokenizer import train_tokenizer
+from tests.helpers import close
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+SUM = [turn("user", "What is 37 + 45?")], {"answer": "82"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["It is red. It is blue."] * 3, 280)
+
+
+def small(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    return CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1,
+                                num_attention_heads=2,
+                                num_key_value_heads=1, head_dim=16, intermediate_size=32, max_position_embeddings=256))
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------- rewards by name, and one's own
+
+OWN = '''"""A reward of one's own, in ten lines."""
+
+
+def short(messages, answers, example):
+    assert messages[-1]["role"] == "user" and example["answer"]
+    return [1 / max(1, len(answer)) for answer in answers]
+
+
+def words(messages, answers, example):
+    return [len(answer.split()) for answer in answers]
+'''
+
+
+def test_a_weighted_sum_with_its_parts(tmp_path):
+    mine = write(tmp_path / "mine.py", OWN)
+    rewards = load_rewards(["answer", f"0.5*{mine}:short"], "", "")
+    totals, parts = score_answers(rewards, [(SUM[0], ["82", "83 !"], SUM[1])])
+    close(torch.tensor(totals), [[1.25, 0.225]])
+    assert parts == {"answer": [[1.0, 0.1]], "short": [[0.5, 0.25]]}, "the parts are not weighted"
+    totals, _ = score_answers(load_rewards([f"-2*{mine}:words"], "", ""),
+                              [(SUM[0], ["a b c"], SUM[1]), (SUM[0], ["a"], SUM[1])])
+    assert totals == [[-6.0], [-2.0]]
+
+
+def test_numbers_of_any_kind_are_taken(tmp_path):
+    mine = write(tmp_path / "mine.py",
+                 "import torch\ndef tensor(m, answers, e): return torch.ones(len(answers))\ndef truth(m, answers, e): return [a == 'x' for a in answers]\n")
+    for name, expected in (("tensor", [[1.0, 1.0]]), ("truth", [[1.0, 0.0]])):
+        assert score_answers(load_rewards([f"{mine}:{name}"], "", ""), [(SUM[0], ["x", "y"], SUM[1])])[0] == expected
+
+
+@pytest.mark.parametrize("body, message", [
+    ("return [1 / len(a) for a in answers]",
+     r"reward score failed on the answer '' to 'What is 37 \+ 45\?': ZeroDivisionError: .*mine.py:2\)"),
+    ("return [float('nan') if a == '' else 1 for a in answers]",
+     r"reward score gave nan for the answer '' to 'What is"),
+    ("return [float('inf')] * len(answers)", r"reward score gave inf for the answer '82' to 'What is"),
+    ("return [1.0]", r"reward score returned 1 values for 2 answers to 'What is 37 \+ 45\?', the first '82'"),
+    ("return None", r"reward score must return a list of one number per answer; for 2 answers to .* it returned None"),
+    ("return ['good', 'bad']", r"reward score must return a list of one number per answer; .* it returned \['good', 'bad'\]"),
+])
+def test_a_reward_function_that_fails_is_named_with_the_answer_that_caused_it(tmp_path, body, message):
+    rewards = load_rewards([write(tmp_path / "mine.py",
+                                  f"def score(messages, answers, example):\n    {body}\n") + ":score"], "", "")
+    with pytest.raises(UserError, match=message) as caught:
+        score_answers(rewards, [(SUM[0], ["82", ""], SUM[1])])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_function_cannot_change_the_answers(tmp_path):
+    rewards = load_rewards([write(tmp_path / "mine.py",
+                                  "def score(m, answers, e):\n    answers.sort()\n    return [0] * len(answers)\n") + ":score"], "", "")
+    answers = ["b", "a"]
+    score_answers(rewards, [(SUM[0], answers, SUM[1])])
+    assert answers == ["b", "a"]
+
+
+@pytest.mark.parametrize("specs, message", [
+    (["gold"], "--reward gold: must be answer, model, judge or path/to/file.py:function"),
+    (["nowhere.py:score"], "nowhere.py:score: there is no such file"),
+    (["MINE:other"], "defines no function other"),
+    (["BROKEN:score"], "the file cannot be imported: NameError: .*broken.py:1"),
+    (["x*answer"], "'x' is no weight; write 0.5\\*answer"),
+    (["nan*answer"], "the weight must be a finite number"),
+    (["answer", "2*answer"], "answer is given twice"),
+])
+def test_a_reward_that_cannot_be_loaded(tmp_path, specs, message):
+    mine, broken = write(tmp_path / "mine.py", OWN), write(tmp_path / "broken.py", "undefined_name\n")
+    with pytest.raises(UserError, match=message) as caught:
+        load_rewards([spec.replace("MINE", mine).replace("BROKEN", broken) for spec in specs], "", "")
+    assert "\n" not in str(caught.value)
+
+
+def loaded(text_by_name, tmp_path, *specs):
+    """The rewards that `specs` name, FOLDER standing for a folder with these files."""
+    for name, text in text_by_name.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, text)
+    return load_rewards([spec.replace("FOLDER", str(tmp_path)) for spec in specs], "", "")
+
+
+def test_a_reward_file_may_define_dataclasses(tmp_path):
+    """dataclasses look their module up in sys.modules when annotations are strings: a file that is not there fails."""
+    text = ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Rule:\n"
+            "    word: str = 'a'\nRULE = Rule()\n"
+            "def score(messages, answers, example):\n    return [float(RULE.word in a) for a in answers]\n")
+    rewards = loaded({"mine.py": text}, tmp_path, "FOLDER/mine.py:score")
+    assert score_answers(rewards, [(SUM[0], ["cat", "dog"], SUM[1])])[0] == [[1.0, 0.0]]
+
+
+def test_a_reward_file_may_import_files_beside_it(tmp_path):
+    """Each file gets the helper of its own folder, and the search path is left as it was."""
+    text = "import beside\ndef score(messages, answers, example):\n    return [beside.VALUE for _ in answers]\n"
+    path = list(sys.path)
+    files = {"one/mine.py": text, "one/beside.py": "VALUE = 1", "two/mine.py": text, "two/beside.py": "VALUE = 2"}
+    rewards = loaded(files, tmp_path, "FOLDER/one/mine.py:score", "10*FOLDER/two/mine.py:score")
+    assert score_answers(rewards, [(SUM[0], ["x"], SUM[1])])[0] == [[21.0]]
+    assert sys.path == path
+
+
+def test_functions_of_one_name_in_two_files_keep_their_files_names(tmp_path):
+    """Only a name that is not unique is written out. The very same function twice is a mistake, in any spelling."""
+    files = {"a.py": OWN, "b.py": OWN.replace("1 / max", "2 / max"),
+             "c.py": "def answer(m, answers, e): return [7] * len(answers)"}
+    rewards = loaded(files, tmp_path, "FOLDER/a.py:short", "FOLDER/b.py:short", "FOLDER/b.py:words")
+    assert list(rewards) == [f"{tmp_path}/a.py:short", f"{tmp_path}/b.py:short", "words"]
+    totals, parts = score_answers(rewards, [(SUM[0], ["four"], SUM[1])])
+    assert totals == [[0.25 + 0.5 + 1]] and parts["words"] == [[1.0]]
+    assert list(loaded(files, tmp_path, "answer", "FOLDER/c.py:answer")) == ["answer", f"{tmp_path}/c.py:answer"]
+    with pytest.raises(UserError, match="short is given twice"):
+        loaded(files, tmp_path, "FOLDER/a.py:short", f"0.5*FOLDER/../{tmp_path.name}/a.py:short")
+
+
+@pytest.mark.parametrize("signature", ["completions, **kwargs", "prompts, completions, answer, **kwargs", "answers",
+                                       "*, messages, answers, example"])
+def test_a_function_of_another_signature_is_told_the_right_one(tmp_path, signature):
+    """The first two are reward functions for TRL."""
+    wanted = r"mine.py:score: the function must take \(messages, answers, example\)"
+    with pytest.raises(UserError, match=wanted) as caught:
+        loaded({"mine.py": f"def score({signature}):\n    return [0.0]\n"}, tmp_path, "FOLDER/mine.py:score")
+    assert str(caught.value).endswith(f"this one takes ({signature})")
+
+
+def test_model_and_judge_score_a_whole_rollout_as_they_score_one_prompt(tmp_path, tokenizer):
+    """Answers of all prompts share batches, padded to one length: neither the padding nor the company changes a score.
+    """
+    save_reward_model(tmp_path / "reward", RewardModel.from_lm(small(tokenizer)), tokenizer)
+    save_model(tmp_path / "judge", small(tokenizer, seed=1), tokenizer)
+    asked = [([turn("user", "hi")], ["It is red.", ""], {}), ([turn("user", "a much longer question?")],
+                                                              ["blue", "red " * 8], {})]
+    rewards = load_rewards(["model", "0.5*judge"], tmp_path / "reward", tmp_path / "judge")
+    totals, parts = score_answers(rewards, asked)
+    for name, (_, source) in rewards.items():
+        close(torch.tensor(parts[name]), [source([one]) for one in asked])
+        assert len({round(x, 4) for part in parts[name] for x in part}) == 4
+    close(torch.tensor(totals), torch.tensor(parts["model"]) + 0.5 * torch.tensor(parts["judge"]))
