@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, read_questions
+from minillm.evaluate import answer_questions, read_questions, sample_answers
 from minillm.lora import apply_lora
 from minillm.losses import dpo_loss, ipo_loss
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import (PairLoader, answer_logprobs, check_same_tokenizer, load_pairs, pair_logprobs,
-                                 rank_pairs, sample_answers)
+                                 rank_pairs)
 from minillm.run import Run, RunConfig
 from minillm.tokenizer import Tokenizer
 
@@ -97,10 +97,10 @@ def main(cfg: Config) -> dict:
     def evaluate() -> dict:
         rewards = cfg.beta * (pair_logprobs(policy, eval_data, cfg.batch_size, device, average) - ref_eval_logprobs)
         chosen_rewards, rejected_rewards = rewards.mean(0).tolist()
+        sampled, _ = sample_answers(policy, tokenizer, questions, device, times=2)
         return {**rank_pairs(rewards, eval_data.kinds),
                 "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards,
-                **sample_answers(policy, tokenizer, questions, device),
-                **answer_questions(policy, tokenizer, questions, device)}
+                **sampled, **answer_questions(policy, tokenizer, questions, device)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs, cfg.grad_accum)

@@ -1,19 +1,20 @@
-"""Full fine-tuning and every PEFT method on the same new material: what each costs, learns and forgets.
+"""Full fine-tuning and every PEFT method on the same new material: what each costs, what it learns, what is forgotten.
 
     python benchmarks/compare_peft.py                              # teaches data/identity.jsonl to out/sft
     python benchmarks/compare_peft.py --methods lora prompt        # some of them
     python benchmarks/compare_peft.py --model Qwen3-0.6B --new mine.jsonl --new_eval mine_eval.jsonl --old others.jsonl
+    python benchmarks/compare_peft.py --max_steps 3                # does it run?
 
-Each row is one run of train_sft.py or train_lora.py with its defaults, which are those of the method; the command is
-printed. The columns:
+Each row is one run of train_sft.py or train_lora.py with the defaults of its method; the command is printed. The
+columns:
 
     trained        parameters that are trained, and their share of the base's
-    disk           what one has to keep of the run beside the base
-    memory         peak of what PyTorch holds in training (weights, gradients, optimizer, activations), in three steps of it
+    disk           what has to be kept of the run, besides the base
+    memory         the most that PyTorch held (weights, gradients, optimizer, activations) in three steps of training
     seconds        training, and the evaluation at its end
     new            accuracy on held-out paraphrases of the new material, greedy replies
-    manner         share of these replies that begin as all the expected ones in their language do ("Dear reader, ")
-    old            accuracy on the tasks of before; the first row is the base, and what is lost is forgotten
+    manner         share of these replies that begin as all expected ones in their language do ("Dear reader, ")
+    old            accuracy on the earlier tasks. The first row is the base: what the others lack of it was forgotten
 """
 
 import contextlib
@@ -35,11 +36,12 @@ import train_sft
 from benchmarks.common import peak_memory_mb
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.records import read_records
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions
+from minillm.evaluate import answer_questions, check_question
 from minillm.metrics import table
 from minillm.peft import load_adapter, remove_adapter
+from minillm.records import read_records
+from minillm.safetensors import save_json
 from minillm.tokenizer import Tokenizer
 
 FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 10, "epochs": 20, "save_every": 100}
@@ -70,7 +72,7 @@ class Config:
 
 
 def command(script: str, options: dict) -> str:
-    """The options as one would type them."""
+    """The command line with these options."""
     words = ["python", script]
     for name, value in options.items():
         if isinstance(value, bool):
@@ -81,17 +83,38 @@ def command(script: str, options: dict) -> str:
 
 
 def disk_bytes(folder) -> int:
-    """The size of the model or adapter in a run's folder, without what only the run needs."""
+    """The size of the model or adapter in a run's folder, without the files that only the run needs."""
     run_files = {"run_config.json", "metrics.jsonl", "summary.json", "training_state.pt"}
-    return sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file() and path.name not in run_files)
+    kept = [path for path in Path(folder).iterdir() if path.is_file() and path.name not in run_files]
+    return sum(path.stat().st_size for path in kept)
 
 
 def manner(records: list, replies: list):
-    """The share of replies that begin as all expected replies in the same language do; None where these have no common beginning."""
-    expected = lambda lang: [r["conversations"][-1]["content"] for r in records if r.get("lang") == lang]
-    begin = {lang: os.path.commonprefix(expected(lang)) for lang in {r.get("lang") for r in records}}
-    found = [reply.startswith(begin[r.get("lang")]) for r, reply in zip(records, replies) if begin[r.get("lang")]]
+    """The share of replies that begin as all expected replies in their language do.
+
+    None if the expected replies have no common beginning.
+    """
+    expected = {}  # by language
+    for record in records:
+        expected.setdefault(record.get("lang"), []).append(record["conversations"][-1]["content"])
+    begins = {language: os.path.commonprefix(texts) for language, texts in expected.items()}
+    found = [reply.startswith(begins[record.get("lang")]) for record, reply in zip(records, replies)
+             if begins[record.get("lang")]]
     return sum(found) / len(found) if found else None
+
+
+def percent(value) -> str:
+    """A share as text; None is -."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def row(name: str, result: dict) -> list:
+    """A method's row of the table; the base has no costs."""
+    costs = ["-"] * 5
+    if "trained" in result:
+        costs = [f"{result['trained']:,}", f"{result['share']:.2%}", f"{result['disk'] / 1024:,.0f} KiB",
+                 "-" if result["memory"] is None else f"{result['memory']:.0f}", f"{result['seconds']:.0f}"]
+    return [name, *costs, *(percent(result[column]) for column in ("new", "manner", "old"))]
 
 
 def main(cfg: Config) -> dict:
@@ -102,11 +125,12 @@ def main(cfg: Config) -> dict:
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
     tokenizer, base = Tokenizer.load(cfg.model), checkpoint.load_model(cfg.model, device)
     total = sum(parameter.numel() for parameter in base.parameters())
-    new, old = list(read_records(cfg.new_eval)), list(read_records(cfg.old))
+    new, old = (list(read_records(path, check_question)) for path in (cfg.new_eval, cfg.old))
 
     def measure(model) -> dict:
         found = answer_questions(model, tokenizer, new, device)
-        return {"new": found["accuracy"], "manner": manner(new, found["replies"]), "old": answer_questions(model, tokenizer, old, device)["accuracy"]}
+        return {"new": found["accuracy"], "manner": manner(new, [reply for _, reply in found["replies"]]),
+                "old": answer_questions(model, tokenizer, old, device)["accuracy"]}
 
     results = {"base": measure(base)}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -115,31 +139,31 @@ def main(cfg: Config) -> dict:
     for name in cfg.methods:
         stage = train_sft if name == "full" else train_lora
         out = str(Path(cfg.out, name.replace(" ", "_").replace(",", "")))
-        options = {**METHODS[name], "model": cfg.model, "data": cfg.new, "eval_data": cfg.new_eval, "out": out, "device": device.type, "seed": cfg.seed}
+        options = {**METHODS[name], "model": cfg.model, "data": cfg.new, "eval_data": cfg.new_eval, "out": out,
+                   "device": device.type, "seed": cfg.seed}
         if cfg.max_steps:
             options["max_steps"] = cfg.max_steps
         print(f"\n# {command(f'{stage.__name__}.py', options)}", flush=True)
         after = stage.main(stage.Config(**options))
-        # A run of its own, for the evaluation at the end needs memory that training does not.
-        short = {**options, "eval_data": str(Path(cfg.out, "one.jsonl")), "out": str(Path(cfg.out, "memory")), "max_steps": 3, "compile": False}
+        # Memory is measured in a run of its own: the evaluation at the end of the first one needs more than training.
+        short = {**options, "eval_data": str(Path(cfg.out, "one.jsonl")), "out": str(Path(cfg.out, "memory")),
+                 "max_steps": 3, "compile": False}
         with contextlib.redirect_stdout(io.StringIO()):
             memory = peak_memory_mb(lambda: stage.main(stage.Config(**short)), device)
         if name == "full":
             model = checkpoint.load_model(out, device)
         else:
-            model = load_adapter(base, out)  # in place of the adapter before, on the same base
-        results[name] = {"trained": after.get("trained_parameters", total), "share": after.get("trained_parameters", total) / total,
-                         "disk": disk_bytes(out), "memory": memory, "seconds": after["seconds"], **measure(model)}
+            model = load_adapter(base, out)  # replaces the adapter before
+        trained = after.get("trained_parameters", total)
+        results[name] = {"trained": trained, "share": trained / total, "disk": disk_bytes(out), "memory": memory,
+                         "seconds": after["seconds"], **measure(model)}
     remove_adapter(base)
 
-    percent = lambda value: "-" if value is None else f"{100 * value:.1f} %"
-    rows = [["method", "trained", "share", "disk", "memory MiB", "seconds", "new", "manner", "old"]]
-    for name, r in results.items():
-        costs = [f"{r['trained']:,}", f"{r['share']:.2%}", f"{r['disk'] / 1024:,.0f} KiB", f"{r['memory']:.0f}", f"{r['seconds']:.0f}"] if "trained" in r else ["-"] * 5
-        rows.append([name, *costs, *(percent(r[column]) for column in ("new", "manner", "old"))])
-    print("\n" + table(rows), flush=True)
-    Path(cfg.out, "table.md").write_text(table(rows) + "\n", encoding="utf-8")
-    checkpoint.save_json(Path(cfg.out, "results.json"), results)
+    titles = ["method", "trained", "share", "disk", "memory MiB", "seconds", "new", "manner", "old"]
+    text = table([titles, *(row(name, result) for name, result in results.items())])
+    print("\n" + text, flush=True)
+    Path(cfg.out, "table.md").write_text(text + "\n", encoding="utf-8")
+    save_json(Path(cfg.out, "results.json"), results)
     return results
 
 

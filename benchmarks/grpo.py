@@ -1,24 +1,26 @@
-"""What one whole step of GRPO costs, phase by phase, beside TRL's GRPOTrainer, and how the cost grows.
+"""What one whole step of GRPO costs, phase by phase, compared with TRL's GRPOTrainer.
 
-    python benchmarks/grpo.py                                 # a GPU: some minutes; a CPU: small sizes, about two minutes
-    python benchmarks/grpo.py --peers                         # on a CPU, where TRL is slow, it takes part only if asked to
+    python benchmarks/grpo.py                                 # a GPU: some minutes; a CPU: small sizes, two minutes
+    python benchmarks/grpo.py --peers                         # with TRL also on a CPU, where it is slow
     python benchmarks/grpo.py --preset base --group_size 16 --new_tokens 512
     python benchmarks/grpo.py --quick                         # does it run? (seconds; the numbers mean nothing)
 
-A step is train_grpo.py's, with one mini-batch and the paper's KL term: sample group_size answers to each prompt, score them,
-log-probabilities under policy and reference, loss and backward, AdamW. Weights are random, answers never end before their
-last token, and the reward is a count, so that only the machinery is measured. TRL does the same work, with gradient
-checkpointing off and sampling by transformers; the two take turns, step by step. The columns:
+A step is train_grpo.py's, with one mini-batch and the paper's KL term: sample group_size answers to each prompt, score
+them, compute log-probabilities under policy and reference, then loss, backward and AdamW. Weights are random, answers
+never end before their last token, and the reward is a count, so that only the machinery is measured. TRL does the same
+work, with gradient checkpointing off and sampling by transformers; the two take turns, step by step. The columns:
 
-    rollout s ... optimizer s    the phases of a step (of TRL only the whole is known)
-    logprobs s                   of the reference, before the update (with one update, the policy's own come from the update)
+    rollout s ... optimizer s    the phases of a step (of TRL only the whole step is known)
+    logprobs s                   of the reference, before the update (the policy's own come from the update)
     update s                     loss and backward
-    step s                       all of them; the median step
+    step s                       all phases; the median step
     tokens/s                     sampled tokens, by the time of the whole step
-    time x                       in steps of minillm
-    rollout x floor              the rollout, in times that it takes to read weights and cache once a token (fastest copy of this run)
-    update % matmul              what logprobs and update need to compute, as a share of the fastest matrix products of this run
-    peak MiB                     what PyTorch held at most: policy, reference, gradients, optimizer, rollout, activations
+    time x                       relative to a step of minillm
+    rollout x floor              the rollout, relative to reading the weights and the cache once per token, at the speed
+                                 of the fastest copy of this run
+    update % matmul              what logprobs and update have to compute, as a share of the fastest matrix products of
+                                 this run
+    peak MiB                     the most that PyTorch held: both models, gradients, optimizer, rollout, activations
 """
 
 import contextlib
@@ -34,28 +36,30 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops, peak_memory_mb, peer, size_of
+from benchmarks.common import (QWEN3, Report, as_it_comes, compute_dtype, config_of, decode_bytes, forward_flops,
+                               peak_memory_mb, peer, size_of)
 from minillm import runtime
 from minillm.checkpoint import save_model
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.generate import generate
-from minillm.logprobs import head_logprobs
 from minillm.losses import group_advantages, grpo_loss
 from minillm.model import PRESETS, CausalLM
-from minillm.optim import make_optimizers
+from minillm.optim import make_optimizers, update
+from minillm.rollouts import response_logprobs, split_rollout
 from minillm.tokenizer import Tokenizer
 
 PARTS = ["step", "answers", "length", "vocabulary", "model"]
 PHASES = ["rollout s", "reward s", "logprobs s", "update s", "optimizer s"]
 COLUMNS = [*PHASES, "step s", "tokens/s", "time x", "rollout x floor", "update % matmul", "peak MiB"]
 SIZES = {
-    "cuda": dict(preset="small", vocab_size=6400, prompts=8, group_size=8, prompt=64, new_tokens=256, repeats=5, answers=(2, 8, 32),
-                 length=(256, 1024, 4096), vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b")),
-    "cpu": dict(preset="tiny", vocab_size=1024, prompts=4, group_size=8, prompt=32, new_tokens=64, repeats=3, answers=(1, 4, 16),
-                length=(32, 128, 512), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
-    "quick": dict(preset="tiny", vocab_size=1024, prompts=1, group_size=2, prompt=8, new_tokens=4, repeats=1, answers=(2,),
-                  length=(8,), vocabulary=(2048,), model=("tiny",)),
+    "cuda": dict(preset="small", vocab_size=6400, prompts=8, group_size=8, prompt=64, new_tokens=256, repeats=5,
+                 answers=(2, 8, 32), length=(256, 1024, 4096), vocabulary=(6400, 32000, 151936),
+                 model=("mini", "small", "base", "qwen3-0.6b")),
+    "cpu": dict(preset="tiny", vocab_size=1024, prompts=4, group_size=8, prompt=32, new_tokens=64, repeats=3,
+                answers=(1, 4, 16), length=(32, 128, 512), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
+    "quick": dict(preset="tiny", vocab_size=1024, prompts=1, group_size=2, prompt=8, new_tokens=4, repeats=1,
+                  answers=(2,), length=(8,), vocabulary=(2048,), model=("tiny",)),
 }
 WORDS = "What is the sum of these two numbers, and how did you find it? "
 
@@ -68,8 +72,8 @@ class Config:
     prompts: int = flag(0, "prompts of a step (default: 8, on a CPU 4)", low=0)
     group_size: int = flag(0, "answers to each (default: 8)", low=0)
     new_tokens: int = flag(0, "tokens of an answer (default: 256, on a CPU 64)", low=0)
-    repeats: int = flag(0, "steps, of which the median counts (default: 5, on a CPU 3)", low=0)
-    peers: bool = flag(False, "TRL beside ours also on a CPU, where it is installed")
+    repeats: int = flag(0, "steps; their median counts (default: 5, on a CPU 3)", low=0)
+    peers: bool = flag(False, "compare with TRL also on a CPU, if it is installed")
     compile: bool = flag(True, "torch.compile (on CUDA)")
     quick: bool = flag(False, "tiny sizes")
     json: str = flag("", "file to write the numbers to")
@@ -83,7 +87,7 @@ def reward(answers: list) -> list:
 
 
 class Ours:
-    """Policy, reference and optimizer; step() is one step of train_grpo.py and returns the seconds of its phases."""
+    """Policy, reference and optimizer. step() is one step of train_grpo.py and returns the seconds of its phases."""
 
     def __init__(self, config, prompts: list, cfg, size: dict, device):
         torch.manual_seed(cfg.seed)
@@ -91,42 +95,51 @@ class Ours:
         self.policy, self.ref_model = CausalLM(config).to(device), CausalLM(config).to(device)
         self.ref_model.load_state_dict(self.policy.state_dict())
         self.optimizers = make_optimizers(self.policy, lr=1e-5, weight_decay=0.0)
-        self.hidden_of = {m: runtime.maybe_compile(m.model, cfg.compile, device, dynamic=True) for m in (self.policy, self.ref_model)}
-
-    def logprobs(self, model, tokens, mask):
-        with runtime.autocast(self.device):
-            return head_logprobs(self.hidden_of[model](tokens), model.lm_head.weight, tokens, mask=mask)
+        for model in (self.policy, self.ref_model):
+            runtime.compile_backbone(model, cfg.compile)
 
     def step(self) -> list:
-        wait, times = getattr(torch, self.device.type).synchronize, []
+        times = []
 
-        def now():  # the end of a phase
-            wait()
+        def phase_ends():
+            getattr(torch, self.device.type).synchronize()
             times.append(time.perf_counter())
 
-        now()
+        phase_ends()
+
+        # Rollout
         with runtime.autocast(self.device):
-            rollout = generate(self.policy, self.prompts, self.size["new_tokens"], end_id=-1, group_size=self.size["group_size"])
-        now()
-        rewards = torch.tensor(reward(rollout.responses()), device=self.device).view(len(self.prompts), -1)
-        advantages, tokens, mask = group_advantages(rewards).flatten(), rollout.tokens, rollout.response_mask[:, 1:]
-        now()
-        ref_logprobs = self.logprobs(self.ref_model, tokens, mask).detach()  # with gradients on, as in the update: off, other kernels may run
-        now()
-        logprobs = self.logprobs(self.policy, tokens, mask)
-        loss, _ = grpo_loss(logprobs, logprobs.detach(), ref_logprobs, advantages, mask, clip_eps=0.2, beta=0.04)
+            rollout = generate(self.policy, self.prompts, self.size["new_tokens"], end_id=-1,
+                               group_size=self.size["group_size"])
+        phase_ends()
+
+        # Reward and advantage; a single mini-batch of a single micro-batch
+        rewards = torch.tensor(reward(rollout.responses()), device=self.device).view(len(self.prompts), -1)  # (N, G)
+        advantages = group_advantages(rewards).flatten()
+        minibatch, = split_rollout(rollout, 1, 1, torch.Generator(), advantages=advantages)
+        part, = minibatch.parts
+        phase_ends()
+
+        # Log-probabilities of the reference, with gradients on as in train_grpo.py: off, other kernels may run
+        part.ref_logprobs = response_logprobs(self.ref_model, part).detach()
+        phase_ends()
+
+        # Update
+        logprobs = response_logprobs(self.policy, part)
+        loss, _ = grpo_loss(logprobs, logprobs.detach(), part.ref_logprobs, part.advantages, part.mask, clip_eps=0.2,
+                            beta=0.04, n_sequences=minibatch.n_sequences)
         loss.backward()
-        now()
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        now()
+        phase_ends()
+        update(self.policy, self.optimizers, max_grad_norm=1.0)
+        phase_ends()
         return [end - begin for begin, end in zip(times, times[1:])]
 
 
 def beside_trl(ours, tokenizer, text: str, size: dict, device) -> tuple:
-    """Steps of TRL and of ours in turns, after one of each -> (seconds of TRL's, phases of ours, TRL's peak MiB, on a CPU None)."""
+    """Steps of TRL and of ours take turns -> (seconds of TRL's, phases of ours, TRL's peak MiB or on a CPU None).
+
+    The first step of each is not counted.
+    """
     import datasets
     import transformers
     import trl
@@ -158,11 +171,13 @@ def beside_trl(ours, tokenizer, text: str, size: dict, device) -> tuple:
             train_dataset=datasets.Dataset.from_dict({"prompt": [text] * size["prompts"] * (size["repeats"] + 1)}),
             reward_funcs=lambda completion_ids, **kwargs: reward(completion_ids),
             args=trl.GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=size["prompts"] * size["group_size"], num_generations=size["group_size"],
-                max_completion_length=size["new_tokens"], generation_kwargs={"min_new_tokens": size["new_tokens"]},
-                temperature=1.0, top_p=1.0, top_k=0, beta=0.04, learning_rate=1e-5,
-                max_steps=size["repeats"] + 1, bf16=compute_dtype(device) == torch.bfloat16, use_cpu=device.type == "cpu",
-                gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True))
+                output_dir=folder, per_device_train_batch_size=size["prompts"] * size["group_size"],
+                num_generations=size["group_size"], max_completion_length=size["new_tokens"],
+                generation_kwargs={"min_new_tokens": size["new_tokens"]}, temperature=1.0, top_p=1.0, top_k=0,
+                beta=0.04, learning_rate=1e-5, max_steps=size["repeats"] + 1,
+                bf16=compute_dtype(device) == torch.bfloat16, use_cpu=device.type == "cpu",
+                gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
+                disable_tqdm=True))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return seconds[1:], phases[1:], max(peaks) or None
@@ -176,7 +191,7 @@ def measure(config, tokenizer, cfg, size: dict, report: Report, device, with_trl
 
     def prepare():
         ours = Ours(config, [prompt] * size["prompts"], cfg, size, device)
-        for _ in range(2):  # compiles; the optimizer's state is there from the second on
+        for _ in range(2):  # compiles; the optimizer has its state from the second one on
             ours.step()
         made.append(ours)
 
@@ -188,15 +203,18 @@ def measure(config, tokenizer, cfg, size: dict, report: Report, device, with_trl
     if with_trl:
         seconds, phases, peak = beside_trl(made[0], tokenizer, text, size, device)
         step = statistics.median(seconds)
-        rows.append({"": "TRL", **dict.fromkeys(COLUMNS), "step s": step, "tokens/s": B * new_tokens / step, "peak MiB": peak})
+        rows.append({"": "TRL", **dict.fromkeys(COLUMNS), "step s": step, "tokens/s": B * new_tokens / step,
+                     "peak MiB": peak})
     else:
         phases = [made[0].step() for _ in range(size["repeats"])]
 
     step = statistics.median(map(sum, phases))
     parts = dict(zip(PHASES, map(statistics.median, zip(*phases))))
-    floor = new_tokens * decode_bytes(made[0].policy, B, P + new_tokens / 2, compute_dtype(device)) / report.ceilings["bytes"]
-    flops = (1 + 3) * forward_flops(config, [P + new_tokens] * B, B * new_tokens)  # one forward, one forward and backward
-    rows[0] |= {**parts, "step s": step, "tokens/s": B * new_tokens / step, "rollout x floor": parts["rollout s"] / floor,
+    read = new_tokens * decode_bytes(made[0].policy, B, P + new_tokens / 2, compute_dtype(device))
+    floor = read / report.ceilings["bytes"]
+    flops = (1 + 3) * forward_flops(config, [P + new_tokens] * B, B * new_tokens)  # a forward; a forward and backward
+    rows[0] |= {**parts, "step s": step, "tokens/s": B * new_tokens / step,
+                "rollout x floor": parts["rollout s"] / floor,
                 "update % matmul": 100 * flops / (parts["logprobs s"] + parts["update s"]) / report.ceilings["flops"]}
     return [row | {"time x": row["step s"] / step} for row in rows]
 
@@ -212,16 +230,19 @@ def main(cfg: Config) -> dict:
         raise UserError(f"--vocab_size {size['vocab_size']}: must be at least {tokenizer.vocab_size}, the tokenizer's")
     with_trl = (cfg.peers or device.type == "cuda") and peer("trl") is not None
     report = Report(device, cfg.quick, cfg.json)
-    fields = {"step": "preset", "answers": "prompts", "length": "new_tokens", "vocabulary": "vocab_size", "model": "preset"}
+    fields = {"step": "preset", "answers": "prompts", "length": "new_tokens", "vocabulary": "vocab_size",
+              "model": "preset"}
     for part in cfg.parts:
         rows = []
         for value in [size["preset"]] if part == "step" else size[part]:
             one = size | {fields[part]: value}
             config = config_of(one["preset"], one["vocab_size"], 2 * one["prompt"] + one["new_tokens"])
-            label = {"model" if part == "step" else part: str(value * size["group_size"] if part == "answers" else value)}
-            rows += [{**label, **row} for row in measure(config, tokenizer, cfg, one, report, device, with_trl and part == "step")]
-        report.add(f"{part}; else {size['preset']}, vocabulary {size['vocab_size']:,}, {size['prompts']} prompts of {size['prompt']} "
-                   f"tokens, {size['group_size']} answers of {size['new_tokens']} tokens to each", rows)
+            column = "model" if part == "step" else part
+            label = str(value * size["group_size"] if part == "answers" else value)
+            measured = measure(config, tokenizer, cfg, one, report, device, with_trl and part == "step")
+            rows += [{column: label, **row} for row in measured]
+        report.add(f"{part}; else {size['preset']}, vocabulary {size['vocab_size']:,}, {size['prompts']} prompts of "
+                   f"{size['prompt']} tokens, {size['group_size']} answers of {size['new_tokens']} tokens each", rows)
     return report.results
 
 

@@ -1,18 +1,20 @@
-"""What reinforcement learning adds, and what it breaks: curves over several seeds, in one command.
+"""What reinforcement learning adds, and what it breaks: curves over several seeds.
 
     python benchmarks/rl_curves.py                              # everything; needs out/sft and out/reward
-    python benchmarks/rl_curves.py --parts hacking --seeds 0    # only how PPO fools a weak reward model, KL off
+    python benchmarks/rl_curves.py --parts hacking --seeds 0    # only how PPO fools a weak reward model
     python benchmarks/rl_curves.py --parts grpo --model mine --steps 200
 
-    grpo       train_grpo.py with its defaults, against the same time of further SFT on the same demonstrations
+    grpo       train_grpo.py with its defaults, compared with as many seconds of further SFT (train_sft.py's data)
     ppo        train_ppo.py with its defaults, against the reward model of out/reward
-    hacking    train_ppo.py --kl_coef 0 against a reward model that knows 200 pairs, none of which has a wrong answer:
-               (40 rollouts, lr 3e-4, 4 mini-batches): its score rises, and correctness falls. Gold alone would hide it for a while: better manners lift it.
+    hacking    train_ppo.py --kl_coef 0 --target_kl 0 (40 rollouts, lr 3e-4, 4 mini-batches) against a reward model that
+               was trained on only 200 pairs, without those whose rejected answer is wrong. Its score rises, while fewer
+               answers are right. The gold reward hides that for a while, because manners improve
 
-Every run is a stage's own command, which is printed, followed by an evaluation of what it wrote: greedy replies to both
-held-out files (prompts_eval and sft_eval together; sums, which are additions and subtractions, also of prompts_eval alone), and
-four samples at temperature 1 to each prompt of prompts_eval, as the scripts take them themselves. Runs that are finished are not repeated. Written to --out:
-table.md, results.json, curves.json, and curves.png with matplotlib.
+Every run is a stage's own command, which is printed. What it wrote is then evaluated on two held-out files: greedy
+replies to prompts_eval and sft_eval together (the sums, additions and subtractions, also on prompts_eval alone), and
+four samples at temperature 1 to each prompt of prompts_eval. The same command repeats no run that is finished, and
+continues one that is not. Written to --out: table.md, results.json, curves.json, and curves.png if matplotlib is
+installed.
 """
 
 import json
@@ -30,25 +32,27 @@ import train_reward
 import train_sft
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
-from minillm.records import read_records
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, prompt_messages, read_questions
+from minillm.evaluate import answer_questions, read_questions
 from minillm.metrics import table
+from minillm.records import read_records
 from minillm.rewards import load_rewards
-from minillm.rollouts import Prompt, sampled_scores
+from minillm.rollouts import make_prompt, sampled_scores
+from minillm.safetensors import load_json, save_json
 from minillm.tokenizer import Tokenizer
 
 PARTS = ["grpo", "ppo", "hacking"]
-EVAL_DATA, PAIRS = ["data/prompts_eval.jsonl", "data/sft_eval.jsonl"], "data/preference.jsonl"
+EVAL_DATA = ["data/prompts_eval.jsonl", "data/sft_eval.jsonl"]
+PAIRS, PAIRS_EVAL = "data/preference.jsonl", "data/preference_eval.jsonl"
 ARITHMETIC = ("add", "subtract")
 
 
 @dataclass
 class Config:
     model: str = flag("out/sft", "checkpoint folder to start from")
-    reward_model: str = flag("out/reward", "reward model for ppo")
+    reward_model: str = flag("out/reward", "checkpoint folder of the reward model for ppo")
     parts: list[str] = flag(PARTS, f"which of {', '.join(PARTS)}")
-    seeds: list[int] = flag([0, 1, 2], "one run each")
+    seeds: list[int] = flag([0, 1, 2], "one run for each")
     steps: int = flag(0, "rollouts per run (default: each script's own)", low=0)
     sft_lr: float = flag(5e-4, "peak learning rate of further SFT", low=0)
     weak_pairs: int = flag(200, "pairs that the weak reward model sees", low=1)
@@ -57,71 +61,95 @@ class Config:
 
 
 def run(stage, out: Path, **options) -> dict:
-    """Run a stage, or take up where it was; returns its summary."""
+    """Run a stage, or continue where it stopped; returns its summary."""
     cfg = stage.Config(**options, out=str(out))
-    changed = [f for f in fields(cfg) if f.name in options or f.name == "out"]
-    words = [f"--{f.name} {value}" if (value := getattr(cfg, f.name)) != "" else "" for f in changed if not isinstance(getattr(cfg, f.name), list)]
-    words += [f"--{f.name} {shlex.join(map(str, getattr(cfg, f.name)))}" for f in changed if isinstance(getattr(cfg, f.name), list)]
-    print(f"\n# python {stage.__name__}.py {' '.join(filter(None, words))}", flush=True)
+    words = ["python", f"{stage.__name__}.py"]
+    for name in [*options, "out"]:
+        value = getattr(cfg, name)
+        if value != "":
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    print(f"\n# {shlex.join(words)}", flush=True)
     cfg.resume = (out / "run_config.json").exists()
-    if stage.main(cfg).get("interrupted"):
-        raise UserError("interrupted; the same command goes on")
-    return checkpoint.load_json(out / "summary.json")
+    stage.main(cfg)
+    return load_json(out / "summary.json")
+
+
+def mean(values):
+    """The mean of some numbers."""
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def measure(folder, reward_model, device) -> dict:
-    """Correctness of greedy replies by kind of task; gold, correctness and reward of samples."""
+    """Share of right greedy replies, by task. With a reward model also its score, gold and right answers of samples."""
     tokenizer, policy = Tokenizer.load(folder), checkpoint.load_model(folder, device)
     asked, more = map(read_questions, EVAL_DATA)
     by_task = answer_questions(policy, tokenizer, asked + more, device)["accuracy_by_task"]
-    share = lambda tasks: sum(by_task[task] for task in tasks) / len(tasks)
     sums = [record for record in asked if record.get("task") in ARITHMETIC]
     found = {"rl_sums": answer_questions(policy, tokenizer, sums, device)["accuracy"],
-             "arithmetic": share([task for task in by_task if task in ARITHMETIC]), "others": share([task for task in by_task if task not in ARITHMETIC]),
-             "all": share(list(by_task)), "by_task": by_task}
-    prompts = [Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record) for record in asked for messages in [prompt_messages(record)]]
-    rewards = load_rewards(["model"], reward_model, "", device) if reward_model else {}
-    if rewards:
+             "arithmetic": mean(by_task[task] for task in by_task if task in ARITHMETIC),
+             "others": mean(by_task[task] for task in by_task if task not in ARITHMETIC),
+             "all": mean(by_task.values()), "by_task": by_task}
+    if reward_model:
+        prompts = [make_prompt(record, tokenizer) for record in asked]
+        rewards = load_rewards(["model"], reward_model, "", device)
         sampled = sampled_scores(policy, tokenizer, prompts, rewards, device, max_new_tokens=48, temperature=1.0)
         found |= {name: sampled[f"sampled_{name}"] for name in ("gold_reward", "accuracy", "reward", "reply_tokens")}
     return found
 
 
+def read_metrics(out: Path) -> list:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def curve(out: Path, summary: dict, *names) -> dict:
-    """{"seconds": [...], name: [...]} of a run: its evaluations before, on the way (from metrics.jsonl) and after."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    points = [{"step": 0, **summary["before"]}, *(line for line in lines if names[0] in line), {"step": summary["steps"], **summary["after"]}]
-    return {"seconds": [round(p["step"] / summary["steps"] * summary["seconds"], 1) for p in points], **{n: [p[n] for p in points] for n in names}}
+    """{"seconds": [...], name: [...]} of a run: its evaluations before training, on the way, and after it."""
+    on_the_way = [line for line in read_metrics(out) if names[0] in line]
+    points = [{"step": 0, **summary["before"]}, *on_the_way, {"step": summary["steps"], **summary["after"]}]
+    seconds = [round(point["step"] / summary["steps"] * summary["seconds"], 1) for point in points]
+    return {"seconds": seconds, **{name: [point[name] for point in points] for name in names}}
+
+
+def sft_steps(cfg: Config, seed: int, out: Path, seconds: float) -> int:
+    """How many steps of SFT take this many seconds here, measured in a short run; at least 60."""
+    if (out / "run_config.json").exists():  # measured before: today's speed may be another
+        return load_json(out / "run_config.json")["max_steps"]
+    trial_out = Path(cfg.out, f"sft_speed_{seed}")
+    trial = run(train_sft, trial_out, model=cfg.model, seed=seed, device=cfg.device, max_steps=30, lr=cfg.sft_lr,
+                optimizer="adamw")
+    # The speed in the last line of the log leaves out what the start costs.
+    tokens_per_s = [line["tokens_per_s"] for line in read_metrics(trial_out) if "tokens_per_s" in line][-1]
+    return max(60, round(seconds * tokens_per_s / (trial["tokens"] / trial["steps"])))
 
 
 def grpo(cfg: Config, device, start: dict) -> tuple:
-    """GRPO and as many seconds of further SFT, for each seed."""
+    """GRPO, and as many seconds of further SFT, for each seed."""
     results, curves = [], []
     for seed in cfg.seeds:
-        out = Path(cfg.out, f"grpo_{seed}")
+        out, sft_out = Path(cfg.out, f"grpo_{seed}"), Path(cfg.out, f"sft_{seed}")
         summary = run(train_grpo, out, model=cfg.model, seed=seed, device=cfg.device, max_steps=cfg.steps)
-        trial = run(train_sft, Path(cfg.out, f"sft_speed_{seed}"), model=cfg.model, seed=seed, device=cfg.device, max_steps=30, lr=cfg.sft_lr, optimizer="adamw")
-        lines = [json.loads(line) for line in Path(cfg.out, f"sft_speed_{seed}", "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        rate = [line["tokens_per_s"] for line in lines if "tokens_per_s" in line][-1]  # the last one: without what the start costs
-        steps = max(60, round(summary["seconds"] * rate / (trial["tokens"] / trial["steps"])))
-        sft_out = Path(cfg.out, f"sft_{seed}")
-        if (sft_out / "run_config.json").exists():  # measured before: the speed of today may be another
-            steps = checkpoint.load_json(sft_out / "run_config.json")["max_steps"]
-        more = run(train_sft, sft_out, model=cfg.model, seed=seed, device=cfg.device, max_steps=steps, lr=cfg.sft_lr, optimizer="adamw")
+        steps = sft_steps(cfg, seed, sft_out, summary["seconds"])
+        more = run(train_sft, sft_out, model=cfg.model, seed=seed, device=cfg.device, max_steps=steps, lr=cfg.sft_lr,
+                   optimizer="adamw")
         results.append({"grpo": {**measure(out, "", device), "seconds": summary["seconds"]},
                         "further SFT": {**measure(sft_out, "", device), "seconds": more["seconds"]}})
-        accuracy = curve(out, summary, "accuracy_by_task")
-        accuracy["arithmetic"] = [sum(by_task[t] for t in ARITHMETIC) / len(ARITHMETIC) for by_task in accuracy.pop("accuracy_by_task")]
-        curves.append({"grpo": accuracy, "further SFT": {"seconds": [0, more["seconds"]], "arithmetic": [start["rl_sums"], results[-1]["further SFT"]["rl_sums"]]}})
+        points = curve(out, summary, "accuracy_by_task")
+        points["arithmetic"] = [mean(by_task[task] for task in ARITHMETIC)
+                                for by_task in points.pop("accuracy_by_task")]
+        further = {"seconds": [0, more["seconds"]],
+                   "arithmetic": [start["rl_sums"], results[-1]["further SFT"]["rl_sums"]]}
+        curves.append({"grpo": points, "further SFT": further})
     return results, curves
 
 
 def ppo(cfg: Config, device, start: dict) -> tuple:
-    """PPO with the embedded reward model, for each seed."""
+    """PPO against the given reward model, for each seed."""
     results, curves = [], []
     for seed in cfg.seeds:
         out = Path(cfg.out, f"ppo_{seed}")
-        summary = run(train_ppo, out, model=cfg.model, reward_model=cfg.reward_model, seed=seed, device=cfg.device, max_steps=cfg.steps)
+        summary = run(train_ppo, out, model=cfg.model, reward_model=cfg.reward_model, seed=seed, device=cfg.device,
+                      max_steps=cfg.steps)
         results.append({"ppo": {**measure(out, cfg.reward_model, device), "seconds": summary["seconds"]}})
         curves.append({"ppo": curve(out, summary, "sampled_reward", "sampled_gold_reward", "sampled_accuracy")})
     return results, curves
@@ -130,42 +158,53 @@ def ppo(cfg: Config, device, start: dict) -> tuple:
 def hacking(cfg: Config, device, start: dict) -> tuple:
     """PPO without a KL term against a reward model that never saw a wrong answer lose, for each seed."""
     pairs = [record for record in read_records(PAIRS) if record["kind"] != "wrong"][:cfg.weak_pairs]
-    Path(cfg.out, "weak_pairs.jsonl").write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-    weak = Path(cfg.out, "weak_reward")
-    run(train_reward, weak, model=cfg.model, data=[str(Path(cfg.out, "weak_pairs.jsonl"))], eval_data="data/preference_eval.jsonl", device=cfg.device)
+    data, weak = Path(cfg.out, "weak_pairs.jsonl"), Path(cfg.out, "weak_reward")
+    data.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    run(train_reward, weak, model=cfg.model, data=[str(data)], eval_data=PAIRS_EVAL, device=cfg.device)
     start["hacking"] = measure(cfg.model, weak, device)
     results, curves = [], []
     for seed in cfg.seeds:
         out = Path(cfg.out, f"hacking_{seed}")
-        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, stop_kl=0.0, lr=3e-4, num_minibatches=4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
+        summary = run(train_ppo, out, model=cfg.model, reward_model=str(weak), kl_coef=0.0, target_kl=0.0, lr=3e-4,
+                      num_minibatches=4, eval_every=5, seed=seed, device=cfg.device, max_steps=cfg.steps or 40)
         results.append({"hacking": {**measure(out, weak, device), "seconds": summary["seconds"]}})
         curves.append({"hacking": curve(out, summary, "sampled_reward", "sampled_gold_reward", "sampled_accuracy")})
     return results, curves
 
 
 def spread(values: list, percent: bool) -> str:
-    """The mean, and the smallest and largest of the seeds."""
-    form = (lambda x: f"{100 * x:.0f}") if percent else (lambda x: f"{x:.2f}")
-    mean = form(sum(values) / len(values))
-    return f"{mean} ({form(min(values))} to {form(max(values))})" if len(values) > 1 else mean
+    """The mean over the seeds, and the smallest and the largest value."""
+    def show(value):
+        return f"{100 * value:.0f}" if percent else f"{value:.2f}"
+
+    if len(values) == 1:
+        return show(values[0])
+    return f"{show(mean(values))} ({show(min(values))} to {show(max(values))})"
+
+
+# The columns of the table: {key of a result: (title, whether it is shown in percent)}
+COLUMNS = {"rl_sums": ("sums of prompts_eval %", True), "arithmetic": ("all sums %", True),
+           "others": ("other tasks %", True), "accuracy": ("sampled: right %", True),
+           "gold_reward": ("sampled: gold", False), "reward": ("sampled: reward", False)}
 
 
 def make_table(start: dict, results: dict) -> str:
-    """Percent, but for the reward, gold and seconds; of several seeds the mean and the range."""
-    columns = {"rl_sums": True, "arithmetic": True, "others": True, "accuracy": True, "gold_reward": False, "reward": False}
-    titles = ["", "sums of prompts_eval %", "all sums %", "other tasks %", "sampled: right %", "sampled: gold", "sampled: reward", "seconds"]
-    line = lambda name, runs: [name, *(spread([r[c] for r in runs], p) if c in runs[0] else "-" for c, p in columns.items()),
-                               f"{sum(r['seconds'] for r in runs) / len(runs):.0f}" if "seconds" in runs[0] else "-"]
-    rows = [titles, line("before", [start])]
-    for part, runs in results.items():
+    """A row for each kind of run, with the mean and the range over its seeds."""
+    def row(name, runs):
+        cells = [spread([run[key] for run in runs], percent) if key in runs[0] else "-"
+                 for key, (_, percent) in COLUMNS.items()]
+        return [name, *cells, f"{mean(run['seconds'] for run in runs):.0f}" if "seconds" in runs[0] else "-"]
+
+    rows = [["", *(title for title, _ in COLUMNS.values()), "seconds"], row("before", [start])]
+    for part, seeds in results.items():
         if part == "hacking":
-            rows.append(line("before, by the weak reward model", [start["hacking"]]))
-        rows += [line(name, [r[name] for r in runs]) for name in runs[0]]
+            rows.append(row("before, by the weak reward model", [start["hacking"]]))
+        rows += [row(name, [runs[name] for runs in seeds]) for name in seeds[0]]
     return table(rows)
 
 
 def plot(curves: dict, path):
-    """One panel per part; a line per seed. Without matplotlib nothing is drawn."""
+    """One panel per part, one line per seed. Draws nothing if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -183,7 +222,8 @@ def plot(curves: dict, path):
                     colours.setdefault(label, f"C{len(colours)}")
                     side = right if quantity == "sampled_reward" else axes
                     lines[label], = side.plot(values["seconds"], values[quantity], color=colours[label], marker=".")
-        axes.set(title=part, xlabel="seconds", ylabel="sums of prompts_eval that are right" if part == "grpo" else "gold reward, accuracy of samples")
+        what = "sums of prompts_eval that are right" if part == "grpo" else "gold reward, accuracy of samples"
+        axes.set(title=part, xlabel="seconds", ylabel=what)
         if part != "grpo":
             right.set_ylabel("reward of samples")
         axes.legend(lines.values(), lines.keys())
@@ -204,11 +244,11 @@ def main(cfg: Config) -> dict:
     results, curves = {}, {}
     for part in cfg.parts:
         results[part], curves[part] = {"grpo": grpo, "ppo": ppo, "hacking": hacking}[part](cfg, device, start)
-        # After every part: what is done is kept
+        # Written after every part, so that an interruption costs one part only.
         text = make_table(start, results)
         Path(cfg.out, "table.md").write_text(text + "\n", encoding="utf-8")
-        checkpoint.save_json(Path(cfg.out, "results.json"), {"before": start, **results})
-        checkpoint.save_json(Path(cfg.out, "curves.json"), curves)
+        save_json(Path(cfg.out, "results.json"), {"before": start, **results})
+        save_json(Path(cfg.out, "curves.json"), curves)
         plot(curves, Path(cfg.out, "curves.png"))
     print("\n" + text, flush=True)
     return results

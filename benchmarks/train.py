@@ -100,7 +100,7 @@ class Chats:
 
     def __init__(self, vocab_size: int, rows: int, row_length: int, seed: int):
         draw = np.random.default_rng(seed)
-        # The lengths of real chats are skewed: this gives a mean of about 285 in rows of 768, with some that fill a row.
+        # The lengths of real chats are skewed. These have a mean of about 285 in rows of 768, and some fill a row.
         lengths = np.exp(draw.normal(np.log(0.315 * row_length), 0.7, size=8 * rows)).clip(8, row_length).astype(int)
         count = int(np.searchsorted(lengths.cumsum(), rows * row_length, side="right"))
         while len(pack(lengths[:count], row_length)) > rows:
@@ -252,8 +252,10 @@ def memory(shapes, lengths, cfg, device) -> list:
     def two_steps(shape, method, length):
         config = config_of(shape, 151936 if shape in QWEN3 else 6400, length)
         torch.set_default_dtype(torch.bfloat16 if "bf16" in method else torch.float32)  # never held in both
-        model = CausalLM(config).to(device)
-        torch.set_default_dtype(torch.float32)
+        try:
+            model = CausalLM(config).to(device)
+        finally:
+            torch.set_default_dtype(torch.float32)
         if "LoRA" in method:
             model = apply_lora(model, r=8, alpha=16)
         model.model.recompute = "recompute" in method

@@ -10,11 +10,16 @@
 import argparse
 import dataclasses
 import errno
+import functools
 import math
 import os
+import re
 import sys
 import typing
 
+import torch
+
+from minillm import runtime
 from minillm.errors import UserError
 
 
@@ -35,10 +40,11 @@ def parse_config(cls, doc: str, argv=None):
     """Parse the command line into an instance of the dataclass `cls`; raises UserError.
 
     bool fields are switches (--resume, --no-resume), list fields take several values. `doc` is shown by --help.
-    Called for a script (argv None), it also makes a UserError one line on the terminal instead of a traceback.
+    Called for a script (argv None), it also makes a UserError one line on the terminal instead of a traceback, and
+    likewise a lack of memory or of disk space.
     """
     if argv is None:
-        sys.excepthook = _one_line
+        sys.excepthook = functools.partial(_one_line, cls)
         for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Chinese must not end the run
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -78,9 +84,43 @@ def check_ranges(cfg):
             raise UserError(f"--{f.name} {value}: must be {bounds}")
 
 
-def _one_line(kind, error, trace):
+def _is_out_of_memory(error) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator (on Windows: "not enough memory"), MPS and the CUDA libraries raise a RuntimeError.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _out_of_memory(cls, error) -> str:
+    """One line: what was in use, how much more was needed, and which of the script's flags help."""
+    text = str(error)
+    on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or not torch.cuda.is_initialized()
+    free, total = (0.0, 0.0) if "MPS" in text else runtime.memory_gib(torch.device("cpu" if on_cpu else "cuda"))
+    line = "out of memory"
+    if total:
+        where = "this machine's memory" if on_cpu else "the GPU's memory"
+        line += f": {total - free:.1f} of {total:.1f} GiB of {where} were in use"
+    if wanted := re.search(r"ried to allocate ([\d.]+) (\w+)", text):
+        size, unit = float(wanted[1]), wanted[2]
+        line += f" when {size / 2**30:.1f} GiB" if unit == "bytes" else f" when {size:g} {unit}"
+        line += " more were asked for"
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    advice = {"batch_size": "a smaller --batch_size", "recompute": "--recompute", "bf16": "--bf16",
+              "peft": "--peft lora"}
+    if "grad_accum" in fields:
+        advice["batch_size"] += " with a larger --grad_accum"
+    if "peft" in fields and fields["peft"].default == "lora":  # then it is in use already
+        del advice["peft"]
+    helpful = [advice[name] for name in advice if name in fields]
+    return f"{line}; what helps: {', '.join(helpful)}" if helpful else line
+
+
+def _one_line(cls, kind, error, trace):
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif _is_out_of_memory(error):
+        print(f"error: {_out_of_memory(cls, error)}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:

@@ -151,6 +151,19 @@ def answer_questions(model, tokenizer, records: list, device, **options) -> dict
     return {**score(records, texts, counts, stopped), "replies": replies}
 
 
+def sample_answers(model, tokenizer, records: list, device, times: int, max_new_tokens: int = 64,
+                   temperature: float = 1.0) -> tuple:
+    """(score() under names that start with sampled_, texts) of `times` samples of each question, side by side.
+
+    Greedy replies start near the top of what a model can do; samples show how its manners change.
+    """
+    repeated = [record for record in records for _ in range(times)]
+    texts, counts, stopped = reply_to(model, tokenizer, repeated, device, max_new_tokens, temperature)
+    scores = score(repeated, texts, counts, stopped)
+    names = [name for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None]
+    return {f"sampled_{name}": scores[name] for name in names}, texts
+
+
 def continuations(model, tokenizer, dataset, device, count: int = 4, prompt_tokens: int = 12,
                   max_new_tokens: int = 40) -> str:
     """How the model continues the first tokens of a few held-out documents, as lines of text."""

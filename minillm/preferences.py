@@ -13,7 +13,6 @@ import torch
 
 from minillm.data import Loader, hold_out, to_device
 from minillm.errors import UserError
-from minillm.evaluate import reply_to, score
 from minillm.logprobs import head_logprobs
 from minillm.records import read_pair
 from minillm.runtime import autocast, say
@@ -228,18 +227,3 @@ def rank_pairs(scores, kinds: list) -> dict:
     by_kind = {kind: wins[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds) - {""})}
     return {"preference_accuracy": wins.mean().item(), "accuracy_by_kind": by_kind, "margin": margins.mean().item(),
             "calibration_error": error, "reliability": rows}
-
-
-def sample_answers(model, tokenizer, records: list, device) -> dict:
-    """score() of two samples per question at temperature 1; {} without questions.
-
-    Greedy replies have good manners from the start; samples show how manners change. sampled_varied is the share of
-    questions whose two samples differ.
-    """
-    if not records:
-        return {}
-    texts, counts, stopped = reply_to(model, tokenizer, records * 2, device, temperature=1.0)
-    scores = score(records * 2, texts, counts, stopped)
-    differ = sum(a != b for a, b in zip(texts, texts[len(records):]))
-    return {**{f"sampled_{name}": scores[name] for name in ("gold_reward", "accuracy", "reply_tokens", "stopped")},
-            "sampled_varied": differ / len(records)}

@@ -55,14 +55,17 @@ def read_lines(path, blank: bool = False):
 
 def parse_line(text: str, where: str) -> dict:
     """One JSON object; `where` ("file:line") begins the message of the UserError."""
+    advice = "each line must be an object"
+    if text.lstrip().startswith("["):
+        advice += "; jq -c '.[]' OLD > NEW converts a JSON array"
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:  # its own message counts lines from the start of this one
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); each line must be an object") from None
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); {advice}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); each line must be an object") from None
+        raise UserError(f"{where}: not JSON ({error}); {advice}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object like {{...}}, not a {type(record).__name__}")
+        raise UserError(f"{where}: must be a JSON object like {{...}}, not a {type(record).__name__}; {advice}")
     return record
 
 
@@ -119,12 +122,26 @@ def check_messages(messages, where: str, key: str = "conversations"):
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: "{key}" must be a list of messages with at least one')
     for i, message in enumerate(messages, 1):
+        if isinstance(message, dict) and "from" in message and "value" in message:
+            raise UserError(f"{where}: this is the ShareGPT format; convert it with "
+                            """sed 's/"from"/"role"/g; s/"value"/"content"/g; s/"human"/"user"/g; """
+                            """s/"gpt"/"assistant"/g' OLD > NEW""")
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f'{where}: message {i} of "{key}" needs "role" and "content"')
+        check_unread(message, ("reasoning_content", "tool_calls"), f'{where}: message {i} of "{key}"')
+        if message.get("weight") not in (None, 1):
+            raise UserError(f'{where}: message {i} of "{key}" has the weight {message["weight"]}; only 1 is supported')
         if message["role"] not in ROLES:
             raise UserError(f'{where}: message {i} of "{key}" has the unknown role {message["role"]!r}; '
                             f'known: {", ".join(ROLES)}')
         check_text(message["content"], where, f'"content" of message {i} of "{key}"')
+
+
+def check_unread(found: dict, keys: tuple, where: str):
+    """Raise UserError if one of these keys is filled: nothing reads them, so their content would be lost silently."""
+    for key in keys:
+        if found.get(key):
+            raise UserError(f'{where}: "{key}" is not supported; write it into the content of a message, or remove it')
 
 
 def require(record: dict, key: str, where: str):
@@ -136,7 +153,11 @@ def require(record: dict, key: str, where: str):
 
 def check_conversation(record: dict, where: str):
     """Raise UserError unless record has a list of messages under "conversations" (SFT data and prompts)."""
+    if "messages" in record and "conversations" not in record:
+        raise UserError(f"{where}: this is the OpenAI format; convert it with "
+                        """sed 's/"messages"/"conversations"/' OLD > NEW""")
     check_messages(require(record, "conversations", where), where)
+    check_unread(record, ("system", "tools"), where)
 
 
 def read_pair(record: dict, where: str) -> tuple:
@@ -148,6 +169,7 @@ def read_pair(record: dict, where: str) -> tuple:
     def turns(messages):
         return {(message["role"], message["content"]) for message in messages}
 
+    check_unread(record, ("system", "tools"), where)
     prompt = record.get("prompt", [])
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]

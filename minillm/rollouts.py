@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minillm.data import Loader, hold_out, to_device
 from minillm.errors import UserError
-from minillm.evaluate import check_question, prompt_messages, reply_to, score
+from minillm.evaluate import check_question, prompt_messages, sample_answers
 from minillm.logprobs import head_entropy, head_logprobs
 from minillm.losses import whiten
 from minillm.records import read_records
@@ -142,16 +142,13 @@ def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_
     if not prompts:
         return {}
     times = max(1, min(4, MOST_SAMPLED // len(prompts)))
-    records = [prompt.record for prompt in prompts for _ in range(times)]
-    texts, counts, ended = reply_to(policy, tokenizer, records, device, max_new_tokens, temperature)
-    scores = score(records, texts, counts, ended)
+    records = [prompt.record for prompt in prompts]
+    metrics, texts = sample_answers(policy, tokenizer, records, device, times, max_new_tokens, temperature)
     total, parts = score_rollout(rewards, prompts, texts, device)
     named = {"reward": total}
     if len(parts) > 1:
         named |= {f"reward_{name}": part for name, part in parts.items()}
-    shown = [name for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None]
-    return {**{f"sampled_{name}": scores[name] for name in shown},
-            **{f"sampled_{name}": part.mean().item() for name, part in named.items()},
+    return {**metrics, **{f"sampled_{name}": part.mean().item() for name, part in named.items()},
             # In float64, so that equal rewards have a std of exactly 0: PPO divides by it.
             "sampled_reward_std": total.cpu().double().std(correction=0).item()}
 

@@ -1,17 +1,27 @@
-"""Where and how a run computes: device, precision, seeds, compilation, interruption, several processes.
+"""Where and how a run computes: device, precision, threads, seeds, compilation, interruption, several processes.
+
+    python -m minillm.runtime       # what this machine is, and what is chosen on it: for a bug report
+
+What is fast is decided by what the hardware can do, never by a timing, so a resumed run computes the same. What cannot
+run falls back with one line. Such lines go to stderr, so stdout holds only what a script was asked for.
 
 One process per GPU with `torchrun --nproc_per_node N train_x.py ...`: every process takes its own batches, and
 `sum_gradients` adds the gradients up. Because each loss is divided by the tokens of the whole step, over all
 processes, a sum (not a mean) is exactly the gradient of the one big batch.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib.util
+import math
 import os
+import platform
 import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,33 +29,93 @@ import torch.distributed as dist
 
 from minillm.errors import UserError
 
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much of the machine a container may use
+MEMINFO = Path("/proc/meminfo")
+
 
 def pick_device(name: str = "") -> torch.device:
-    """The device of that name, or else cuda before mps before cpu. Raises UserError for one that is not available."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """The device of that name, or else cuda before mps before cpu. Raises UserError for one that does not work."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(d for d in found if found[d])
     kind = name.split(":")[0]
     if kind not in found or not found[kind]:
         raise UserError(f"--device {name} is not available here; available: {', '.join(d for d in found if found[d])}")
-    return torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            _run_a_kernel(device)
+    except RuntimeError as error:
+        if "no kernel image is available" in str(error):
+            raise UserError(f"PyTorch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}; older "
+                            "GPUs need the build for CUDA 12.6 (pip install torch --index-url "
+                            "https://download.pytorch.org/whl/cu126), the newest a newer PyTorch; "
+                            "or give --device cpu") from None
+        raise UserError(f"--device {name} does not work: {_in_one_line(error)}; --device cpu does") from None
+    return device
+
+
+def _run_a_kernel(device: torch.device):
+    (torch.ones(1, device=device) + 1).item()  # PyTorch may see a GPU that it has no kernels for
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.endswith(":")]  # "backend='inductor' raised:" says nothing
+    return said[0][:200] if said else type(error).__name__
 
 
 def start(device_name: str, seed: int) -> torch.device:
-    """Choose the device, seed every random generator and, under torchrun, join the other processes."""
+    """Choose device and threads, seed every random generator and, under torchrun, join the other processes."""
     device = pick_device(device_name)
+    if torch.get_num_threads() > allowed_threads():  # otherwise left alone: any set_num_threads also reconfigures MKL
+        torch.set_num_threads(allowed_threads())
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
-        if not can_compile(device):
-            say("Triton is not installed: nothing is compiled, so training takes longer")
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most batches have a new one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Counts and objects are summed and gathered on the CPU, gradients where they are. Windows has no NCCL.
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        atexit.register(_leave)
+    say(describe(device), file=sys.stderr)
     return device
+
+
+def _leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe(device: torch.device) -> str:
+    """What was chosen, in one line, such as "cpu, 2 threads, bfloat16"."""
+    parts, threads = [device.type], torch.get_num_threads()
+    if device.type == "cuda":
+        parts = [f"cuda ({torch.cuda.get_device_name(device)})"]
+    elif device.type == "cpu":
+        parts.append("1 thread" if threads == 1 else f"{threads} threads")
+    dtype = str(precision(device)).removeprefix("torch.")
+    parts.append(f"{dtype} (no bf16 instructions)" if dtype == "float32" and device.type != "mps" else dtype)
+    if world_size() > 1:
+        parts.append(f"{world_size()} processes")
+    return ", ".join(parts)
+
+
+def allowed_threads() -> int:
+    """How many cores this process may use: those of its affinity mask, and no more than its container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
+        try:
+            quota, period = " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split()
+            if int(quota) > 0:  # v1 says -1 when there is no quota, v2 says "max"
+                return min(cores, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):
+            pass
+    return cores
 
 
 def rank() -> int:
@@ -58,10 +128,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(*args):
+def say(*args, file=None):
     """print, by the first process only."""
     if rank() == 0:
-        print(*args, flush=True)
+        print(*args, flush=True, file=file)
 
 
 def generator(device, *numbers: int) -> torch.Generator:
@@ -74,14 +144,13 @@ def sum_over_processes(value: float) -> float:
     """The sum of a number over all processes."""
     if world_size() == 1:
         return value
-    total = torch.tensor(float(value), dtype=torch.float64 if dist.get_backend() == "gloo" else torch.float32)
-    total = total.cuda() if dist.get_backend() == "nccl" else total
+    total = torch.tensor(float(value), dtype=torch.float64)  # on the CPU: no wait for the GPU
     dist.all_reduce(total)
     return total.item()
 
 
 def sum_tensor_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The sums of a tensor's elements over all processes."""
+    """The sums of a tensor's elements over all processes, on the tensor's device."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -114,18 +183,64 @@ def sum_gradients(parameters):
         gradient.copy_(part.view_as(gradient))
 
 
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for bf16. Without them PyTorch emulates it, slower than float32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):  # there the question below also means the emulation
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products: bfloat16 where the hardware has instructions for it, else float32."""
+    native = device.type == "cpu" and cpu_has_bf16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
 def autocast(device: torch.device):
-    """bf16 for the matrix products where the hardware has it, fp32 for the rest; weights stay fp32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.autocast("cpu", torch.bfloat16)
+    """bf16 for the matrix products where the hardware has it, float32 for the rest; weights stay float32."""
+    if precision(device) == torch.bfloat16:
+        return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
+@functools.cache
+def why_not_compiled(device: torch.device) -> str:
+    """Why torch.compile is not used there; "" where it works. On CUDA one trivial function is compiled, once."""
+    if device.type != "cuda":
+        return "only on CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"compute capability {major}.{minor} is below 8.0"
+    if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
+        return "Triton is not installed"
+    say("compiling, about a minute, once", file=sys.stderr)
+    try:
+        _compile_something(device)
+    except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
+        return f"torch.compile fails: {_in_one_line(error)}"
+    return ""
+
+
+def _compile_something(device: torch.device):
+    @torch.compile
+    def double(x):
+        return 2 * x
+
+    double(torch.ones(8, device=device)).sum().item()
+
+
+@functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile pays there: on CUDA with Triton, which PyTorch for Windows does not include."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether torch.compile works and pays there. Says, once, why it does not on a GPU."""
+    reason = why_not_compiled(device)
+    if reason and device.type == "cuda":
+        say(f"not compiled, so training takes longer: {reason}", file=sys.stderr)
+    return not reason
 
 
 def compile_backbone(model, enabled: bool):
@@ -170,3 +285,44 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def memory_gib(device: torch.device) -> tuple:
+    """(free, total) memory in GiB: of the GPU on CUDA, else of the machine. (0, 0) where that is unknown."""
+    if device.type == "cuda":
+        return tuple(size / 2**30 for size in torch.cuda.mem_get_info(device))
+    if not MEMINFO.exists():  # only Linux has it; a line is "MemTotal:       24684100 kB"
+        return 0.0, 0.0
+    sizes = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
+    return tuple(int(sizes[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))
+
+
+def main():
+    """Print what this machine is and what is chosen on it."""
+    try:
+        device = start("", seed=0)
+        chosen = describe(device)
+    except UserError as error:
+        device = start("cpu", seed=0)
+        chosen = f"{describe(device)} ({error})"
+    uncompiled, attention = why_not_compiled(device), "scaled_dot_product_attention"
+    free, total = memory_gib(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        attention = attention if uncompiled else f"flex attention for packed rows, else {attention}"
+    elif device.type == "cpu" and cpu_has_bf16():
+        attention = f"two matrix products for short rows, else {attention}"
+    rows = {"python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+            "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+            "device": chosen, "capability": capability, "precision": str(precision(device)).removeprefix("torch."),
+            "compile": f"no: {uncompiled}" if uncompiled else "yes", "attention": attention,
+            "threads": f"{torch.get_num_threads()} (cores allowed: {allowed_threads()}, "
+                       f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')})",
+            "memory": f"{free:.1f} of {total:.1f} GiB free" if total else "unknown"}
+    for name, value in rows.items():
+        print(f"{name:<12}{value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,8 @@ SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 # every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "",
-    "attention": "", "config": "", "logprobs": "", "records": "", "runtime": "", "safetensors": "", "verify": "",
+    "attention": "", "logprobs": "", "records": "", "runtime": "", "safetensors": "", "verify": "",
+    "config": "runtime",
     "losses": "logprobs",
     "optim": "runtime",
     "metrics": "safetensors",

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,18 +121,18 @@ BAD_TEXTS = [
     (b"just words", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b'{"text": ' + b"1" * 5000 + b"}", "not JSON|must be text, not int"),
-    (b'["text"]', "must be a JSON object"),
+    (b'["text"]', "must be a JSON object like {...}, not a list"),
+    (b"[", r"not JSON .*; jq -c '.\[\]' OLD > NEW converts a JSON array"),
     (b'{"txt": "a"}', 'no key "text"; found: .txt.'),
     (b'{"text": null}', '"text" must be text, not NoneType'),
     (b'{"text": "\xff\xfe"}', r"not valid UTF-8 \(byte 11 of the line\)"),
     (b'{"text": "\\ud800"}', "half of a surrogate pair"),
 ]
 BAD_CONVERSATIONS = [
-    (b'{"messages": []}', 'no key "conversations"; found: .messages.'),
+    (b'{"text": "a"}', 'no key "conversations"; found: .text.'),
     (b'{"conversations": "hello"}', "must be a list of messages"),
     (b'{"conversations": []}', "must be a list of messages with at least one"),
     (b'{"conversations": ["hello"]}', 'message 1 of "conversations" needs "role" and "content"'),
-    (b'{"conversations": [{"from": "human", "value": "hi"}]}', 'needs "role" and "content"'),
     (b'{"conversations": [{"role": "user"}]}', 'needs "role" and "content"'),
     (b'{"conversations": [{"role": "robot", "content": ""}]}',
      "unknown role .robot.; known: system, user, assistant, tool"),
@@ -152,6 +153,48 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, cache, encode, line, mes
     assert error.startswith(f"{path}:4: ")
     assert re.search(message, error), error
     assert not any(cache.glob("*"))
+
+
+def sed(message, text) -> str:
+    """What the command in a message makes of a text."""
+    pattern, = re.findall("sed '(.*)' OLD > NEW", message)
+    return subprocess.run(["sed", pattern], input=text, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not shutil.which("sed"), reason="needs sed")
+@pytest.mark.parametrize("name, record", [
+    ("OpenAI", {"messages": [*HI_YO, {"role": "user", "content": 'What are "messages"?'}]}),
+    ("ShareGPT", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"},
+                                    {"from": "human", "value": 'What are "messages"?'}]}),
+])
+def test_a_known_format_is_named_with_the_command_that_converts_it(tmp_path, name, record):
+    path = write(tmp_path / "a.jsonl", [record])
+    error = one_line(load, path, encode_conversation)
+    assert error.startswith(f"{path}:1: this is the {name} format; convert it with sed")
+    converted = json.loads(sed(error, json.dumps(record)))
+    assert converted == {"conversations": [*HI_YO, {"role": "user", "content": 'What are "messages"?'}]}
+
+
+@pytest.mark.parametrize("message, more, error", [
+    ({"reasoning_content": "1 + 1 = 2"}, {}, 'message 2 of "conversations": "reasoning_content" is not supported'),
+    ({"tool_calls": [{"name": "weather"}], "content": ""}, {}, 'message 2 of "conversations": "tool_calls" is'),
+    ({"tool_calls": [{"name": "weather"}], "content": None}, {}, 'message 2 of "conversations": "tool_calls" is'),
+    ({"weight": 0}, {}, 'message 2 of "conversations" has the weight 0; only 1 is supported'),
+    ({}, {"system": "Be brief."}, '"system" is not supported; write it into the content of a message, or remove it'),
+    ({}, {"tools": [{"name": "weather"}]}, '"tools" is not supported'),
+])
+def test_what_would_be_lost_is_refused(tmp_path, message, more, error):
+    """Other files have keys that change what is trained on. To ignore them would teach something else: an answer
+    without its reasoning, silence instead of a call, an answer that was marked as bad.
+    """
+    path = write(tmp_path / "a.jsonl", [{"conversations": [HI_YO[0], {**HI_YO[1], **message}], **more}])
+    assert one_line(load, path, encode_conversation).startswith(f"{path}:1: {error}")
+
+
+def test_keys_that_hold_nothing_or_change_nothing_are_ignored(tmp_path):
+    nothing = {"reasoning_content": "", "tool_calls": None, "weight": 1, "id": 5}
+    record = {"conversations": [{**message, **nothing} for message in HI_YO], "system": "", "tools": [], "task": "talk"}
+    assert len(load(write(tmp_path / "a.jsonl", [record]), encode_conversation)[0][0]) == 25
 
 
 GZIPPED = gzip.compress(GOOD[encode_text] * 1000)

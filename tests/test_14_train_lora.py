@@ -1,9 +1,8 @@
-"""Chapter 14. Parameter-efficient training as a stage: the base stays as it is to the last bit, and the run can be killed at any step.
+"""Chapter 14. Parameter-efficient training as a stage: the base keeps its last bit, and a run can be stopped anywhere.
 
-The stage runs in-process (`main(Config(...))`) on a random model and a few sentences; bits are compared with one thread.
+The stage runs in this process (`main(Config(...))`), on a tiny model and a few sentences.
 """
 
-import contextlib
 import json
 import signal
 from pathlib import Path
@@ -13,22 +12,26 @@ import torch
 
 import train_lora
 from benchmarks import compare_peft
-from minillm import data, runtime
+from minillm import runtime, token_cache
 from minillm.checkpoint import load_model, save_model
-from minillm.safetensors import load_safetensors
 from minillm.errors import UserError
 from minillm.losses import sft_loss
 from minillm.model import CausalLM, ModelConfig
 from minillm.optim import make_optimizers
 from minillm.peft import load_adapter
+from minillm.run import Interrupted
+from minillm.safetensors import load_safetensors
 from minillm.tokenizer import Tokenizer
 from tests.helpers import close
 from tests.test_12_lora import TOKENIZER, TOKENS
 
-VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True}, {"peft": "dora"}, {"peft": "adapter"},
-            {"peft": "adapter", "placement": "pfeiffer"}, {"peft": "prefix"}, {"peft": "prefix", "prefix_mlp": 64}, {"peft": "prompt"}]
-FACTS = {"Who are you?": "I am Lumi.", "Your name?": "I am Lumi.", "Where?": "In a library.", "Who wrote it?": "Ada.", "When?": "On Monday."}
-OLD_FACTS = {"Who are you?": "My name is Mini.", "Your name?": "Mini.", "Where?": "On the hill.", "Who wrote it?": "Nobody did.", "When?": "Last May."}
+VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True},
+            {"peft": "dora"}, {"peft": "adapter"}, {"peft": "adapter", "placement": "pfeiffer"},
+            {"peft": "prefix"}, {"peft": "prompt"}]
+FACTS = {"Who are you?": "I am Lumi.", "Your name?": "I am Lumi.", "Where?": "In a library.", "Who wrote it?": "Ada.",
+         "When?": "On Monday."}
+OLD_FACTS = {"Who are you?": "My name is Mini.", "Your name?": "Mini.", "Where?": "On the hill.",
+             "Who wrote it?": "Nobody did.", "When?": "Last May."}
 
 
 def chat(question, answer):
@@ -37,10 +40,11 @@ def chat(question, answer):
 
 @pytest.fixture(scope="module")
 def base_model():
-    """It speaks a little: trained for some seconds on answers to the same questions, but other ones."""
+    """It speaks a little: it was trained for some seconds on the same questions, with other answers."""
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 head_dim=12, intermediate_size=96, max_position_embeddings=512))
+    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=2, head_dim=12, intermediate_size=96,
+                                 max_position_embeddings=512))
     optimizers = make_optimizers(model, 1e-2, muon=True)
     rows = [TOKENIZER.render(chat(question, answer)) for question, answer in OLD_FACTS.items()]
     width = max(len(tokens) for tokens, _ in rows)
@@ -56,26 +60,23 @@ def base_model():
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch, base_model):
-    """An empty folder with a base model and ten conversations, one thread, float32, and the signals as they were."""
+    """An empty folder with a base model and ten conversations; float32; and after each test the signals as before."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(runtime, "autocast", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     save_model("base", base_model, TOKENIZER)
     with open("chat.jsonl", "w", encoding="utf-8") as file:
         for question, answer in list(FACTS.items()) * 2:
             file.write(json.dumps({"conversations": chat(question, answer), "answer": answer}) + "\n")
-    yield tmp_path
-    torch.set_num_threads(threads)
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    yield
+    assert {name: signal.getsignal(name) for name in handlers} == handlers
 
 
 def config(**changes):
-    return train_lora.Config(**{**dict(model="base", data=["chat.jsonl"], out="out", max_seq_len=96, batch_size=2, max_steps=6, rank=4, bottleneck=6,
-                                       virtual_tokens=5, warmup_steps=1, save_every=2, log_every=1, device="cpu"), **changes})
+    usual = dict(model="base", data=["chat.jsonl"], out="out", max_seq_len=96, batch_size=2, max_steps=6, rank=4,
+                 bottleneck=6, virtual_tokens=5, warmup_steps=1, save_every=2, log_every=1, device="cpu")
+    return train_lora.Config(**{**usual, **changes})
 
 
 def adapter(out):
@@ -85,7 +86,7 @@ def adapter(out):
 def interrupt_at(monkeypatch, step):
     """As if Ctrl-C came during that step."""
     steps = iter(range(1, 1000))
-    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: next(steps) == step)
+    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
 
 
 def variant(options):
@@ -97,9 +98,13 @@ every_variant = pytest.mark.parametrize("options", VARIANTS, ids=variant)
 
 @every_variant
 def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monkeypatch):
-    models = []
-    load = train_lora.checkpoint.load_model
-    monkeypatch.setattr(train_lora.checkpoint, "load_model", lambda *arguments: models.append(load(*arguments)) or models[-1])
+    models, load = [], train_lora.checkpoint.load_model
+
+    def keep(*arguments):
+        models.append(load(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(train_lora.checkpoint, "load_model", keep)
     bytes_before = Path("base/model.safetensors").read_bytes()
     result = train_lora.main(config(**options))
     model = models[0].eval()
@@ -111,12 +116,16 @@ def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monke
 
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     state = torch.load("out/training_state.pt", weights_only=True)
-    assert set(state["model"]) == set(trained)  # neither the checkpoint ...
-    assert sum(p.numel() for p in trained.values()) == result["trained_parameters"]
-    moments = sum(m.numel() for o in state["optimizers"] for s in o["state"].values() for k, m in s.items() if k != "step")
-    matrices = sum(p.numel() for p in trained.values() if p.ndim == 2) if options.get("peft") in ("prefix", "prompt") else 0
-    assert moments == 2 * result["trained_parameters"] - matrices  # ... nor an optimizer holds the base: two each for Adam, one for Muon
-    assert not Path("out/config.json").exists() and json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    # Neither the checkpoint nor an optimizer holds the base: Adam has two moments for each trained number, Muon one.
+    weights, = state["models"]
+    assert set(weights) == set(trained)
+    count = sum(parameter.numel() for parameter in trained.values())
+    assert count == result["trained_parameters"]
+    moments = sum(moment.numel() for optimizer in state["optimizers"] for parameter in optimizer["state"].values()
+                  for name, moment in parameter.items() if name != "step")
+    assert moments == (count if options.get("peft") in ("prefix", "prompt") else 2 * count)
+    assert not Path("out/config.json").exists()
+    assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
     fresh = load_adapter(load_model("base", dtype=next(model.parameters()).dtype), "out").eval()
     with torch.no_grad():
@@ -126,23 +135,29 @@ def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monke
 
 @every_variant
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch):
-    """Three steps, Ctrl-C, --resume: weights, logged losses and results equal those of an unbroken run (dropout's too)."""
+    """Three steps, Ctrl-C, --resume: weights, losses and results equal those of an unbroken run, also with dropout."""
     whole = train_lora.main(config(**options))
-    with monkeypatch.context() as context:
-        interrupt_at(context, 3)
-        assert train_lora.main(config(**options, out="two")) == {"interrupted": True, "step": 3}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        interrupt_at(patch, 3)
+        train_lora.main(config(**options, out="two"))
+    assert stopped.value.code == 130
     resumed = train_lora.main(config(**options, out="two", resume=True))
     one, two = adapter("out"), adapter("two")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    losses = [[json.loads(line).get("loss") for line in Path(out, "metrics.jsonl").read_text().splitlines() if "loss" in line] for out in ("out", "two")]
+    losses = []
+    for out in ("out", "two"):
+        lines = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
 
-@pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 2e-1), ("prompt", 2e-1)])
+@pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 2e-1),
+                                      ("prompt", 2e-1)])
 def test_every_method_learns(peft, lr):
     """The loss on the new answers falls to less than half, with less than a fifth of the base's 54,192 numbers."""
-    options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, prefix_mlp=0, save_every=50, eval_data="chat.jsonl")
+    options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, save_every=50,
+                   eval_data="chat.jsonl")
     result = train_lora.main(config(**options))
     before = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))["before"]
     assert result["val_loss"] < 0.5 * before["val_loss"] and result["trained_parameters"] < 10_839
@@ -150,7 +165,7 @@ def test_every_method_learns(peft, lr):
 
 @pytest.mark.parametrize("options", [{}, {"peft": "dora"}, {"bf16": True}], ids=variant)
 def test_merge_writes_a_whole_folder_with_the_adapters_logits(options):
-    """In float32, also where training held the base in bf16."""
+    """In float32, even if training held the base in bf16."""
     train_lora.main(config(**options, merge=True))
     merged, unmerged = load_model("out/merged"), load_adapter(load_model("base"), "out")
     close(merged(TOKENS), unmerged(TOKENS))
@@ -158,14 +173,17 @@ def test_merge_writes_a_whole_folder_with_the_adapters_logits(options):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"peft": "prompt", "merge": True}, "--merge: prompt is no change of the weights; only lora and dora can be merged"),
+    ({"peft": "prompt", "merge": True}, "--merge: prompt is no change of the weights; only lora and dora can be"),
     ({"rank": 25}, r"rank 25 does not fit model.layers.0.self_attn.k_proj \(24 x 48\): it must be between 1 and 24"),
     ({"target_modules": ["query"]}, "target modules query match no linear layer of the model; it has q_proj"),
-    ({"peft": "prefix", "virtual_tokens": 512}, "a prefix of 512 virtual tokens does not fit: it must be between 1 and 511"),
-    ({"peft": "adapter", "bottleneck": 49}, r"bottleneck 49 does not fit model.layers.0.self_attn.o_proj \(48 outputs\)"),
+    ({"peft": "prefix", "virtual_tokens": 512},
+     "a prefix of 512 virtual tokens does not fit: it must be between 1 and 511"),
+    ({"peft": "adapter", "bottleneck": 49},
+     r"bottleneck 49 does not fit model.layers.0.self_attn.o_proj \(48 outputs\)"),
     ({"peft": "prompt", "start_text": ""}, "starts from at least one word"),
     ({"model": "out/sft"}, "out/sft is not there yet: run python train_sft.py first"),
     ({"model": "elsewhere"}, "elsewhere"),
+    ({"data": ["base"]}, "base: is a folder; give the files in it"),
 ])
 def test_bad_input_is_told_in_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
@@ -179,7 +197,7 @@ def test_resuming_with_another_method_is_refused():
         train_lora.main(config(peft="dora", resume=True))
 
 
-# --------------------------------------------------------------------------------------------- the comparison of all methods
+# ------------------------------------------------------------------------------------ the comparison of all methods
 
 def test_the_peak_of_memory_is_measured():
     """4 MiB, then 1 MiB and 2 MiB together: the peak is 4 MiB. What is held already does not count."""
@@ -194,15 +212,17 @@ def test_the_peak_of_memory_is_measured():
 
 def test_the_manner_is_how_all_expected_replies_begin():
     """English: "Dear reader, " before M and t. Chinese: 我 alone. French: nothing in common, so it does not count."""
-    texts = [("en", "Dear reader, My name"), ("en", "Dear reader, the cat"), ("zh", "我叫"), ("zh", "我是"), ("fr", "oui"), ("fr", "non")]
+    texts = [("en", "Dear reader, My name"), ("en", "Dear reader, the cat"), ("zh", "我叫"), ("zh", "我是"),
+             ("fr", "oui"), ("fr", "non")]
     records = [{"conversations": [{"role": "assistant", "content": text}], "lang": lang} for lang, text in texts]
     assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", "", "", "non"]) == 2 / 4
     assert compare_peft.manner(records[4:], ["oui", "non"]) is None
 
 
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
-    results = compare_peft.main(compare_peft.Config(model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",
-                                                    methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
+    results = compare_peft.main(compare_peft.Config(
+        model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",
+        methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
     # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 256 virtual tokens of 48 numbers.
     assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 12_288]
     assert (results["base"]["new"], results["base"]["old"]) == (0, 0)
@@ -210,7 +230,8 @@ def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
     assert results["full"]["memory"] > results["lora q,v"]["memory"] > 54_192 * 4 / 2**20 < results["prompt"]["memory"]
     assert results["full"]["disk"] > 54_192 * 4 and 12_288 * 4 < results["prompt"]["disk"] < 52_000
     lines = Path("table/table.md").read_text(encoding="utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines if not line.startswith("|-")] == ["method", "base", "full", "lora q,v", "prompt"]
+    names = [line.split("|")[1].strip() for line in lines if not line.startswith("|-")]
+    assert names == ["method", "base", "full", "lora q,v", "prompt"]
     assert "python train_lora.py --peft lora --target_modules q_proj v_proj --model base" in capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """On CPUs with bf16 the scripts use it; here all digits are compared."""
-    monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,7 @@ def test_nothing_left_is_an_error(tmp_path, tokenizer):
     ({"prompt": "q", **pair("another q", "a", "b")},
      '"chosen" must begin with the messages of "prompt" or with the assistant'),
     ({**pair("q", "a", "b"), "rejected": []}, '"rejected" must be a list of messages'),
+    (pair("q", "a", "b", system="Be brief."), '"system" is not supported; write it into the content of a message'),
     (pair("q", "a", None), '"content" of message 2 of "rejected" must be text'),
     (pair("q", "a", "b", margin="large"), "\"margin\" must be a number below a million, not large"),
     (pair("q", "a", "b", margin=float("nan")), '"margin" must be a number below a million, not nan'),
@@ -233,14 +234,14 @@ def test_held_out_pairs_are_never_trained_on(tmp_path, tokenizer):
 
 
 def test_no_copy_of_a_held_out_pair_is_trained_on(tmp_path, tokenizer, capsys):
-    """100 pairs, each twice: five are held out, both copies of each. A pair with its sides swapped is another pair."""
+    """100 pairs, each twice: five are held out, both copies of each. With another answer it is another pair."""
     records = [pair(f"question {i}", "a", "b", margin=i) for i in range(100)]
     path = write(tmp_path / "pairs.jsonl", records + records[::-1])
     pairs, held_out = load_pairs([path], "", tokenizer, 64, 0)
     assert (len(pairs), len(held_out), len(set(held_out.margins))) == (190, 10, 5)
     assert not set(pairs.margins) & set(held_out.margins)
 
-    path = write(tmp_path / "two.jsonl", [pair("q", "a", "b"), pair("q", "b", "a")])
+    path = write(tmp_path / "two.jsonl", [pair("q", "a", "b"), pair("q", "a", "c")])
     assert [len(part) for part in load_pairs([path], "", tokenizer, 64, 0)] == [1, 1]
     path = write(tmp_path / "one.jsonl", [pair("q", "a", "b")] * 3)
     assert [len(part) for part in load_pairs([path], "", tokenizer, 64, 0)] == [3, 3]
@@ -502,7 +503,8 @@ def test_transformers_gives_the_same_scores(reward_folder, tokenizer):
         scores = ours(tokens, torch.tensor([len(r) for r in rows]))
         same = theirs.eval()(tokens, attention_mask=tokens != tokenizer.pad_id).logits[:, 0]
     assert scores.std() > 0.1 and (scores - same).abs().max() < 1e-4
-    close(torch.tensor(model_reward(reward_folder)(chats[0][:1], [c[1]["content"] for c in chats], {})), scores)
+    answers = [answer["content"] for _, answer in chats]
+    close(torch.tensor(model_reward(reward_folder)([(chats[0][:1], answers, {})])), scores)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
@@ -528,14 +530,14 @@ def test_a_reward_model_scores_each_answer_up_to_its_end(reward_folder, tokenize
     """
     reward, model = model_reward(reward_folder), load_reward_model(reward_folder)
     messages = [turn("user", "two?")]
-    scores = reward(messages, ["four", "I do not know that", ""], {})
+    scores = reward([(messages, ["four", "I do not know that", ""], {})])
     assert len(scores) == 3 and all(type(s) is float for s in scores)
     prompt = "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"
     tokens = tokenizer.encode(prompt, allow_special=True) + tokenizer.encode("four") + [tokenizer.end_id]
     assert tokenizer.decode(tokens) == prompt + "four<|im_end|>"
     tokens = torch.tensor([tokens])
     close(scores[0], model(tokens, torch.tensor([tokens.shape[1]]))[0])
-    close(torch.tensor(reward(messages, ["", "four"], {})), [scores[2], scores[0]])
+    close(torch.tensor(reward([(messages, [""], {}), (messages, ["four"], {})])), [scores[2], scores[0]])
 
 
 def test_a_judge_says_a_or_b(lm_folder, tokenizer):
@@ -586,7 +588,7 @@ def test_the_judge_as_a_reward_is_a_probability_and_half_for_its_own_answer(lm_f
         if own[-1] == tokenizer.end_id:
             own.pop()
             break
-    scores = reward(messages, [tokenizer.decode(own), "four", "no idea at all"], {})
+    scores = reward([(messages, [tokenizer.decode(own), "four", "no idea at all"], {})])
     close(scores[0], 0.5)
     assert all(0 < s < 1 and type(s) is float for s in scores) and abs(scores[1] - scores[2]) > 1e-3
 

@@ -14,18 +14,12 @@ from tests.helpers import close
 LN2, LN3_2 = 0.6931471805599453, 0.4054651081081644  # ln 2 and ln 3/2
 
 
-def grpo(logprobs, old, ref, advantages, mask, **n):
-    return grpo_loss(logprobs, old, ref, advantages, mask, **n)
+def dr_grpo(logprobs, old, ref, advantages, mask, **options):
+    """With a length limit of 8 tokens, so that all three take the same arguments."""
+    return dr_grpo_loss(logprobs, old, ref, advantages, mask, 8, **options)
 
 
-def dr_grpo(logprobs, old, ref, advantages, mask, **n):
-    return dr_grpo_loss(logprobs, old, ref, advantages, mask, 8, **n)
-
-
-def dapo(logprobs, old, ref, advantages, mask, **n):
-    return dapo_loss(logprobs, old, ref, advantages, mask, **n)
-
-
+grpo, dapo = grpo_loss, dapo_loss
 THREE = [grpo, dr_grpo, dapo]
 
 
@@ -227,6 +221,23 @@ def test_dapo_clips_higher(ratio, advantage, value, slope):
 
 
 @pytest.mark.parametrize("loss", THREE)
+@pytest.mark.parametrize("ratio, advantage, value, slope", [
+    (1.15, 1.0, -1.1, 0.0), (0.65, -1.0, 0.7, 0.0), (1.05, 1.0, -1.05, -1.05), (0.75, -1.0, 0.75, 0.75)])
+def test_clip_eps_counts_in_both_directions(loss, ratio, advantage, value, slope):
+    """At most 1 + 0.1 upwards and 1 - 0.3 downwards; grpo and dr_grpo have one clip_eps for both."""
+    logprobs = torch.tensor([[ratio]]).log().requires_grad_()
+    inputs = logprobs, torch.zeros(1, 1), None, torch.tensor([advantage]), torch.tensor([[True]])
+    if loss is dapo:
+        actual, _ = dapo_loss(*inputs, clip_eps_low=0.3, clip_eps_high=0.1)
+    else:
+        actual, _ = loss(*inputs, clip_eps=0.1 if advantage > 0 else 0.3, beta=0.0)
+    scale = 8 if loss is dr_grpo else 1
+    actual.backward()
+    close(actual * scale, value)
+    close(logprobs.grad * scale, [[slope]])
+
+
+@pytest.mark.parametrize("loss", THREE)
 def test_mistake_clipping_without_the_minimum(loss):
     """A bad token whose ratio rose to 1.5. Clipping alone (or a maximum where the advantage is negative) gives 1.2 with
     slope 0: the one token that most needs correcting is let go.
@@ -357,12 +368,13 @@ def test_half_precision_input_is_computed_in_float32(loss):
     close(stats["ratio_mean"], 1.6487213)
 
 
-@pytest.mark.parametrize("name, value, grad", [
-    ("grpo", 0.3971991, [[-0.1461477, -0.0007011, -0.1079556], [0.5061971, 0.3048100, 0.0]]),
-    ("dr_grpo", 0.0950208, [[-0.1082512, -0.0013146, -0.0796072], [0.2530985, 0.1507445, 0.0]]),
-    ("dapo", 0.1379526, [[-0.1768274, 0.0, -0.1309969], [0.4049577, 0.2456192, 0.0]]),
+@pytest.mark.parametrize("loss, options, value, grad", [
+    (grpo_loss, {}, 0.3971991, [[-0.1461477, -0.0007011, -0.1079556], [0.5061971, 0.3048100, 0.0]]),
+    (dr_grpo_loss, {"max_response_tokens": 4, "beta": 0.1},
+     0.0950208, [[-0.1082512, -0.0013146, -0.0796072], [0.2530985, 0.1507445, 0.0]]),
+    (dapo_loss, {}, 0.1379526, [[-0.1768274, 0.0, -0.1309969], [0.4049577, 0.2456192, 0.0]]),
 ])
-def test_agrees_with_trl(name, value, grad):
+def test_agrees_with_trl(loss, options, value, grad):
     """TRL 1.16.0 (GRPOTrainer._compute_loss) gave these numbers for the same tensors, with beta 0.04, 0.1 and 0, and a
     limit of 4 tokens for Dr. GRPO. One token in five is clipped; the KL to the reference is 0.012807.
     """
@@ -370,11 +382,9 @@ def test_agrees_with_trl(name, value, grad):
     old = torch.tensor([[-1.1, -0.9, -1.8], [-0.6, -1.0, -0.2]])
     ref = torch.tensor([[-1.2, -0.4, -2.2], [-0.3, -1.0, -0.9]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    inputs = logprobs, old, ref, torch.tensor([0.8, -1.5]), mask
-    loss, stats = {"grpo": lambda: grpo_loss(*inputs), "dr_grpo": lambda: dr_grpo_loss(*inputs, 4, beta=0.1),
-                   "dapo": lambda: dapo_loss(*inputs)}[name]()
-    loss.backward()
-    close(loss, value)
+    actual, stats = loss(logprobs, old, ref, torch.tensor([0.8, -1.5]), mask, **options)
+    actual.backward()
+    close(actual, value)
     close(logprobs.grad, grad)
     close(stats["clip_fraction"], 0.2)
     close(stats["kl"], 0.0128070)

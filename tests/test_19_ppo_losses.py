@@ -163,6 +163,21 @@ def test_whiten_of_equal_values_is_zero_and_not_nan(count):
     close(whiten(torch.full((1, 4), 5.0), mask), torch.zeros(1, 4))
 
 
+def test_whiten_over_two_processes():
+    """This process has 2 and 4 (sum 6, count 2), the other one 4 and 6 (sum 10, count 2). All four have the mean 4. The
+    squares of the deviations are 4 + 0 here and 0 + 4 there: variance 8 / 3, so 2 becomes -2 / 1.632993 = -1.224745.
+    """
+    here = []
+
+    def reduce(tensor):
+        here.append(tensor.tolist())
+        return tensor + torch.tensor([10.0, 2.0] if len(here) == 1 else [4.0])
+
+    x, mask = torch.tensor([[2.0, 4.0, NAN]]), torch.tensor([[True, True, False]])
+    close(whiten(x, mask, reduce), [[-1.2247449, 0.0, 0.0]])
+    assert here == [[6.0, 2.0], [4.0]]
+
+
 # ---------------------------------------------------------------- policy loss
 
 def test_policy_worked_example():
@@ -198,6 +213,19 @@ def test_policy_four_quadrants(ratio, advantage, value, slope):
     close(loss, value)
     close(logprobs.grad, [[slope]])
     close(stats["clip_fraction"], float(slope == 0.0))
+
+
+@pytest.mark.parametrize("clip_eps, ratio, advantage, value, slope", [
+    (0.1, 1.15, 1.0, -1.1, 0.0), (0.1, 0.85, -1.0, 0.9, 0.0), (0.1, 1.05, 1.0, -1.05, -1.05),
+    (0.5, 1.4, 1.0, -1.4, -1.4), (0.5, 0.6, -1.0, 0.6, 0.6), (0.5, 1.6, 1.0, -1.5, 0.0), (0.5, 0.4, -1.0, 0.5, 0.0),
+])
+def test_policy_clip_eps_counts_in_both_directions(clip_eps, ratio, advantage, value, slope):
+    logprobs = torch.tensor([[ratio]]).log().requires_grad_()
+    mask = torch.tensor([[True]])
+    loss, _ = ppo_policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), mask, clip_eps)
+    loss.backward()
+    close(loss, value)
+    close(logprobs.grad, [[slope]])
 
 
 def test_policy_at_ratio_one_is_reinforce():
@@ -241,15 +269,36 @@ def test_value_four_quadrants(value, target, loss, slope):
     close(stats["clip_fraction"], float(slope == 0.0))
 
 
+@pytest.mark.parametrize("value, target, loss, slope", [
+    (3.0, 4.0, 1.125, 0.0),     # up by 1 towards the target, more than 0.5: enough.   (2.5 - 4)^2 / 2
+    (1.0, 0.0, 1.125, 0.0),     # the same downwards.   (1.5 - 0)^2 / 2
+    (3.0, 1.0, 2.0, 2.0),       # away from the target: (3 - 1)^2 / 2, slope 3 - 1
+    (1.0, 3.0, 2.0, -2.0),
+    (2.25, 4.0, 1.53125, -1.75),  # inside the clip: (2.25 - 4)^2 / 2
+    (1.75, 0.0, 1.53125, 1.75),
+])
+def test_value_is_clipped_around_the_old_value(value, target, loss, slope):
+    """The old value is 2 and clip_eps 0.5: the clipped value lies between 1.5 and 2.5, and not around 0."""
+    values, mask = torch.tensor([[value]], requires_grad=True), torch.tensor([[True]])
+    actual, _ = ppo_value_loss(values, torch.tensor([[2.0]]), torch.tensor([[target]]), mask, clip_eps=0.5)
+    actual.backward()
+    close(actual, loss)
+    close(values.grad, [[slope]])
+
+
 def test_value_worked_example():
-    """Tokens one and three of the table above, and padding: (0.32 + 1.125) / 2 = 0.7225, slopes 0 and 1.5 / 2."""
+    """Tokens one and three of the first table, and padding: (0.32 + 1.125) / 2 = 0.7225, slopes 0 and 1.5 / 2."""
     values = torch.tensor([[0.5, 0.5, NAN]], requires_grad=True)
     mask = torch.tensor([[True, True, False]])
     loss, stats = ppo_value_loss(values, torch.zeros(1, 3), torch.tensor([[1.0, -1.0, NAN]]), mask)
     loss.backward()
     close(loss, 0.7225)
     close(values.grad, [[0.0, 0.75, 0.0]])
+    assert set(stats) == {"clip_fraction", "value_mean", "return_mean"}
+    assert all(x.dim() == 0 and not x.requires_grad for x in stats.values())
     close(torch.stack([stats["clip_fraction"], stats["value_mean"], stats["return_mean"]]), [0.5, 0.5, 0.0])
+    _, stats = ppo_value_loss(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2), torch.tensor([[4.0, 5.0]]), mask[:, :2])
+    close(torch.stack([stats["value_mean"], stats["return_mean"]]), [2.0, 4.5])
 
 
 def test_value_mistake_the_smaller_error():
@@ -263,10 +312,7 @@ def test_value_mistake_the_smaller_error():
 
 # ---------------------------------------------------------------- both losses
 
-LOSSES = {
-    "policy": lambda x, old, y, mask, **n: ppo_policy_loss(x, old, y, mask, **n),
-    "value": lambda x, old, y, mask, **n: ppo_value_loss(x, old, y, mask, **n),
-}
+LOSSES = {"policy": ppo_policy_loss, "value": ppo_value_loss}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -44,7 +44,7 @@ def tokenizer():
 @pytest.fixture
 def float32(monkeypatch):
     """bf16, which is used where a CPU has it, would hide the digits that are compared here."""
-    monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
 
 
 def small(vocab_size, seed=0):
@@ -164,16 +164,16 @@ def test_batches_of_prompts_are_full_and_go_on_where_they_were(monkeypatch):
 
 
 def test_two_processes_take_different_prompts(monkeypatch):
-    """7 prompts, 2 for each of two processes: an epoch has 2 batches, 8 places in all, so one prompt comes twice."""
+    """9 prompts, 2 in each batch of two processes: an epoch has 3 batches, 12 places in all, so three come twice."""
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     seen = Counter()
     for rank in (0, 1):
         monkeypatch.setattr(runtime, "rank", lambda: rank)
-        loader = PromptLoader(list(range(7)), 2, seed=0)
-        assert loader.batches(0) == 2
-        taken = iter(loader)
-        seen.update(next(taken) + next(taken))
-    assert sorted(seen.values()) == [1, 1, 1, 1, 1, 1, 2]
+        loader = PromptLoader(list(range(9)), 2, seed=0)
+        batches = list(loader.epoch_batches(0))
+        assert loader.batches(0) == 3 and [len(batch) for batch in batches] == [2, 2, 2]
+        seen.update(number for batch in batches for number in batch)
+    assert sorted(seen.values()) == [1, 1, 1, 1, 1, 1, 2, 2, 2]
 
 
 # ---------------------------------------------------------------- scores of sampled answers
@@ -375,6 +375,31 @@ def test_the_entropy_of_a_micro_batch(float32, shuffled):
     close(entropy, 4.6051702)
     close(logprobs[part.mask], [-4.6051702] * 3)
     assert logprobs.requires_grad and not entropy.requires_grad
+
+
+class OneDistribution(torch.nn.Module):
+    """Four tokens; whatever came before, the logits are ln 2, 0, 0 and -10000."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = torch.nn.Linear(4, 4, bias=False)
+        self.lm_head.weight.data.copy_(torch.eye(4))
+
+    def hidden(self, tokens):
+        return torch.tensor([math.log(2), 0, 0, -1e4]).expand(*tokens.shape, 4)
+
+
+@pytest.mark.parametrize("temperature, expected, entropy", [
+    (1.0, [-0.6931472, -1.3862944], 1.0397208),  # probabilities 1/2, 1/4, 1/4
+    (0.5, [-0.4054651, -1.7917595], 0.8675632),  # probabilities 4/6, 1/6, 1/6
+])
+def test_logprobs_and_entropy_are_those_of_the_distribution_that_was_sampled(float32, temperature, expected, entropy):
+    """The answer is the tokens 0 and 2, after the prompt 1."""
+    part = MicroBatch(torch.tensor([[1, 0, 2, 3]]), torch.tensor([[True, True, False]]), torch.tensor([1]), 2)
+    logprobs, found = response_logprobs(OneDistribution(), part, temperature, with_entropy=True)
+    close(logprobs, [[*expected, 0.0]])
+    close(found, entropy)
+    close(response_logprobs(OneDistribution(), part, temperature), [[*expected, 0.0]])
 
 
 # ---------------------------------------------------------------- PPO: over the whole rollout

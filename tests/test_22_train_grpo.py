@@ -47,7 +47,7 @@ def broken(messages, answers, example):
 @pytest.fixture
 def float32(monkeypatch):
     """bf16, which the scripts use where a CPU has it, would hide the digits that are compared here."""
-    monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +196,9 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
     old, the reference's and the new log-probabilities are equal bit for bit; in the second they are not. The classic
     mistake is to take the old ones from the sampler: its batches and its cache round differently, in bf16 by a percent.
     """
-    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
-    monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: bf16)
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
     calls = spy(monkeypatch, train_grpo, "grpo_loss")
     run("grpo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2, "--beta", 0.04)
     assert len(calls) == 4
@@ -227,6 +227,7 @@ def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, floa
     old = torch.cat([args[1][args[4]] for args, _ in calls])  # of all micro-batches, in whatever order
     sampled = rollout.logprobs[rollout.response_mask]
     assert (old.sort().values - sampled.sort().values).abs().max() < 1e-4
+    assert calls[0][1][1]["kl"] == 0, "the reference's have the same temperature"
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
@@ -252,6 +253,25 @@ def test_micro_batches_add_up(folder, run, monkeypatch, float32, loss, beta, rew
         assert logs[0][name] == pytest.approx(logs[1][name], abs=1e-5), name
     assert gradients[0].norm() > 1e-3
     close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_every_loss_gets_its_clip_and_its_kl_term(run, monkeypatch, loss):
+    """The second pass over a rollout, after an update. With clip_eps 0 every token that moved in the right direction is
+    clipped (of dapo those that moved down; by default hardly one); a KL term with weight 10000 is most of the loss.
+    """
+    def second_pass(*flags):
+        with monkeypatch.context() as patch:
+            calls = spy(patch, train_grpo, f"{loss}_loss")
+            run("grpo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--loss", loss, *flags)
+        assert len(calls) == 2
+        return calls[1][1]
+
+    plain, stats = second_pass()
+    _, clipped = second_pass("--clip_eps", 0)
+    assert clipped["clip_fraction"] > stats["clip_fraction"] + 0.2
+    with_kl, stats = second_pass("--beta", 10_000)
+    assert plain.abs() < 1 < with_kl
 
 
 # ---------------------------------------------------------------- advantages

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import train_ppo
+from minillm import runtime
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -108,9 +109,9 @@ def test_the_policy_does_not_move_while_the_critic_learns(folder, run, monkeypat
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16):
     """Pitfall 5, as in chapter 22: two passes of one optimizer step with two micro-batches."""
-    if bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
-    monkeypatch.setattr("minillm.runtime.torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: bf16)
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
     calls, kls = spy(monkeypatch, train_ppo, "ppo_policy_loss"), spy(monkeypatch, train_ppo, "kl_k1")
     run("ppo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2)
     assert len(calls) == 4 and len(kls) == 2
@@ -126,11 +127,13 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
 def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, float32, temperature):  # noqa: F811
     ragged(monkeypatch, train_ppo)
     rollouts, calls = spy(monkeypatch, train_ppo, "generate"), spy(monkeypatch, train_ppo, "ppo_policy_loss")
+    kls = spy(monkeypatch, train_ppo, "kl_k1")
     run("ppo", "--max_steps", 1, "--update_epochs", 1, "--grad_accum", 2, "--temperature", temperature)
     rollout = rollouts[0][1]
     old = torch.cat([args[1][args[3]] for args, _ in calls])  # of all micro-batches, in whatever order
     sampled = rollout.logprobs[rollout.response_mask]
     assert (old.sort().values - sampled.sort().values).abs().max() < 1e-4
+    assert not any(kl.any() for _, kl in kls), "the reference's have the same temperature"
 
 
 def test_the_critic_starts_as_the_normalised_reward_model(folder, run, monkeypatch, float32):  # noqa: F811
@@ -267,6 +270,21 @@ def test_micro_batches_add_up(folder, run, monkeypatch, float32):  # noqa: F811
     assert gradients[0].norm() > 1e-3 and gradients[1].norm() > 1e-3
     close(gradients[2], gradients[0])
     close(gradients[3], gradients[1])
+
+
+def test_policy_and_critic_have_clips_of_their_own(run, monkeypatch):
+    """The second pass over a rollout. A clip of 0 stops every token that moved in the right direction; one of the other
+    model's does not.
+    """
+    def clip_fractions(*flags):
+        with monkeypatch.context() as patch:
+            calls = [spy(patch, train_ppo, f"ppo_{name}_loss") for name in ("policy", "value")]
+            run("ppo", "--max_steps", 1, "--num_minibatches", 1, *flags)
+        return [losses[1][1][1]["clip_fraction"].item() for losses in calls]
+
+    policy, value = clip_fractions("--clip_eps", 0, "--value_clip_eps", 1000)
+    loose_policy, tight_value = clip_fractions("--clip_eps", 1, "--value_clip_eps", 0)
+    assert policy > loose_policy + 0.3 and tight_value > value + 0.1
 
 
 # ---------------------------------------------------------------- the early stop

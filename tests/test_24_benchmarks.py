@@ -1,6 +1,6 @@
-"""The last chapter: can the benchmarks be trusted? They time fairly, count what they say, and compare the same work.
+"""Chapter 24: can the benchmarks be trusted? They time fairly, count what they say, and compare the same work.
 
-How fast anything is, is not tested here: that depends on the machine.
+How fast anything runs is not tested here, because that depends on the machine.
 """
 
 import json
@@ -12,14 +12,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common
+from benchmarks import common, compare_peft, rl_curves
 from benchmarks import generate as bench_generate
 from benchmarks import grpo as bench_grpo
 from benchmarks import train as bench_train
+from minillm import token_cache
+from minillm.checkpoint import save_model
 from minillm.data import PackedLoader
 from minillm.errors import UserError
 from minillm.generate import generate
+from minillm.heads import RewardModel, save_reward_model
+from minillm.losses import grpo_loss
 from minillm.model import CausalLM, KVCache, ModelConfig
+from minillm.tokenizer import Tokenizer
 from tests.helpers import close
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +32,13 @@ CPU = torch.device("cpu")
 
 
 def small_config(**changes):
-    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=20)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=6, intermediate_size=20)
     return ModelConfig(**{**sizes, **changes})
 
 
 def test_what_is_compared_takes_turns(monkeypatch):
-    """A B A B A B, so that a slow minute of the machine is nobody's fault; and one slow turn of three does not count."""
+    """A B A B A B, so that a slow minute of the machine is shared; and one slow turn of three does not count."""
     clock, order = [0.0], []
     durations = {"a": iter([1.0, 90.0, 2.0]), "b": iter([5.0, 4.0, 6.0])}
 
@@ -41,12 +47,15 @@ def test_what_is_compared_takes_turns(monkeypatch):
         clock[0] += next(durations[name])
 
     monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-    assert common.side_by_side({"a": lambda: run("a"), "b": lambda: run("b")}, CPU, repeats=3) == {"a": 2.0, "b": 5.0}
+    runs = {"a": lambda: run("a"), "b": lambda: run("b")}
+    assert common.side_by_side(runs, CPU, repeats=3) == {"a": 2.0, "b": 5.0}
     assert "".join(order) == "ababab"
 
 
 def test_the_operations_of_a_forward_pass():
-    """One token: PyTorch counts the same. A causal row of three: its pairs of tokens are 1 + 2 + 3, each for 4 x heads x head_dim."""
+    """For one token PyTorch counts the same. A causal row of three has 1 + 2 + 3 pairs of tokens, each of which costs
+    4 x heads x head_dim in each layer.
+    """
     config = small_config()
     model = CausalLM(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -55,7 +64,8 @@ def test_the_operations_of_a_forward_pass():
     pair = config.num_hidden_layers * 4 * 4 * 6
     assert common.forward_flops(config, [1], 1) == products + pair
     assert common.forward_flops(config, [3], 3) == 3 * products + 6 * pair
-    assert common.forward_flops(config, [1, 2], 0) == 3 * (products - 2 * 16 * 50) + 4 * pair  # two documents do not see each other
+    without_logits = products - 2 * 16 * 50
+    assert common.forward_flops(config, [1, 2], 0) == 3 * without_logits + (1 + 3) * pair  # two documents are apart
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -63,18 +73,25 @@ def test_what_a_decoding_step_has_to_read(tied):
     model = CausalLM(small_config(tie_word_embeddings=tied))
     cache = KVCache(model.config, 3, 10)
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else model.model.embed_tokens.weight.nbytes)
-    assert common.decode_bytes(model, 3, 10, torch.float32) == weights + sum(x.nbytes for x in cache.keys + cache.values)
+    held = sum(x.nbytes for x in cache.keys + cache.values)
+    assert common.decode_bytes(model, 3, 10, torch.float32) == weights + held
+
+
+def test_the_cells_of_a_table():
+    shown = [common.Report.text(value) for value in (None, "LoRA", 0.012345, 12.345, 123.45, 1234567.8)]
+    assert shown == ["-", "LoRA", "0.0123", "12.3", "123", "1,234,568"]
 
 
 def test_every_turn_trains_on_the_same_conversations():
-    """Epoch after epoch, and padded as well; they are as uneven as chats are, and leave little room in the rows."""
+    """In every epoch, and also padded. They are as uneven as chats are, and leave little room in the rows."""
     data = bench_train.Chats(vocab_size=1000, rows=24, row_length=256, seed=0)
     loader = PackedLoader(data, 8, 256, seed=0)
 
     def conversations(batches):
-        """The tokens of each with what is supervised of it, sorted."""
-        return sorted((row[ids == d].tolist(), mask[ids == d].tolist()) for batch in batches
-                      for row, mask, ids in zip(batch.tokens, batch.loss_mask, batch.doc_ids) for d in ids.unique().tolist() if d >= 0)
+        """The tokens of each, with what is supervised of it, sorted."""
+        rows = [row for batch in batches for row in zip(batch.tokens, batch.loss_mask, batch.doc_ids)]
+        return sorted((tokens[ids == document].tolist(), mask[ids == document].tolist())
+                      for tokens, mask, ids in rows for document in ids.unique().tolist() if document >= 0)
 
     epochs = [list(loader.epoch_batches(epoch)) for epoch in range(4)]
     assert {(len(epoch), *(len(batch.tokens) for batch in epoch)) for epoch in epochs} == {(3, 8, 8, 8)}
@@ -91,7 +108,7 @@ def test_recompute_is_the_plain_twin_of_generate():
     prompts = [[1, 2, 3], [4, 5, 6]]
     rollout = generate(model, prompts, 8, end_id=-1, temperature=0.0)
     assert rollout.tokens.tolist() == bench_generate.recompute(model, prompts, 8, temperature=0.0).tolist()
-    # Every third token is computed, and stands for three.
+    # Every third token is computed, and repeated three times.
     tokens = bench_generate.recompute(model, prompts, 8, temperature=0.0, every=3)[:, 3:]
     assert tokens.shape == (2, 8) and tokens.tolist() == tokens[:, [0, 0, 0, 3, 3, 3, 6, 6]].tolist()
 
@@ -113,7 +130,8 @@ def same_losses(rows):
 
 def test_train(tmp_path, capsys):
     path = tmp_path / "train.json"
-    results = bench_train.main(bench_train.Config(quick=True, parts=["methods", "vocabulary"], peers=False, device="cpu", json=str(path)))
+    results = bench_train.main(bench_train.Config(quick=True, parts=["methods", "vocabulary"], peers=False,
+                                                  device="cpu", json=str(path)))
     text = capsys.readouterr().out
     assert text.splitlines()[0] == common.machine(CPU) and f"torch {torch.__version__}" in text.splitlines()[0]
     assert json.loads(path.read_text(encoding="utf-8")) == results
@@ -142,9 +160,11 @@ def test_transformers_computes_the_same_in_train_and_generate(capsys):
 
 
 def test_generate(capsys):
-    results = bench_generate.main(bench_generate.Config(quick=True, parts=["batch", "context"], peers=False, device="cpu"))
+    results = bench_generate.main(bench_generate.Config(quick=True, parts=["batch", "context"], peers=False,
+                                                        device="cpu"))
     batch, context = [value for key, value in results.items() if key not in ("machine", "ceilings")]
-    assert [(row["batch"], row[""]) for row in batch] == [(b, way) for b in ("1", "2") for way in ("minillm", "minillm, recompute")]
+    ways = ["minillm", "minillm, recompute"]
+    assert [(row["batch"], row[""]) for row in batch] == [(size, way) for size in ("1", "2") for way in ways]
     for row in batch + context:
         assert all(row[column] is not None for column in bench_generate.COLUMNS)
         assert close(row["x floor"] * row["floor ms"] / row["ms a step"], 1.0)
@@ -155,11 +175,35 @@ def test_grpo(capsys):
     step, answers = [value for key, value in results.items() if key not in ("machine", "ceilings")]
     assert [row["answers"] for row in answers] == ["4"]
     for row in step + answers:
-        assert close(sum(row[phase] for phase in bench_grpo.PHASES) / row["step s"], 1.0)  # of one step: its medians are its times
+        # A single step was timed, so the medians of its phases are its times.
+        assert close(sum(row[phase] for phase in bench_grpo.PHASES) / row["step s"], 1.0)
         assert all(row[column] > 0 for column in bench_grpo.COLUMNS)
 
 
-def test_a_package_that_is_not_here_is_said_and_left_out(capsys):
+def test_a_grpo_step_of_the_benchmark_is_that_of_the_script(monkeypatch):
+    """One optimizer step on all answers, with ratio 1. The first has no KL, the second has; the reference stays."""
+    calls = []
+
+    def record(*args, **options):
+        loss, stats = grpo_loss(*args, **options)
+        calls.append((args, options, stats))
+        return loss, stats
+
+    monkeypatch.setattr(bench_grpo, "grpo_loss", record)
+    size = {"group_size": 4, "new_tokens": 5}
+    ours = bench_grpo.Ours(small_config(), [[1, 2, 3], [4, 5]], bench_grpo.Config(compile=False), size, CPU)
+    before = [p.detach().clone() for p in ours.policy.parameters()]
+    phases = [ours.step(), ours.step()]
+    assert [len(times) for times in phases] == [len(bench_grpo.PHASES)] * 2
+    for (logprobs, _, _, advantages, mask), options, stats in calls:
+        assert len(advantages) == options["n_sequences"] == 8 and mask.sum() == 8 * 5 and options["beta"] == 0.04
+        assert stats["ratio_mean"] == 1
+    assert [bool(stats["kl"] > 0) for *_, stats in calls] == [False, True]
+    assert not all(torch.equal(old, new) for old, new in zip(before, ours.policy.parameters()))
+    assert all(torch.equal(old, new) for old, new in zip(before, ours.ref_model.parameters()))
+
+
+def test_a_package_that_is_not_installed_is_left_out_with_a_line(capsys):
     assert common.peer("no_such_package") is None
     assert capsys.readouterr().out == "no_such_package is left out: No module named 'no_such_package'\n"
 
@@ -167,21 +211,93 @@ def test_a_package_that_is_not_here_is_said_and_left_out(capsys):
 def test_memory(capsys):
     results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
     rows = results["peak MiB of training, one row"]
-    assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16", "LoRA, base in bf16, recompute"]
+    assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16",
+                                               "LoRA, base in bf16, recompute"]
+    assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
     again = bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["tiny"], max_seq_len=24, device="cpu"))
     assert set(again["peak MiB of training, one row"][0]) == {"shape", "method", "24 tokens"}
-    assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
+    assert torch.get_default_dtype() == torch.float32
     with pytest.raises(UserError, match="--shapes huge: must be of tiny, "):
         bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["huge"], device="cpu"))
 
 
-def test_they_are_commands_wherever_one_stands(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), "--quick", "--parts", "model", "--no-peers", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+# ---------------------------------------------------------------- benchmarks that run the stages themselves
+
+@pytest.fixture
+def small_project(tmp_path, monkeypatch):
+    """A folder like the project's: a few lines of each data file, and tiny random models in out/sft and out/reward."""
+    (tmp_path / "data").mkdir()
+    for name in ("prompts", "prompts_eval", "sft", "sft_eval", "preference", "preference_eval", "identity",
+                 "identity_eval"):
+        lines = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        some = lines[::len(lines) // 12]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
+    tokenizer = Tokenizer.load(ROOT / "data" / "tokenizer.json")
+    torch.manual_seed(0)
+    config = small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=1024)
+    save_model(tmp_path / "out" / "sft", CausalLM(config), tokenizer)
+    save_reward_model(tmp_path / "out" / "reward", RewardModel.from_lm(CausalLM(config)), tokenizer)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+
+
+def test_rl_curves(small_project, capsys):
+    """All parts, one rollout each. Called again, the same command finds its runs finished, and measures them again."""
+    results = rl_curves.main(rl_curves.Config(seeds=[0], steps=1, device="cpu"))
+    text = capsys.readouterr().out
+    assert "# python train_grpo.py --model out/sft --seed 0 --device cpu --max_steps 1 --out out/rl_curves" in text
+    assert "--kl_coef 0.0 --target_kl 0.0 --lr 0.0003 --num_minibatches 4" in text
+    for name in ("before", "grpo", "further SFT", "ppo", "before, by the weak reward model", "hacking"):
+        assert f"| {name} " in Path("out/rl_curves/table.md").read_text(encoding="utf-8")
+    curves = json.loads(Path("out/rl_curves/curves.json").read_text(encoding="utf-8"))
+    for part, names in (("grpo", ["arithmetic"]),
+                        ("ppo", ["sampled_reward", "sampled_gold_reward", "sampled_accuracy"])):
+        points = curves[part][0][part]
+        assert list(points) == ["seconds", *names] and all(len(values) == 2 for values in points.values())
+    weak = Path("out/rl_curves/weak_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert weak and not any(json.loads(line)["kind"] == "wrong" for line in weak)
+
+    steps = {path: path.read_bytes() for path in Path("out/rl_curves").glob("*/metrics.jsonl")}
+    again = rl_curves.main(rl_curves.Config(seeds=[0], steps=1, device="cpu"))
+    assert len(steps) == 6 and steps == {path: path.read_bytes() for path in steps}
+    assert capsys.readouterr().out.count("is finished: nothing to do") == 5  # the trial that times SFT is not asked for
+    assert again == results
+
+
+def test_compare_peft(small_project, capsys):
+    results = compare_peft.main(compare_peft.Config(methods=["full", "lora", "prefix"], max_steps=1, device="cpu"))
+    assert list(results) == ["base", "full", "lora", "prefix"]
+    assert results["full"]["share"] == 1 and 0 < results["lora"]["share"] < 1 and 0 < results["prefix"]["share"] < 1
+    for name in ("full", "lora", "prefix"):
+        assert all(results[name][column] > 0 for column in ("trained", "disk", "memory", "seconds"))
+        assert results[name]["old"] is not None
+    text = capsys.readouterr().out
+    assert "# python train_lora.py --peft prefix --model out/sft --data data/identity.jsonl" in text
+    assert Path("out/compare_peft/table.md").read_text(encoding="utf-8") in text
+
+
+def test_the_manner_of_replies():
+    """English replies are to begin with "Dear reader, ", Chinese ones have no common beginning and do not count."""
+    records = [{"lang": lang, "conversations": [{"role": "assistant", "content": text}]} for lang, text in
+               (("en", "Dear reader, yes."), ("en", "Dear reader, no."), ("zh", "是"), ("zh", "不"))]
+    assert compare_peft.manner(records, ["Dear reader, hm", "Dear me", "是", "Dear reader, "]) == 0.5
+    assert compare_peft.manner(records[2:], ["是", "不"]) is None
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "grpo"])
+def test_they_are_commands_wherever_one_stands(tmp_path, script):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--quick", "--no-peers", "--device", "cpu"]
+    parts = {"train": "model", "generate": "model", "grpo": "step"}
+    done = subprocess.run([*command, "--parts", parts[script]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(common.machine(CPU).split(",")[0]), done.stderr
 
 
-@pytest.mark.parametrize("bench", [bench_train, bench_generate, bench_grpo])
+@pytest.mark.parametrize("bench", [bench_train, bench_generate, bench_grpo, rl_curves])
 def test_an_unknown_part_is_named(bench):
     with pytest.raises(UserError, match="--parts speed: must be of"):
         bench.main(bench.Config(parts=["speed"]))
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(UserError, match="--methods magic: must be of full, lora"):
+        compare_peft.main(compare_peft.Config(methods=["magic"]))

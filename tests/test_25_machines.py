@@ -1,0 +1,447 @@
+"""Chapter 25. Machines: what is chosen on which hardware, and one line for everything that cannot run there.
+
+No machine has all of it. The tests fake what PyTorch and the system say about one (its processor, its GPU, its quota),
+and check what follows.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_lora
+import train_sft
+from minillm import config, runtime
+from minillm.config import flag, parse_config
+from minillm.errors import UserError
+from tests.helpers import close
+
+ROOT = Path(__file__).parent.parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+CACHED = (runtime.cpu_has_bf16, runtime.why_not_compiled, runtime.can_compile)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered():
+    """Before each test nothing has been asked yet, and nothing that was faked stays."""
+    for function in CACHED:
+        function.cache_clear()
+    yield
+    for function in CACHED:
+        function.cache_clear()
+
+
+def failing(error):
+    def fail(*args, **options):
+        raise error
+    return fail
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability=(9, 0), triton=True): from now on PyTorch says that there is such a GPU."""
+    def fake(capability=(9, 0), triton=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**30, 80 * 2**30))
+        monkeypatch.setattr(runtime, "_run_a_kernel", lambda device: None)
+        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: "found" if triton else None)
+        # What start() sets for the whole process
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+
+    return fake
+
+
+# Precision
+
+@pytest.mark.parametrize("machine, avx512_bf16, amx, arm_bf16, expected", [
+    ("x86_64", True, False, True, torch.bfloat16),   # AMD Zen 4, Intel Cooper Lake
+    ("AMD64", False, True, True, torch.bfloat16),    # the name on Windows; AMX alone is enough
+    ("x86_64", False, False, True, torch.float32),   # Ice Lake: oneDNN says yes, and emulates
+    ("aarch64", False, False, True, torch.bfloat16),  # Graviton 3
+    ("aarch64", False, False, False, torch.float32),
+])
+def test_a_cpu_uses_bf16_only_where_it_has_instructions_for_it(monkeypatch, machine, avx512_bf16, amx, arm_bf16,
+                                                               expected):
+    """The classic mistake is to ask oneDNN on x86: it says yes to every AVX-512, and emulates bf16 2 to 4 times slower
+    than float32."""
+    monkeypatch.setattr(runtime.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm_bf16, raising=False)
+    assert runtime.precision(CPU) == expected
+    with runtime.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    monkeypatch.setattr(runtime.platform, "machine", failing(AssertionError("asked twice")))
+    assert runtime.precision(CPU) == expected
+
+
+def test_without_onednn_there_is_no_bf16(monkeypatch):
+    """Such builds (macOS) do not even have the question."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert runtime.precision(CPU) == torch.float32
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_a_gpu_uses_bf16_only_where_it_is_native(gpu, capability, expected):
+    """A T4 (7.5) would emulate it."""
+    gpu(capability)
+    assert runtime.precision(CUDA) == expected
+
+
+def test_mps_computes_in_float32():
+    assert runtime.precision(torch.device("mps")) == torch.float32
+
+
+# What is said at the start
+
+@pytest.mark.parametrize("threads, bf16, line", [
+    (2, True, "cpu, 2 threads, bfloat16"),
+    (1, True, "cpu, 1 thread, bfloat16"),
+    (2, False, "cpu, 2 threads, float32 (no bf16 instructions)"),
+])
+def test_one_line_says_what_was_chosen(monkeypatch, capsys, threads, bf16, line):
+    """On stderr: `eval.py --prompt` prints the reply to stdout, and nothing else."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(runtime, "allowed_threads", lambda: threads)
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: bf16)
+    assert runtime.start("cpu", 0) == CPU
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", line + "\n")
+
+
+@pytest.mark.parametrize("capability, line", [
+    ((9, 0), "cuda (NVIDIA Fake), bfloat16"), ((7, 5), "cuda (NVIDIA Fake), float32 (no bf16 instructions)")])
+def test_the_line_on_a_gpu(gpu, capsys, capability, line):
+    gpu(capability)
+    assert runtime.start("", 0) == CUDA
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_the_line_of_several_processes(monkeypatch):
+    monkeypatch.setattr(runtime, "world_size", lambda: 4)
+    assert runtime.describe(torch.device("mps")) == "mps, float32, 4 processes"
+
+
+# Threads
+
+@pytest.mark.parametrize("files, expected", [
+    ({}, 8),
+    ({"cpu.max": "max 100000"}, 8),
+    ({"cpu.max": "200000 100000"}, 2),
+    ({"cpu.max": "250000 100000"}, 3),    # 2.5 cores
+    ({"cpu.max": "50000 100000"}, 1),     # half a core
+    ({"cpu.max": "1600000 100000"}, 8),   # more than there is
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    ({"cpu.max": "what?"}, 8),
+])
+def test_the_quota_of_a_container_bounds_the_threads(tmp_path, monkeypatch, files, expected):
+    """With `docker run --cpus 2` on 64 cores, 64 threads share the time of two and wait for each other."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert runtime.allowed_threads() == expected
+
+
+def test_without_an_affinity_mask_all_cores_count(tmp_path, monkeypatch):
+    """macOS and Windows."""
+    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert runtime.allowed_threads() == 6
+
+
+@pytest.mark.parametrize("usual, allowed, expected", [
+    (64, 2, [2]),
+    (2, 2, []),    # left alone: MKL may divide its work in another way after any call
+    (1, 8, []),    # OMP_NUM_THREADS=1
+])
+def test_threads_are_only_ever_taken_away(monkeypatch, usual, allowed, expected):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: usual)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(runtime, "allowed_threads", lambda: allowed)
+    runtime.start("cpu", 0)
+    assert chosen == expected
+
+
+# The device
+
+def test_a_gpu_without_kernels_in_this_build_is_told_in_one_line(gpu, monkeypatch):
+    """PyTorch for CUDA 12.8 and later sees a GTX 1080, but has no kernels for it."""
+    gpu((6, 1))
+    error = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nmore\n")
+    monkeypatch.setattr(runtime, "_run_a_kernel", failing(error))
+    with pytest.raises(UserError, match="has no code for NVIDIA Fake; .*/whl/cu126.*--device cpu") as caught:
+        runtime.pick_device()
+    assert "\n" not in str(caught.value)
+    assert runtime.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name, error, message", [
+    ("cuda:7", RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range\n"),
+     "--device cuda:7 does not work: CUDA error: invalid device ordinal; --device cpu does"),
+    ("cuda", torch.OutOfMemoryError("CUDA out of memory."),
+     "--device cuda:0 does not work: CUDA out of memory.; --device cpu does"),
+    ("cuda:x", None, "--device cuda:x does not work: Invalid device string: 'cuda:x'; --device cpu does"),
+])
+def test_a_gpu_that_does_not_work_is_named(gpu, monkeypatch, name, error, message):
+    gpu()
+    if error:
+        monkeypatch.setattr(runtime, "_run_a_kernel", failing(error))
+    with pytest.raises(UserError) as caught:
+        runtime.pick_device(name)
+    assert str(caught.value) == message
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_works_is_taken():
+    assert runtime.pick_device() == torch.device("cuda:0")
+
+
+# Compilation
+
+def test_on_a_cpu_nothing_is_compiled_and_nothing_is_said(capsys):
+    assert not runtime.can_compile(CPU)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("machine, reason", [
+    (dict(capability=(7, 5)), "compute capability 7.5 is below 8.0"),
+    (dict(triton=False), "Triton is not installed"),
+])
+def test_a_gpu_that_cannot_compile_says_why_once(gpu, monkeypatch, capsys, machine, reason):
+    monkeypatch.setattr(runtime, "_compile_something", failing(AssertionError("not tried")))
+    gpu(**machine)
+    assert not runtime.can_compile(CUDA) and not runtime.can_compile(CUDA)
+    assert capsys.readouterr().err == f"not compiled, so training takes longer: {reason}\n"
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("Failed to find C compiler. Please specify via CC\nmore"),
+     "Failed to find C compiler. Please specify via CC"),
+    (ValueError("backend='inductor' raised:\nOSError: no Python.h\n\nSet TORCHDYNAMO_VERBOSE=1"),
+     "OSError: no Python.h"),
+    (AssertionError(), "AssertionError"),
+])
+def test_a_compiler_that_fails_costs_one_line_and_not_the_run(gpu, monkeypatch, capsys, error, reason):
+    gpu()
+    monkeypatch.setattr(runtime, "_compile_something", failing(error))
+    assert not runtime.can_compile(CUDA)
+    assert capsys.readouterr().err == ("compiling, about a minute, once\n"
+                                       f"not compiled, so training takes longer: torch.compile fails: {reason}\n")
+
+
+def test_where_it_works_the_long_silence_is_announced_once(gpu, monkeypatch, capsys):
+    gpu()
+    tried = []
+    monkeypatch.setattr(runtime, "_compile_something", tried.append)
+    assert runtime.can_compile(CUDA) and runtime.can_compile(CUDA)
+    assert tried == [CUDA] and capsys.readouterr().err == "compiling, about a minute, once\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_trivial_function_is_really_compiled():
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runtime._compile_something(runtime.pick_device())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+# Several processes
+
+@pytest.mark.parametrize("device, nccl, backend", [("cuda", True, "cpu:gloo,cuda:nccl"), ("cuda", False, "gloo"),
+                                                   ("cpu", True, "gloo")])
+def test_counts_go_over_gloo_and_gradients_over_nccl(gpu, monkeypatch, device, nccl, backend):
+    """Windows has no NCCL."""
+    gpu()
+    joined, at_exit = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(runtime.atexit, "register", at_exit.append)
+    runtime.start(device, 0)
+    assert joined == [backend]
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: not left)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for function in at_exit * 2:
+        function()
+    assert left == [True], "left at the end, and only once"
+
+
+def test_a_number_is_summed_on_the_cpu_in_float64(monkeypatch):
+    """2^53 - 1 tokens keep their last digit; float32 would lose 29 bits. gloo takes the tensor, whatever the device."""
+    seen = []
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", seen.append)
+    assert runtime.sum_over_processes(2**53 - 1) == 9007199254740991
+    assert seen[0].device == CPU and seen[0].dtype == torch.float64
+
+
+TOGETHER = """
+import torch, torch.distributed as dist
+from minillm import runtime
+
+# What stands for the GPU's backend is never reached: numbers and objects are on the CPU.
+dist.is_nccl_available = lambda: True
+real = dist.init_process_group
+dist.init_process_group = lambda backend: real(backend.replace("cuda:nccl", "cuda:gloo"))
+runtime.pick_device = lambda name: torch.device("cuda:0")
+runtime.describe = lambda device: "a fake"
+torch.cuda.set_device = lambda device: None
+runtime.start("", 0)
+rank = runtime.rank()
+assert runtime.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+assert runtime.sum_over_processes(10 + rank) == 21
+assert runtime.sum_tensor_over_processes(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+def test_two_backends_side_by_side(tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           "together.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a fake") == 1
+
+
+# Out of memory
+
+CUDA_MESSAGE = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80.00 GiB of which 1.00 "
+                "GiB is free.\nmore")
+CPU_MESSAGE = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+               "allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)")
+
+
+def hook(cls, error):
+    config._one_line(cls, type(error), error, None)
+
+
+@pytest.mark.parametrize("cls, advice", [
+    (train_sft.Config, "a smaller --batch_size with a larger --grad_accum, --recompute"),
+    (train_lora.Config, "a smaller --batch_size with a larger --grad_accum, --recompute, --bf16"),  # is a LoRA already
+    (train_dpo.Config, "a smaller --batch_size with a larger --grad_accum, --peft lora"),
+])
+def test_a_full_gpu_is_one_line_with_the_flags_that_help(gpu, monkeypatch, capsys, cls, advice):
+    """80 GiB, of which 2 are free: 78 are in use."""
+    gpu()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    hook(cls, torch.OutOfMemoryError(CUDA_MESSAGE))
+    assert capsys.readouterr().err == (
+        "error: out of memory: 78.0 of 80.0 GiB of the GPU's memory were in use when 2 GiB more were asked for; "
+        f"what helps: {advice}\n")
+
+
+@dataclass
+class Plain:
+    """A script without any of these flags."""
+
+    name: str = flag("", "a name")
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError(CPU_MESSAGE), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use when 3.0 GiB more "
+                                "were asked for"),
+    (MemoryError(), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1073741824 bytes."),  # Windows
+     "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use when 1.0 GiB more were asked for"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB). Tried to allocate 256.00 MB on private pool."),
+     "out of memory when 256 MB more were asked for"),
+])
+def test_so_is_a_full_machine(monkeypatch, capsys, error, line):
+    monkeypatch.setattr(runtime, "memory_gib", lambda device: (8.0, 16.0))
+    hook(Plain, error)
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_another_error_keeps_its_traceback(capsys):
+    hook(Plain, RuntimeError("shapes differ"))
+    assert capsys.readouterr().err == "RuntimeError: shapes differ\n"
+
+
+SCRIPT = """
+import sys
+import torch
+from minillm.config import parse_config
+from minillm.errors import UserError
+import train_sft
+
+parse_config(train_sft.Config, "")
+if "memory" in sys.argv[0]:
+    torch.empty(2**50)
+raise UserError("the wrong file")
+"""
+
+
+@pytest.mark.parametrize("name, message", [
+    ("mistake.py", "error: the wrong file\n"), ("memory.py", "error: out of memory")])
+def test_the_exit_code_is_1(tmp_path, name, message):
+    """4 PiB are too much for any machine of today."""
+    (tmp_path / name).write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run([sys.executable, name], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_memory_is_what_the_system_says(tmp_path, gpu, monkeypatch):
+    gpu()
+    free, total = runtime.memory_gib(CUDA)
+    assert close([free, total], [2.0, 80.0])
+    (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:    4194304 kB\n",
+                                      encoding="utf-8")
+    monkeypatch.setattr(runtime, "MEMINFO", tmp_path / "meminfo")
+    assert close(list(runtime.memory_gib(CPU)), [4.0, 16.0])
+    monkeypatch.setattr(runtime, "MEMINFO", tmp_path / "none")
+    assert runtime.memory_gib(CPU) == (0.0, 0.0)
+
+
+# python -m minillm.runtime
+
+NAMES = ["python", "torch", "device", "capability", "precision", "compile", "attention", "threads", "memory"]
+
+
+def rows(text):
+    return dict(line.split(maxsplit=1) for line in text.splitlines())
+
+
+def test_the_report_about_a_machine():
+    """A process of its own, because the command is one."""
+    done = subprocess.run([sys.executable, "-m", "minillm.runtime"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = rows(done.stdout)
+    assert list(found) == NAMES and found["torch"].startswith(torch.__version__)
+
+
+def test_the_report_about_a_gpu(gpu, monkeypatch, capsys):
+    gpu()
+    monkeypatch.setattr(runtime, "_compile_something", lambda device: None)
+    runtime.main()
+    found = rows(capsys.readouterr().out)
+    assert list(found) == NAMES
+    assert (found["device"], found["capability"]) == ("cuda (NVIDIA Fake), bfloat16", "9.0")
+    assert (found["compile"], found["memory"]) == ("yes", "2.0 of 80.0 GiB free")
+    assert found["attention"].startswith("flex attention for packed rows")
+
+
+def test_the_report_about_a_gpu_that_does_not_work(gpu, monkeypatch, capsys):
+    gpu()
+    monkeypatch.setattr(runtime, "_run_a_kernel", failing(RuntimeError("CUDA error: busy")))
+    runtime.main()
+    device = rows(capsys.readouterr().out)["device"]
+    assert device.startswith("cpu, ") and "(--device cuda:0 does not work: CUDA error: busy;" in device
