@@ -43,7 +43,7 @@ from minillm.metrics import compare, evenly_spaced, numbers, show_replies
 from minillm.peft import load_adapter
 from minillm.preferences import (PairDataset, check_same_tokenizer, encode_pair, pair_logprobs, rank_pairs,
                                  score_pairs)
-from minillm.records import is_text, read_records
+from minillm.records import advice_on_folder, is_text, read_records
 from minillm.rewards import load_rewards, score_answers
 from minillm.safetensors import load_json, save_json
 from minillm.token_cache import load_dataset
@@ -130,7 +130,7 @@ def load(folder: str, device) -> tuple:
     """(model, tokenizer) of a checkpoint folder. The folder of an adapter brings the base that it names."""
     if not folder and not os.path.isdir(MODEL):
         raise UserError(f"there is no {MODEL} yet: run python train_sft.py first, or give a checkpoint folder "
-                        "with --model")
+                        f"with --model{advice_on_folder(MODEL)}")
     folder, adapter = folder or MODEL, None
     settings = os.path.join(folder, "adapter_config.json")
     if os.path.isfile(settings) and not os.path.isfile(os.path.join(folder, "config.json")):
@@ -139,6 +139,7 @@ def load(folder: str, device) -> tuple:
             raise UserError(f"{folder} is an adapter for {base or 'a model it does not name'}, which is not here; "
                             "give its base with --model and this with --adapter")
         folder, adapter = base, folder
+    checkpoint.require_stage(folder)
     model, tokenizer = checkpoint.load_model(folder, device), Tokenizer.load(folder)
     checkpoint.check_tokenizer(model, tokenizer, folder)
     return (load_adapter(model, adapter) if adapter else model), tokenizer
@@ -191,7 +192,7 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
         scores, _ = score_answers(load_rewards(["model"], cfg.reward_model, "", device), asked)
         metrics["reward"] = sum(score for score, in scores) / len(scores)
     if cfg.ref:
-        pairs = held_out_pairs(cfg, tokenizer)
+        pairs = held_out_pairs(cfg, tokenizer, row_length)
         ref_model, ref_tokenizer = load(cfg.ref, device)
         check_same_tokenizer(tokenizer, ref_tokenizer, cfg.ref)
         logprobs, ref_logprobs = (pair_logprobs(m, pairs, PAIRS_PER_BATCH, device) for m in (model, ref_model))
@@ -200,10 +201,10 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
     return metrics
 
 
-def held_out_pairs(cfg: Config, tokenizer):
+def held_out_pairs(cfg: Config, tokenizer, max_seq_len: int):
     """The pairs of --data, or of the embedded file where --data holds something else."""
     path = cfg.data if cfg.data and kind_of(cfg.data) == "chosen" else EVAL_PAIRS
-    dataset = load_dataset(encode_pair, [path], tokenizer, cfg.max_seq_len)
+    dataset = load_dataset(encode_pair, [path], tokenizer, max_seq_len)
     return PairDataset(dataset, range(len(dataset) // 2))
 
 
@@ -214,7 +215,7 @@ def measure_reward_model(cfg: Config, device) -> dict:
                         "leave out --chat, --prompt, --adapter and --ref")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
     checkpoint.check_tokenizer(model, tokenizer, cfg.model)
-    pairs = held_out_pairs(cfg, tokenizer)
+    pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))
     scores = score_pairs(lambda batch: model(batch.tokens, batch.lengths), pairs, PAIRS_PER_BATCH, device)
     chosen_rewards, rejected_rewards = scores.mean(0).tolist()
     metrics = {**rank_pairs(scores, pairs.kinds),
@@ -280,11 +281,22 @@ def system_message(cfg: Config) -> list:
     return [{"role": "system", "content": cfg.system}] if cfg.system else []
 
 
+def read_stdin_as_utf8() -> str:
+    """A pipe holds UTF-8, whatever the locale is. Returns the locale's encoding, for lines that are not UTF-8."""
+    encoding = getattr(sys.stdin, "encoding", None) or "utf-8"
+    if hasattr(sys.stdin, "reconfigure"):
+        if sys.stdin.isatty():
+            sys.stdin.reconfigure(errors="replace")
+        else:
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # keeps bytes that are not UTF-8
+    return encoding
+
+
 def chat(model, tokenizer, cfg: Config, device) -> dict:
     """--chat: lines from the terminal or a pipe, a reply to each; the history is kept while it fits the context."""
-    terminal = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin is None or sys.stdin.closed:
+        return {"turns": 0}
+    terminal, encoding = sys.stdin.isatty(), read_stdin_as_utf8()
     if terminal:
         with contextlib.suppress(ImportError):  # arrow keys and history in input(); Windows has its own
             import readline  # noqa: F401
@@ -298,6 +310,8 @@ def chat(model, tokenizer, cfg: Config, device) -> dict:
             if terminal:
                 print()
             break
+        if any("\udc80" <= character <= "\udcff" for character in line):  # bytes that were not UTF-8
+            line = line.encode("utf-8", "surrogateescape").decode(encoding, "replace")
         if line == "/quit":
             break
         elif line == "/reset":

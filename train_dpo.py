@@ -62,7 +62,9 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
+    if cfg.ref_model:
+        checkpoint.require_stage(cfg.ref_model, option="--ref_model", max_seq_len=cfg.max_seq_len)
     if cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(f"--label_smoothing {cfg.label_smoothing} belongs to --loss dpo; leave it out with ipo")
     run = Run(cfg, inputs=[cfg.model, cfg.ref_model, *cfg.data, cfg.eval_data])

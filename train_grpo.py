@@ -2,7 +2,7 @@
 
 DeepSeekMath (arXiv 2402.03300), Algorithm 1 and Eq. 3. For each prompt sample G answers o_1..o_G, score them, and
 
-    A_i   = (r_i - mean(r)) / (std(r) + eps)                                      the group takes the critic's place
+    A_i   = (r_i - mean(r)) / (std(r) + eps)            the group's mean is the baseline, where PPO asks a critic
     loss  = - mean_i mean_t [ min(ratio A_i, clip(ratio, 1 - clip_eps, 1 + clip_eps) A_i) - beta KL(policy || ref) ]
     ratio = policy(o_i,t) / old_policy(o_i,t)
 
@@ -11,12 +11,12 @@ DeepSeekMath (arXiv 2402.03300), Algorithm 1 and Eq. 3. For each prompt sample G
     python train_grpo.py --data mine.jsonl --reward my_reward.py:score --lr 1e-6
 
 A step is a rollout (batch_size prompts, group_size answers to each) and the optimizer steps on it: update_epochs passes
-over num_minibatches parts. --loss chooses the objective (all in minillm/losses.py, tests: chapters 18, 20 and 21):
+over num_minibatches parts. --loss chooses the objective (all in minillm/losses.py, tests: chapters 18, 21 and 22):
 
     --loss    advantage                 denominator of an optimizer step         clip of the ratio        KL term
     grpo      (r - mean) / (std + eps)  each answer's length, then the answers   1 +- clip_eps            beta k3
     dr_grpo   r - mean                  answers x max_new_tokens                 1 +- clip_eps            beta k3
-    dapo      (r - mean) / (std + eps)  tokens of the groups that differ         1 - clip_eps .. 1.28     beta k3
+    dapo      (r - mean) / (std + eps)  tokens of groups with unequal rewards    1 - clip_eps .. 1.28     beta k3
 
 (Dr. GRPO: arXiv 2503.20783; DAPO: arXiv 2503.14476.) A group of equal rewards has advantage 0. grpo and dr_grpo count
 its answers in the denominator, as their papers do; dapo leaves them out (its authors also sample others in their
@@ -25,8 +25,9 @@ place). Where beta is 0 such a group has no gradient at all, and is not computed
 On each rollout the ratio is exactly 1 and clip_fraction 0 in the first optimizer step, and in the first rollout the KL
 to the reference is 0: with --num_minibatches 1 the first line of the log shows it.
 
-Deviations: by default beta is 0. An answer that does not end by itself loses missing_eos_penalty. The reference stays
-what it was at the start; only finished answers are scored.
+Deviations: by default beta is 0 (the reference then only shows in the log how far the policy has moved). An answer that
+does not end by itself loses missing_eos_penalty. The reference stays what it was at the start. An answer is scored as a
+whole, not step by step.
 """
 
 from dataclasses import dataclass
@@ -78,10 +79,10 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
     if "model" in sources:
-        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py")
+        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
     files = [source.rpartition(":")[0] for source in sources]
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, cfg.eval_data, cfg.reward_model if "model" in sources else ""])
     if run.finished:
@@ -100,7 +101,7 @@ def main(cfg: Config) -> dict:
     policy = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
     ref_model = checkpoint.load_model(cfg.model, device)  # frozen: no optimizer holds it
-    rewards_of = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)
+    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)
     runtime.compile_backbone(policy, cfg.compile)
     runtime.compile_backbone(ref_model, cfg.compile)
 
@@ -109,7 +110,7 @@ def main(cfg: Config) -> dict:
 
     def evaluate() -> dict:
         return {**answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device),
-                **sampled_scores(policy, tokenizer, scored_prompts, rewards_of, device,
+                **sampled_scores(policy, tokenizer, scored_prompts, reward_functions, device,
                                  cfg.max_new_tokens, cfg.temperature)}
 
     # 5. Train
@@ -128,21 +129,28 @@ def main(cfg: Config) -> dict:
         answers, ended = read_answers(rollout, tokenizer)
 
         # Reward: one number for each answer
-        rewards, components = score_rollout(rewards_of, prompts, answers, device)  # (N, G)
-        rewards = rewards - cfg.missing_eos_penalty * ~ended.to(device).view_as(rewards)
+        scores, components = score_rollout(reward_functions, prompts, answers, device)  # (N, G)
+        unfinished = (~ended).to(device).view_as(scores)
+        rewards = scores - cfg.missing_eos_penalty * unfinished
 
         # Advantage: relative to the group
         if cfg.loss == "dr_grpo":
             advantages = rewards - rewards.mean(dim=1, keepdim=True)
         else:
             advantages = group_advantages(rewards)  # (N, G)
-        group_has_signal = (rewards != rewards[:, :1]).any(dim=1).repeat_interleave(cfg.group_size)  # (B,) with B = N G
+        has_signal = (rewards != rewards[:, :1]).any(dim=1).repeat_interleave(cfg.group_size)  # (B,) with B = N G
+        run.add({"reward": scores.mean(), "no_signal": 1 - has_signal.float().mean(),
+                 "response_tokens": rollout.response_mask.sum() / len(answers), "truncated": 1 - ended.float().mean(),
+                 **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
+                weight=len(answers), tokens=rollout.n_tokens)
+
+        # Shuffle the answers into mini-batches; without a gradient an answer is counted, but not computed
+        keep = has_signal if cfg.loss == "dapo" or not cfg.beta else None  # None: all
+        minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
+                                    advantages=advantages.flatten(), keep=keep)
 
         # Log-probabilities before the update, in the micro-batches of the update, so that the first ratio is exactly 1.
-        # (With gradients on, though none is wanted: off, other kernels may run, which round differently.)
-        computed = group_has_signal if cfg.loss == "dapo" or not cfg.beta else None  # None: all
-        minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
-                                    advantages=advantages.flatten(), keep=computed)
+        # (Gradients stay enabled: without them PyTorch may choose kernels that round differently.)
         for part in [part for minibatch in minibatches for part in minibatch.parts]:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
             part.old_logprobs = logprobs.detach()
@@ -159,17 +167,12 @@ def main(cfg: Config) -> dict:
                     loss, loss_stats = grpo_loss(*given, cfg.clip_eps, cfg.beta, n_sequences)
                 elif cfg.loss == "dr_grpo":
                     loss, loss_stats = dr_grpo_loss(*given, cfg.max_new_tokens, cfg.clip_eps, cfg.beta, n_sequences)
-                else:
+                elif cfg.loss == "dapo":
                     loss, loss_stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
                 run.add({"policy_loss": loss})
                 run.add(loss_stats, weight=part.n_tokens)
             update(policy, optimizers, cfg.max_grad_norm)
-
-        run.add({"reward": rewards.mean(), "no_signal": 1 - group_has_signal.float().mean(),
-                 "response_tokens": rollout.response_mask.sum() / len(answers), "truncated": 1 - ended.float().mean(),
-                 **{f"reward_{name}": part.mean() for name, part in components.items() if len(components) > 1}},
-                weight=len(answers), tokens=rollout.n_tokens)
 
     # 6. Result
     return run.finish(stats)

@@ -80,7 +80,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.merge and cfg.peft not in ("lora", "dora"):
         raise UserError(f"--merge: {cfg.peft} is no change of the weights; only lora and dora can be merged")
     run = Run(cfg, inputs=[cfg.model, *cfg.data, cfg.eval_data])

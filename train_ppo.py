@@ -3,12 +3,12 @@
 InstructGPT (arXiv 2203.02155, section 3.5) with PPO (arXiv 1707.06347, Eq. 7) and GAE (arXiv 1506.02438, Eq. 16):
 
     policy (actor)         answers, and is trained
-    value model (critic)   says at each token what score it expects, and is trained; starts as the reward model
+    value model (critic)   says at each token which return it expects, and is trained; starts as the reward model
     ref_model              the policy as it was, frozen: moving away from it costs
     reward model           scores a finished answer, frozen
 
     reward_t  = -kl_coef (log policy - log ref)_t, and at the last token of the answer also its score
-    delta_t   = reward_t + gamma V_t+1 - V_t            advantage_t = delta_t + gamma gae_lambda advantage_t+1
+    delta_t   = reward_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma gae_lambda advantage_{t+1}
     policy    : -mean_t min(ratio A, clip(ratio, 1 - clip_eps, 1 + clip_eps) A)          with A = whitened advantages
     critic    : 1/2 mean_t max((V - returns)^2, (clip(V, V_old - value_clip_eps, V_old + value_clip_eps) - returns)^2)
 
@@ -19,13 +19,14 @@ InstructGPT (arXiv 2203.02155, section 3.5) with PPO (arXiv 1707.06347, Eq. 7) a
 A step is a rollout (one answer to each of batch_size prompts) and the optimizer steps on it: update_epochs passes over
 num_minibatches parts. The KL to the reference is part of the rewards, by the estimator k1, and not of the loss. The
 ratio is exactly 1 in the first optimizer step on each rollout.
-Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 20 and 22.
+Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
 Deviations: policy and critic share no weights, and each has an optimizer of its own. Scores are normalised by their
 mean and standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward
 model), and the critic's head with them. For the first critic_steps rollouts only the critic is trained: the advantages
-of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty. With
---target_kl, a rollout's updates stop early. No pretraining gradients are mixed in (no PPO-ptx).
+of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in
+standard deviations of the score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout
+are the same in each pass over it. No pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
@@ -85,10 +86,10 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
     if "model" in sources:
-        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py")
+        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
     files = [source.rpartition(":")[0] for source in sources]
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, cfg.eval_data, cfg.reward_model if "model" in sources else ""])
     if run.finished:
@@ -106,7 +107,7 @@ def main(cfg: Config) -> dict:
     policy = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
     ref_model = checkpoint.load_model(cfg.model, device)  # frozen: no optimizer holds it
-    rewards_of = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model is in here
+    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model too
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
     else:
@@ -121,7 +122,7 @@ def main(cfg: Config) -> dict:
 
     def evaluate() -> dict:
         return {**answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device),
-                **sampled_scores(policy, tokenizer, scored_prompts, rewards_of, device,
+                **sampled_scores(policy, tokenizer, scored_prompts, reward_functions, device,
                                  cfg.max_new_tokens, cfg.temperature)}
 
     # 5. Train
@@ -147,11 +148,17 @@ def main(cfg: Config) -> dict:
         answers, ended = read_answers(rollout, tokenizer)
 
         # Score of each answer
-        raw_scores, components = score_rollout(rewards_of, prompts, answers, device)  # (B, 1)
-        scores = (raw_scores[:, 0] - score_mean) / score_std - cfg.missing_eos_penalty * ~ended.to(device)  # (B,)
+        raw_scores, components = score_rollout(reward_functions, prompts, answers, device)  # (B, 1)
+        unfinished = (~ended).to(device)
+        scores = (raw_scores[:, 0] - score_mean) / score_std - cfg.missing_eos_penalty * unfinished  # (B,)
+        run.add({"reward": raw_scores.mean(), "response_tokens": rollout.response_mask.sum() / len(answers),
+                 "truncated": 1 - ended.float().mean(),
+                 **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
+                weight=len(answers), tokens=rollout.n_tokens)
 
-        # Log-probabilities and values before the update, in the micro-batches of the update, so that the first ratio is
-        # exactly 1. (With gradients on, though none is wanted: off, other kernels may run, which round differently.)
+        # Shuffle the answers into mini-batches. Log-probabilities and values before the update come from the micro-batches
+        # of the update, so that the first ratio is exactly 1. (Gradients stay enabled: without them PyTorch may choose
+        # kernels that round differently.)
         minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
                                     scores=scores)
         parts = [part for minibatch in minibatches for part in minibatch.parts]
@@ -168,7 +175,7 @@ def main(cfg: Config) -> dict:
             rewards = -cfg.kl_coef * kl
             rewards[torch.arange(len(rewards), device=device), part.last] += part.scores
             part.advantages, part.returns = gae(rewards, part.old_values, part.mask, cfg.gamma, cfg.gae_lambda)
-            run.add({"kl_answer": kl.sum() / len(kl)}, weight=len(kl))
+            run.add({"kl_answer": kl.sum() / len(kl)}, weight=len(kl))  # by k1, as it is paid; "kl" by k3, per token
             run.add({"kl": kl_k3(part.old_logprobs, part.ref_logprobs).sum() / part.n_tokens,
                      "returns": part.returns.sum() / part.n_tokens,
                      "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
@@ -185,22 +192,19 @@ def main(cfg: Config) -> dict:
                     logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
                 value_loss, value_stats = ppo_value_loss(
                     values, part.old_values, part.returns, part.mask, cfg.value_clip_eps, n_tokens)
-                (policy_loss + value_loss).backward()
+                loss = policy_loss + value_loss if policy_step >= 0 else value_loss
+                loss.backward()
                 approx_kl = approx_kl + policy_stats["approx_kl"] * part.n_tokens / n_tokens
                 run.add({"policy_loss": policy_loss, "value_loss": value_loss})
                 run.add({**policy_stats, "value_clip_fraction": value_stats["clip_fraction"]}, weight=part.n_tokens)
-            updates += 1
             if cfg.target_kl and runtime.sum_over_processes(float(approx_kl)) > cfg.target_kl:
-                policy.zero_grad()  # too far already: neither this update is made nor the rest of this rollout's
+                policy.zero_grad()  # too far: neither this update is made nor the rest of this rollout's
                 value_model.zero_grad()
                 break
             update(policy, policy_optimizers, cfg.max_grad_norm)
             update(value_model, value_optimizers, cfg.max_grad_norm)
-
-        run.add({"reward": raw_scores.mean(), "response_tokens": rollout.response_mask.sum() / len(answers),
-                 "truncated": 1 - ended.float().mean(), "updates": updates,
-                 **{f"reward_{name}": part.mean() for name, part in components.items() if len(components) > 1}},
-                weight=len(answers), tokens=rollout.n_tokens)
+            updates += 1
+        run.add({"updates": updates}, weight=1)
 
     # 6. Result
     return run.finish(stats)

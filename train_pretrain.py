@@ -50,6 +50,9 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    if cfg.model:
+        checkpoint.require_stage(cfg.model, max_seq_len=cfg.max_seq_len)
+    checkpoint.check_tokenizer_file(cfg.model or cfg.tokenizer)
     run = Run(cfg, inputs=[cfg.model or cfg.tokenizer, *cfg.data, cfg.eval_data])
     if run.finished:
         return run.result

@@ -55,7 +55,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     run = Run(cfg, inputs=[cfg.model, *cfg.data, cfg.eval_data])
     if run.finished:
         return run.result

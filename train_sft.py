@@ -54,6 +54,11 @@ def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
     source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") else "")
+    if source:
+        checkpoint.require_stage(source, max_seq_len=cfg.max_seq_len)
+    elif os.path.exists(f"{PRETRAINED}.bak"):
+        runtime.say(f"there is no {PRETRAINED}, but an older run in {PRETRAINED}.bak; --model {PRETRAINED}.bak uses it")
+    checkpoint.check_tokenizer_file(source or cfg.tokenizer)
     run = Run(cfg, inputs=[source or cfg.tokenizer, *cfg.data, cfg.eval_data])
     if run.finished:
         return run.result

@@ -14,6 +14,7 @@ import torch
 
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
+from minillm.records import advice_on_folder
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_json, save_safetensors
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -136,22 +137,48 @@ def checkpoint_folder(folder) -> Path:
     """The folder as a Path; raises UserError, with advice, when it holds no model."""
     folder = Path(folder)
     if not folder.is_dir():
-        kind = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {kind}; give a checkpoint folder (download a model of the Hugging Face hub first)")
+        if folder.exists():
+            raise UserError(f"{folder} is a file; give the folder that holds it, with config.json beside it")
+        advice = advice_on_folder(folder) or "; give a checkpoint folder"
+        if len(folder.parts) == 2 and not folder.parent.exists():
+            advice += (f" (a model of the Hugging Face hub is downloaded first: hf download {folder.as_posix()} "
+                       f"--local-dir {folder.name})")
+        raise UserError(f"{folder} does not exist{advice}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder} holds an adapter, not a whole model; "
-                            "give its base model with --model and this with --adapter")
+            raise UserError(f"{folder} holds an adapter, not a whole model; eval.py takes its base with --model and "
+                            "this with --adapter; to train on, make a whole model with train_lora.py --merge")
         if (folder / "training_state.pt").is_file():
             raise UserError(f"{folder} holds an unfinished run; finish it with --resume first")
         raise UserError(f"{folder} is no checkpoint folder: config.json is missing")
     return folder
 
 
-def require_stage(folder, default: str, script: str):
-    """Raise UserError, with the command to run first, when a stage's default --model does not exist yet."""
+def require_stage(folder, default: str = "", script: str = "", option: str = "--model", max_seq_len: int = 0):
+    """Raise UserError unless the folder holds a model with its tokenizer, and a context of max_seq_len tokens.
+
+    If it is the default of the option and missing, the message names the script to run first. Only small files are
+    read, so a script can ask this before it reads its data.
+    """
     if str(folder) == default and not Path(folder).exists():
-        raise UserError(f"{default} is not there yet: run python {script} first, or give another --model")
+        older = f" ({default}.bak is an older run)" if Path(f"{default}.bak").exists() else ""
+        raise UserError(f"{default} is not there yet: run python {script} first, or give another {option}{older}"
+                        + advice_on_folder(folder))
+    config = load_config(folder)
+    check_tokenizer_file(folder)
+    if max_seq_len > config.max_position_embeddings:
+        raise UserError(f"--max_seq_len {max_seq_len} is longer than the context of {folder}, which is "
+                        f"{config.max_position_embeddings} tokens (max_position_embeddings); give at most that")
+
+
+def check_tokenizer_file(path):
+    """Raise UserError unless path is a tokenizer.json or a folder with one."""
+    path = Path(path)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise UserError(f"{path} has no tokenizer.json; copy it from the model that this one was made of, or make it "
+                        "with save_pretrained of transformers' AutoTokenizer")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such tokenizer{advice_on_folder(path)}")
 
 
 def load_weights(folder) -> dict:

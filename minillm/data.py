@@ -81,11 +81,19 @@ def hold_out(keys, seed: int):
 
 
 def load_split(encode, paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> tuple:
-    """(training data, held-out data). Held out is the file eval_path, or else 5 % of the sequences (hold_out)."""
+    """(training data, held-out data). Held out is the file eval_path, or else 5 % of the sequences (hold_out).
+
+    What a file eval_path shares with the training data is counted and said.
+    """
+    def hashes(sequences):
+        return [hash(sequences[i][0].tobytes()) for i in range(len(sequences))]
+
     dataset = load_dataset(encode, paths, tokenizer, max_seq_len)
     if eval_path:
-        return dataset, load_dataset(encode, [eval_path], tokenizer, max_seq_len)
-    held_out = hold_out([hash(dataset[i][0].tobytes()) for i in range(len(dataset))], seed)
+        eval_data = load_dataset(encode, [eval_path], tokenizer, max_seq_len)
+        say_overlap(hashes(dataset), hashes(eval_data), eval_path, "sequences")
+        return dataset, eval_data
+    held_out = hold_out(hashes(dataset), seed)
     if not len(held_out):
         say("a single sequence: it is trained on and evaluated on")
         return dataset, dataset
@@ -97,6 +105,15 @@ def load_split(encode, paths: list, eval_path: str, tokenizer: Tokenizer, max_se
     rest = np.setdiff1d(np.arange(len(dataset)), held_out)
     train = Subset(dataset, rest, {**dataset.stats, "sequences held out": len(held_out)})
     return train, Subset(dataset, held_out, stats)
+
+
+def say_overlap(train: list, held_out: list, eval_path, kind: str):
+    """Say how many of the held-out items (hashes) are trained on as well; nothing, if none is."""
+    known = set(train)
+    count = sum(item in known for item in held_out)
+    if count:
+        say(f"{eval_path}: {count:,} of {len(held_out):,} held-out {kind} are in the training data too; "
+            "what is measured on them says nothing about new ones")
 
 
 # Batches: rows packed with whole sequences.

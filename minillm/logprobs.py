@@ -57,8 +57,9 @@ def check_sequences(name: str, states: Tensor, tokens: Tensor, temperature: floa
 # From logits: the plain form.
 
 def shift(states: Tensor, tokens: Tensor) -> tuple:
-    """The one-position shift, here and nowhere else: what a model says at position t is about the token at t + 1.
+    """The one-position shift: what a model says at position t is about the token at t + 1.
 
+    Whatever else stands beside the result (a mask, a reward) is aligned with it by [:, 1:].
     states (B, T, ...): logits or hidden states.  tokens (B, T). Returns (states (B, T - 1, ...), targets (B, T - 1)).
     """
     return states[:, :-1], tokens[:, 1:].long()

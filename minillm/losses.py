@@ -223,7 +223,7 @@ def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
 def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps_low, clip_eps_high, beta):
     """What the four policy losses share: the loss of each token (B, T), 0 outside the mask, and the stats.
 
-    They differ only in the advantages that go in and in the denominator by which the sum of this is divided.
+    They differ in the advantages that go in, in the range of the clip, and in the denominator of the sum of this.
     """
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
     if ref_logprobs is not None:
@@ -340,7 +340,7 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
     """Squared error of the critic, cut off where the value has already moved by clip_eps towards the return.
 
     Source: OpenAI's PPO code; described in arXiv 2005.12729 (Implementation Matters), not in the PPO paper.
-    clipped = old_values + clip(values - old_values, -clip_eps, clip_eps)
+    clipped = clip(values, old_values - clip_eps, old_values + clip_eps)
     loss    = 0.5 * mean over tokens of max((values - returns) ** 2, (clipped - returns) ** 2)
 
     values, old_values, returns (B, T), response-aligned.  mask (B, T) bool.  n_tokens: as in ppo_policy_loss.
@@ -350,7 +350,7 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
     check_shapes("B, T", values=values, old_values=old_values, returns=returns, mask=mask)
     values = masked(values, mask)
     old_values, returns = masked(old_values.detach(), mask), masked(returns.detach(), mask)
-    clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+    clipped = values.clamp(old_values - clip_eps, old_values + clip_eps)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     losses = 0.5 * torch.maximum(error, clipped_error)
     stats = {"clip_fraction": clipped_error > error, "value_mean": values.detach(), "return_mean": returns}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minillm.data import Loader, hold_out, to_device
+from minillm.data import Loader, hold_out, say_overlap, to_device
 from minillm.errors import UserError
 from minillm.logprobs import head_logprobs
 from minillm.records import read_pair
@@ -82,14 +82,21 @@ class PairDataset:
 
 
 def load_pairs(paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: int, seed: int) -> tuple:
-    """(training pairs, held-out pairs). Held out is the file eval_path, or without one 5 % of the pairs (hold_out)."""
-    dataset = load_dataset(encode_pair, paths, tokenizer, max_seq_len)
-    pairs = PairDataset(dataset, np.arange(len(dataset) // 2))
+    """(training pairs, held-out pairs). Held out is the file eval_path, or without one 5 % of the pairs (hold_out).
+
+    What a file eval_path shares with the training data is counted and said.
+    """
+    def load(files):
+        dataset = load_dataset(encode_pair, files, tokenizer, max_seq_len)
+        hashes = [hash(dataset[i][0].tobytes() + b"|" + dataset[i + 1][0].tobytes()) for i in range(0, len(dataset), 2)]
+        return dataset, PairDataset(dataset, np.arange(len(dataset) // 2)), hashes
+
+    dataset, pairs, hashes = load(paths)
     if eval_path:
-        held_out = load_dataset(encode_pair, [eval_path], tokenizer, max_seq_len)
-        return pairs, PairDataset(held_out, np.arange(len(held_out) // 2))
-    held_out = hold_out([hash(dataset[2 * i][0].tobytes() + b"|" + dataset[2 * i + 1][0].tobytes())
-                         for i in range(len(pairs))], seed)
+        _, eval_pairs, eval_hashes = load([eval_path])
+        say_overlap(hashes, eval_hashes, eval_path, "pairs")
+        return pairs, eval_pairs
+    held_out = hold_out(hashes, seed)
     if not len(held_out):
         say("a single pair: it is trained on and evaluated on")
         return pairs, pairs

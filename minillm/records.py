@@ -9,8 +9,19 @@ import zlib
 from pathlib import Path
 
 from minillm.errors import UserError
+from minillm.runtime import say
 
 ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+READ = set("text conversations prompt chosen rejected margin kind task answer choices".split())
+# Keys that other people's files have and that change nothing. Any other key is named once (see UnknownKeys).
+IGNORED = set("id idx index uuid source dataset subset split score lang language category topic tags url title author "
+              "date timestamp license meta metadata".split())
+UNREAD = ("system", "tools", "history", "images")  # beside the messages; must be empty
+UNREAD_IN_MESSAGE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools", "images")
+KNOWN = READ | IGNORED | set(UNREAD)
+KNOWN_IN_MESSAGE = {"role", "content", "id", "weight", "loss", "train", *UNREAD_IN_MESSAGE}
+PROJECT = Path(__file__).parent.parent
 
 
 def is_text(path) -> bool:
@@ -29,7 +40,13 @@ def check_file(path):
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give the files in it")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such data file")
+        raise UserError(f"{path}: no such data file{advice_on_folder(path)}")
+
+
+def advice_on_folder(path) -> str:
+    """The end of a message about a path that is missing here but exists in the project's folder; else ""."""
+    found = not os.path.isabs(path) and (PROJECT / path).exists()
+    return f"; run the command in the project's folder, {PROJECT}" if found else ""
 
 
 def read_lines(path, blank: bool = False):
@@ -42,6 +59,9 @@ def read_lines(path, blank: bool = False):
     try:
         with (gzip.open if is_gzipped(path) else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if b"\0" in line:
+                    raise UserError(f"{path}:{number}: holds NUL bytes, as UTF-16 does; "
+                                    "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
                 try:
                     text = line.decode("utf-8").removeprefix("\ufeff")
                 except UnicodeDecodeError as error:
@@ -54,7 +74,7 @@ def read_lines(path, blank: bool = False):
 
 
 def parse_line(text: str, where: str) -> dict:
-    """One JSON object; `where` ("file:line") begins the message of the UserError."""
+    """One JSON object, normalised; `where` ("file:line") begins the message of the UserError."""
     advice = "each line must be an object"
     if text.lstrip().startswith("["):
         advice += "; jq -c '.[]' OLD > NEW converts a JSON array"
@@ -66,20 +86,98 @@ def parse_line(text: str, where: str) -> dict:
         raise UserError(f"{where}: not JSON ({error}); {advice}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object like {{...}}, not a {type(record).__name__}; {advice}")
+    return normalise(record, where)
+
+
+def normalise(record: dict, where: str) -> dict:
+    """The record with {"conversations": [{"role", "content"}, ...]} in place of the other usual forms.
+
+    These are OpenAI's "messages", ShareGPT's "from" and "value", Alpaca's instruction, input and output, and a prompt
+    with or without a completion, each as text or as messages. A pair keeps its "prompt". Raises UserError.
+    """
+    record = dict(record)
+    if "conversations" in record or "text" in record or "chosen" in record:
+        pass
+    elif "messages" in record:
+        record["conversations"] = record.pop("messages")
+    elif "instruction" in record and "output" in record:
+        parts = [record.pop(key) for key in ("instruction", "input", "output") if key in record]
+        for part in parts:
+            check_text(part, where, "each of instruction, input and output")
+        question = "\n".join(part for part in parts[:-1] if part)
+        record["conversations"] = [{"role": "user", "content": question}, {"role": "assistant", "content": parts[-1]}]
+    elif "prompt" in record:
+        prompt, completion = as_messages(record.pop("prompt"), "user"), record.pop("completion", [])
+        completion = as_messages(completion, "assistant")
+        for name, messages in (("prompt", prompt), ("completion", completion)):
+            if not isinstance(messages, list):
+                raise UserError(f'{where}: "{name}" must be text or a list of messages')
+        record["conversations"] = prompt + completion
+    for key in ("conversations", "prompt", "chosen", "rejected"):
+        if isinstance(record.get(key), list):
+            record[key] = [from_sharegpt(message) for message in record[key]]
     return record
 
 
+def as_messages(value, role: str):
+    """Text as a single message of this role; anything else as it is."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def from_sharegpt(message):
+    """{"from", "value"} as {"role", "content"}; anything else as it is."""
+    if not isinstance(message, dict) or not {"from", "value"} <= set(message) or "role" in message:
+        return message
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    role = message["from"]
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {"role": role, "content": message["value"], **rest}
+
+
+class UnknownKeys:
+    """The keys of one file's records that nothing reads, each with the line where it first stands."""
+
+    def __init__(self, lines=()):
+        self.lines = dict(lines)
+
+    def add(self, record: dict, line: int):
+        """Note the unknown keys of a record and of its messages."""
+        keys = [key for key in record if key not in KNOWN]
+        for name in ("conversations", "prompt", "chosen", "rejected"):
+            for message in record[name] if isinstance(record.get(name), list) else ():
+                if isinstance(message, dict):
+                    keys += [f"{name}: {key}" for key in message if key not in KNOWN_IN_MESSAGE]
+        self.merge(UnknownKeys({key: line for key in keys}))
+
+    def merge(self, other: "UnknownKeys"):
+        """Add the keys of lines that come later, up to twenty keys in all."""
+        for key, line in other.lines.items():
+            if len(self.lines) < 20:
+                self.lines.setdefault(key, line)
+
+    def tell(self, path):
+        """Print one line, if there were any."""
+        if self.lines:
+            named = ", ".join(f'"{key}" (line {line:,})' for key, line in self.lines.items())
+            say(f"{path}: unknown keys are ignored: {named}")
+
+
 def read_records(paths, check=None):
-    """Yield the objects of JSON Lines files. check(record, where) may raise UserError; an empty file raises it too."""
+    """Yield the objects of JSON Lines files, normalised, and name the keys that nothing reads.
+
+    check(record, where) may raise UserError; an empty file raises it too.
+    """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        number = None
+        number, unknown = None, UnknownKeys()
         for number, text in read_lines(path):
             record = parse_line(text, f"{path}:{number}")
             if check:
                 check(record, f"{path}:{number}")
+            unknown.add(record, number)
             yield record
         if number is None:
             raise UserError(f"{path}: the file is empty")
+        unknown.tell(path)
 
 
 def read_texts(paths: list):
@@ -115,6 +213,8 @@ def check_text(value, where: str, name: str):
     except UnicodeEncodeError:
         raise UserError(f"{where}: {name} holds half of a surrogate pair (\\ud800-\\udfff), "
                         "which is not a character") from None
+    if "\0" in value:
+        raise UserError(f"{where}: {name} holds a NUL character (\\u0000); remove it")
 
 
 def check_messages(messages, where: str, key: str = "conversations"):
@@ -122,15 +222,15 @@ def check_messages(messages, where: str, key: str = "conversations"):
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: "{key}" must be a list of messages with at least one')
     for i, message in enumerate(messages, 1):
-        if isinstance(message, dict) and "from" in message and "value" in message:
-            raise UserError(f"{where}: this is the ShareGPT format; convert it with "
-                            """sed 's/"from"/"role"/g; s/"value"/"content"/g; s/"human"/"user"/g; """
-                            """s/"gpt"/"assistant"/g' OLD > NEW""")
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f'{where}: message {i} of "{key}" needs "role" and "content"')
-        check_unread(message, ("reasoning_content", "tool_calls"), f'{where}: message {i} of "{key}"')
-        if message.get("weight") not in (None, 1):
-            raise UserError(f'{where}: message {i} of "{key}" has the weight {message["weight"]}; only 1 is supported')
+        check_unread(message, UNREAD_IN_MESSAGE, f'{where}: message {i} of "{key}"')
+        trained = message["role"] == "assistant"
+        for name in ("weight", "loss", "train") if trained else ("loss", "train"):
+            if message.get(name) not in (None, int(trained)):  # True is 1
+                raise UserError(f'{where}: message {i} of "{key}" has "{name}": {json.dumps(message[name])[:80]}; not '
+                                "supported: every assistant message is trained on, and no other; remove the "
+                                "conversation, or the key")
         if message["role"] not in ROLES:
             raise UserError(f'{where}: message {i} of "{key}" has the unknown role {message["role"]!r}; '
                             f'known: {", ".join(ROLES)}')
@@ -153,11 +253,8 @@ def require(record: dict, key: str, where: str):
 
 def check_conversation(record: dict, where: str):
     """Raise UserError unless record has a list of messages under "conversations" (SFT data and prompts)."""
-    if "messages" in record and "conversations" not in record:
-        raise UserError(f"{where}: this is the OpenAI format; convert it with "
-                        """sed 's/"messages"/"conversations"/' OLD > NEW""")
     check_messages(require(record, "conversations", where), where)
-    check_unread(record, ("system", "tools"), where)
+    check_unread(record, UNREAD, where)
 
 
 def read_pair(record: dict, where: str) -> tuple:
@@ -169,17 +266,16 @@ def read_pair(record: dict, where: str) -> tuple:
     def turns(messages):
         return {(message["role"], message["content"]) for message in messages}
 
-    check_unread(record, ("system", "tools"), where)
+    check_unread(record, UNREAD, where)
     prompt = record.get("prompt", [])
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
+    prompt = as_messages(prompt, "user")
     if "prompt" in record:
         check_messages(prompt, where, "prompt")
     sides = []
     for side in ("chosen", "rejected"):
         messages = require(record, side, where)
-        if prompt and isinstance(messages, str):
-            messages = [{"role": "assistant", "content": messages}]
+        if prompt:
+            messages = as_messages(messages, "assistant")
         check_messages(messages, where, side)
         if prompt and messages[0]["role"] == "assistant":
             messages = prompt + messages

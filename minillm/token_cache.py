@@ -25,14 +25,15 @@ import numpy as np
 from tqdm import tqdm
 
 from minillm.errors import UserError
-from minillm.records import check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
+from minillm.records import UnknownKeys, check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
 from minillm.runtime import say
 from minillm.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINILLM_CACHE", ".cache"))
-FORMAT = 2  # increase it when the meaning of a cached file changes
+FORMAT = 3  # increase it when the meaning of a cached file changes
 PARALLEL = 1 << 23  # bytes of data per worker process: a smaller file is not worth starting one
-FACTS = ("documents", "bytes", "tokens", "trained tokens", "dtype")  # every other key of the stats counts what was lost
+# Every other key of the stats counts what was lost.
+FACTS = ("documents", "bytes", "tokens", "trained tokens", "dtype", "unknown keys")
 
 
 class TokenDataset:
@@ -88,7 +89,7 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     """Tokenise the files, or open what an earlier call made of them.
 
     The cache is keyed by the files' names and contents, the tokenizer, the encoder and max_seq_len. What was dropped or
-    cut is printed and kept in `stats`. Raises UserError for bad input, with file and line.
+    cut is printed and kept in `stats`, and so are keys that nothing reads. Raises UserError with file and line.
     """
     paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     for path in paths:
@@ -115,6 +116,8 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     dataset = TokenDataset(folder)
     lost = "".join(f"; {count:,} {reason}" for reason, count in dataset.stats.items() if reason not in FACTS)
     say(f"{', '.join(paths)}: {dataset.stats['documents']:,} documents, {dataset.stats['tokens']:,} tokens{lost}")
+    for path, lines in zip(paths, dataset.stats.get("unknown keys", [])):
+        UnknownKeys(lines).tell(path)
     return dataset
 
 
@@ -126,13 +129,14 @@ def _build(encode, paths, tokenizer, max_seq_len, folder):
         say(f"tokenising {size / 1e6:,.0f} MB in {workers} processes, once")
     total = None if any(is_gzipped(p) for p in paths) else size
     stats, labels, count, trained = Counter(), [], 0, 0
+    unknown = {path: UnknownKeys() for path in paths}
     jobs = ((encode, path, lines, max_seq_len) for path in paths for lines in chunks(path))
     with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "mask.bin", "wb") as mask_file, \
             open(folder / "starts.bin", "wb") as starts_file, \
             tqdm(total=total, desc="tokenising", unit="B", unit_scale=True,
                  disable=workers == 1 or not sys.stderr.isatty()) as bar:
         starts_file.write(np.zeros(1, np.int64).tobytes())
-        for tokens, mask, lengths, new_labels, new_stats, done in encode_all(jobs, tokenizer, workers):
+        for tokens, mask, lengths, new_labels, new_stats, (path, keys), done in encode_all(jobs, tokenizer, workers):
             tokens_file.write(tokens.astype(dtype).tobytes())
             mask_file.write(mask.tobytes())
             starts_file.write((count + np.cumsum(lengths)).astype(np.int64).tobytes())
@@ -140,12 +144,15 @@ def _build(encode, paths, tokenizer, max_seq_len, folder):
             trained += int(mask.sum())
             labels += new_labels
             stats = stats + new_stats
+            unknown[path].merge(keys)
             bar.update(done)
     if not count:
         lost = "; ".join(f"{number:,} {reason}" for reason, number in stats.items() if reason not in FACTS)
         raise UserError(f"{', '.join(paths)}: nothing to train on ({lost})")
     (folder / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
     stats = {**stats, "tokens": count, "trained tokens": trained, "dtype": np.dtype(dtype).name}
+    if any(keys.lines for keys in unknown.values()):
+        stats["unknown keys"] = [keys.lines for keys in unknown.values()]
     (folder / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
@@ -171,21 +178,27 @@ def chunks(path: str):
 
 
 def encode_lines(job, tokenizer: Tokenizer) -> tuple:
-    """Encode a chunk -> (tokens, mask, lengths, labels, stats, size in bytes). Raises UserError with file and line."""
+    """Encode a chunk -> (tokens, mask, lengths, labels, stats, (path, its unknown keys), size in bytes).
+
+    Raises UserError with file and line.
+    """
     encode, path, lines, max_seq_len = job
     if is_text(path):
         records = [(lines[0][0], {"text": "".join(text for _, text in lines)})]
     else:
         records = [(number, parse_line(text, f"{path}:{number}")) for number, text in lines]
     stats, tokens, mask, lengths, labels = Counter(documents=len(records)), [], [], [], []
+    unknown = UnknownKeys()
     for number, record in records:
+        unknown.add(record, number)
         for sequence, loss_mask, *label in encode(record, f"{path}:{number}", tokenizer, max_seq_len, stats):
             tokens += sequence
             mask += loss_mask
             lengths.append(len(sequence))
             labels += label
     size = sum(len(text.encode()) for _, text in lines)
-    return np.array(tokens, np.uint32), np.array(mask, bool), np.array(lengths, np.int64), labels, stats, size
+    arrays = np.array(tokens, np.uint32), np.array(mask, bool), np.array(lengths, np.int64)
+    return *arrays, labels, stats, (path, unknown), size
 
 
 def encode_all(jobs, tokenizer: Tokenizer, workers: int):

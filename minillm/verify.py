@@ -23,7 +23,9 @@ from minillm.errors import UserError
 _ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0xFF0C: ", ", 0x3002: ". ", 0x3000: " ", 0x2212: "-", 0x2013: "-",
                                                       0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af"
-_LETTER = rf"[^\W{_CJK}]"  # of a script that puts blanks between words
+_UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
+_CJK_CHARACTER = re.compile(f"[{_CJK}]")
+_ASKED = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")  # a CJK character, or a word of a script that puts blanks between words
 _TAG = re.compile(r"</?[A-Za-z_|][^<>]*>")
 _THINK = re.compile(r"\A\s*<think>.*?</think>", re.S)
 _DENIED_BEFORE = re.compile(r"(?:(?:\b(?:not|never|no|neither|nor|cannot)\b|n't\b)(?:\s+\w+){0,3}\s*|"
@@ -122,14 +124,40 @@ _END = r"(?=的?[\"')\]}]*\s*(?:[.!?;\n]|\Z))"
 _STATED = re.compile(rf"(?:\b(?:is|are|was|were)\s+(?:the |an? )?|是)(\w+?){_END}", re.I)
 
 
-def _any_of(words):
-    """A pattern for whole words, the longest first: "hot dog" does not name "hot"."""
-    def one(word):
-        before = "" if re.match(f"[{_CJK}]", word) else rf"(?<!{_LETTER})(?<!{_LETTER}')"
-        after = "" if re.search(f"[{_CJK}]\\Z", word) else f"(?!{_LETTER})"
-        return before + r"\s+".join(map(re.escape, word.split())) + after
+def _letter(character):
+    """True for a letter or digit of a script that puts blanks between words."""
+    return (character.isalnum() or character == "_") and not _CJK_CHARACTER.match(character)
 
-    return "(?:" + "|".join(one(word) for word in sorted(words, key=len, reverse=True)) + ")"
+
+def _whole(text, start, end):
+    """True if text[start:end] is not a part of a longer word."""
+    before, after = text[max(0, start - 2):start], text[end:end + 1]
+    inside = before and (_letter(before[-1]) or before[-1] == "'" and len(before) == 2 and _letter(before[0]))
+    return not (_letter(text[start]) and inside) and not (_letter(text[end - 1]) and after and _letter(after))
+
+
+def _named(words, text, flags=re.I):
+    """[(start, end), ...] of these words in the text. At one place the longest counts: "hot dog" does not name "hot"."""
+    patterns = [re.compile(r"\s+".join(map(re.escape, word.split())), flags)
+                for word in sorted(words, key=len, reverse=True)]
+    anywhere, spans, at = re.compile("|".join(pattern.pattern for pattern in patterns), flags), [], 0
+    while found := anywhere.search(text, at):
+        matches = [pattern.match(text, found.start()) for pattern in patterns]
+        whole = [match for match in matches if match and _whole(text, *match.span())]
+        spans += [match.span() for match in whole[:1]]
+        at = whole[0].end() if whole else found.start() + 1
+    return spans
+
+
+def _runs(items, text):
+    """[(start, end), ...] of each row of at least two of the items with nothing but blanks and commas between them."""
+    runs = []
+    for start, end in _named(items, text):
+        if runs and re.fullmatch(r"[\s,、]+", text[runs[-1][1]:start]):
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return [(start, end) for start, end in runs if len(_items(text[start:end])) > 1]
 
 
 def _items(text):
@@ -138,30 +166,28 @@ def _items(text):
 
 def _read_sequence(reply, question, items):
     """The only run of the items. The run of the question may come before it."""
-    run = re.compile(rf"{_any_of(items)}(?:[\s,、]+{_any_of(items)})+", re.I)
-    runs, asked = list(run.finditer(reply)), run.search(question)
-    if len(runs) == 2 and asked and _items(runs[0].group()) == _items(asked.group()):
+    runs, asked = _runs(items, reply), _runs(items, question)
+    if len(runs) == 2 and asked and _items(reply[slice(*runs[0])]) == _items(question[slice(*asked[0])]):
         runs = runs[1:]
-    if len(runs) != 1 or len(_items(runs[0].group())) != len(items) or _denied(reply, *runs[0].span()):
+    if len(runs) != 1 or len(_items(reply[slice(*runs[0])])) != len(items) or _denied(reply, *runs[0]):
         return None
-    start, end = runs[0].span()
+    start, end = runs[0]
     complete = _BEFORE_SEQUENCE.search(reply[:start]) and re.match(_END, reply[end:])  # not one item more
-    return " ".join(_items(runs[0].group())) if complete else None
+    return " ".join(_items(reply[start:end])) if complete else None
 
 
 def _read_word(reply, answer, choices):
     """The only candidate that is named. Without choices the rivals are unknown, so its place has to be right."""
     words = [answer, *choices]
-    flags = 0 if min(map(len, words)) == 1 else re.I  # "A" is not "a"
-    named = list(re.finditer(_any_of(words), reply, flags))
-    if len(named) != 1 or _denied(reply, *named[0].span()):
+    named = _named(words, reply, 0 if min(map(len, words)) == 1 else re.I)  # "A" is not "a"
+    if len(named) != 1 or _denied(reply, *named[0]):
         return None
-    start, end = named[0].span()
+    start, end = named[0]
     if not choices:
         rivals = [m for m in _STATED.finditer(reply) if not start <= m.start(1) < end]  # "It is red. It is yellow."
         if rivals or not _BEFORE_WORD.search(reply[:start]) or not re.match(_END, reply[end:]):
             return None
-    return next(word for word in words if word.lower().split() == named[0].group().lower().split())
+    return next(word for word in words if word.lower().split() == reply[start:end].lower().split())
 
 
 # --------------------------------------------------------------------------------------------- the answer
@@ -183,7 +209,7 @@ def _expected(answer, question):
         return "number", _value(number)
     if re.fullmatch(r"[-+\d.,、;\s]+", answer, re.A) and len(_values(answer.replace(",", ", "))) > 1:
         return "numbers", ", ".join(_values(answer.replace(",", ", ")))
-    asked = set(re.findall(rf"[{_CJK}]|{_LETTER}+", _normalise(question).lower()))
+    asked = set(_ASKED.findall(_normalise(question).lower()))
     if len(_items(answer)) > 1 and set(_items(answer)) <= asked:
         return "sequence", " ".join(_items(answer))
     return "word", answer
@@ -241,7 +267,7 @@ def count_units(text):
     A word counts once per 12 characters or part of them, so a missing blank hides nothing; punctuation on its own
     counts once per full 12.
     """
-    units = re.findall(rf"[{_CJK}]|[^\s{_CJK}]+", text)
+    units = _UNIT.findall(text)
     return sum((len(unit) + (0 if is_empty(unit) else 11)) // 12 for unit in units)
 
 

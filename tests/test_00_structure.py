@@ -19,7 +19,8 @@ SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 # every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "",
-    "attention": "", "logprobs": "", "records": "", "runtime": "", "safetensors": "", "verify": "",
+    "attention": "", "logprobs": "", "runtime": "", "safetensors": "", "verify": "",
+    "records": "runtime",
     "config": "runtime",
     "losses": "logprobs",
     "optim": "runtime",
@@ -31,7 +32,7 @@ IMPORTS = {
     "tokenizer": "records safetensors unicode_ranges",
     "token_cache": "records runtime tokenizer",
     "data": "records runtime token_cache tokenizer",
-    "checkpoint": "model safetensors",
+    "checkpoint": "model records safetensors",
     "heads": "checkpoint model safetensors",
     "lora": "", "adapter": "", "prefix": "model",
     "peft": "adapter checkpoint lora prefix safetensors",

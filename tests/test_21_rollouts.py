@@ -113,7 +113,7 @@ def test_minimind_style_prompts_are_read_unchanged(tmp_path, tokenizer):
 @pytest.mark.parametrize("line, message", [
     ({"conversations": [turn("assistant", "hi")]}, r"p.jsonl:2: a prompt must end with a user message .* with nothing"),
     ({"conversations": [turn("system", "hi")]}, r"p.jsonl:2: .* ends with role 'system'"),
-    ({"prompt": "hi"}, r'p.jsonl:2: no key "conversations"; found: \'prompt\''),
+    ({"question": "hi"}, r'p.jsonl:2: no key "conversations"; found: \'question\''),
     ({"conversations": [turn("user", "x")], "answer": 7}, r'p.jsonl:2: "answer" must be text'),
 ])
 def test_bad_prompts_are_one_line_with_their_place(tmp_path, tokenizer, line, message):

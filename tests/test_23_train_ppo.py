@@ -133,7 +133,7 @@ def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, floa
     old = torch.cat([args[1][args[3]] for args, _ in calls])  # of all micro-batches, in whatever order
     sampled = rollout.logprobs[rollout.response_mask]
     assert (old.sort().values - sampled.sort().values).abs().max() < 1e-4
-    assert not any(kl.any() for _, kl in kls), "the reference's have the same temperature"
+    assert calls[0][1][1]["ratio_mean"] == 1 and not any(kl.any() for _, kl in kls), "they have the same temperature"
 
 
 def test_the_critic_starts_as_the_normalised_reward_model(folder, run, monkeypatch, float32):  # noqa: F811
@@ -306,7 +306,7 @@ def test_the_early_stop_is_a_break(folder, run, monkeypatch):
     losses = spy(monkeypatch, train_ppo, "ppo_policy_loss")
     run("ppo", "--max_steps", 1, "--target_kl", 1e-12, "--update_epochs", 3, "--num_minibatches", 2)
     assert len(after) == 2 and len(losses) == 2, "policy and value model once each"
-    assert training_steps(folder / "ppo")[0]["updates"] == 2
+    assert training_steps(folder / "ppo")[0]["updates"] == 1
     state = state_of(folder / "ppo")
     for model, optimizer, (weights, moments) in zip(state["models"], state["optimizers"], after, strict=True):
         assert same(model, weights) and same(list(optimizer["state"].values()), moments)
@@ -329,6 +329,22 @@ def test_an_update_that_is_not_made_leaves_no_gradient(run, monkeypatch):
         run("ppo", "--max_steps", 2, "--target_kl", 1e-12, "--num_minibatches", 1, "--update_epochs", epochs)
     assert len(gradients[1]) == 4, "policy and value model in two rollouts"
     assert same(gradients[1], gradients[2])
+
+
+def test_the_early_stop_looks_at_the_whole_update(run, monkeypatch, float32):  # noqa: F811
+    """Its KL is the mean over all tokens of the update, however many micro-batches it has."""
+    found = {1: [], 3: []}
+    for grad_accum, kls in found.items():
+        def total(value, kls=kls):
+            if isinstance(value, float):  # the other sums are counts
+                kls.append(value)
+            return value
+
+        ragged(monkeypatch, train_ppo)
+        monkeypatch.setattr(train_ppo.runtime, "sum_over_processes", total)
+        run("ppo", "--max_steps", 1, "--target_kl", 1000, "--num_minibatches", 1, "--grad_accum", grad_accum)
+    assert found[1][0] == found[3][0] == 0 and found[1][1] > 1e-3
+    close(found[3][1] / found[1][1], 1.0)
 
 
 # ---------------------------------------------------------------- resume, mistakes

@@ -1,0 +1,311 @@
+"""Chapter 26. Nothing is silently wrong: what a file or a folder means is understood, or it is refused by name.
+
+Data files come in many forms. A form that is known is read; a key that would change what is learned is refused with
+file and line; any other key is named once. Folders that hold no model get a line that says what to do.
+"""
+
+import io
+import json
+import sys
+
+import pytest
+
+import eval as evaluation
+import train_dpo
+import train_pretrain
+import train_sft
+from minillm import checkpoint, token_cache
+from minillm.data import encode_conversation, encode_text, load_split
+from minillm.errors import UserError
+from minillm.model import CausalLM, ModelConfig
+from minillm.preferences import encode_pair, load_pairs
+from minillm.records import advice_on_folder, check_file, read_records, read_texts
+from minillm.token_cache import load_dataset
+from minillm.tokenizer import train_tokenizer
+
+BYTES = train_tokenizer(["a"], 259)  # one byte, one token
+HI_YO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+
+
+def write(name, *records) -> str:
+    with open(name, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return name
+
+
+def one_line(call, *arguments, **options) -> str:
+    """The message of the UserError that the call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def save_model(folder, context=64):
+    checkpoint.save_model(folder, CausalLM(ModelConfig(
+        vocab_size=BYTES.vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=8, intermediate_size=8, max_position_embeddings=context)), BYTES)
+
+
+# ---------------------------------------------------------------------------------------------- forms of a conversation
+
+FORMS = {
+    "ours": {"conversations": HI_YO},
+    "OpenAI": {"messages": HI_YO},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    "ShareGPT under messages": {"messages": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Yo"},
+    "Alpaca without input": {"instruction": "Hi", "output": "Yo"},
+    "prompt and completion": {"prompt": "Hi", "completion": "Yo"},
+    "prompt and completion as messages": {"prompt": HI_YO[:1], "completion": HI_YO[1:]},
+}
+
+
+@pytest.mark.parametrize("record", FORMS.values(), ids=FORMS)
+def test_one_conversation_in_many_forms(capsys, record):
+    """All are trained on alike, are the same questions, and give a tokenizer the same text."""
+    path = write("a.jsonl", record)
+    tokens, mask = load_dataset(encode_conversation, [path], BYTES, 64)[0]
+    assert BYTES.decode(tokens) == RENDERED
+    assert BYTES.decode(tokens[mask]) == "Yo<|im_end|>"
+    assert [record["conversations"] for record in read_records(path)] == [HI_YO]
+    assert list(read_texts([path])) == ["Hi", "Yo"]
+    assert "unknown" not in capsys.readouterr().out
+
+
+def test_the_input_of_alpaca_follows_the_instruction():
+    record, = read_records(write("a.jsonl", {"instruction": "Add.", "input": "1 and 2", "output": "3"}))
+    assert record["conversations"] == [{"role": "user", "content": "Add.\n1 and 2"},
+                                       {"role": "assistant", "content": "3"}]
+
+
+def test_a_prompt_alone_is_a_conversation_without_its_answer():
+    record, = read_records(write("a.jsonl", {"prompt": "1 + 1?", "answer": "2"}))
+    assert record == {"conversations": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "Hi", "chosen": "Yo", "rejected": "No"},
+    {"chosen": HI_YO, "rejected": [HI_YO[0], {"role": "assistant", "content": "No"}]},
+    {"prompt": [{"from": "human", "value": "Hi"}], "chosen": [{"from": "gpt", "value": "Yo"}],
+     "rejected": [{"from": "gpt", "value": "No"}]},
+])
+def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
+    dataset = load_dataset(encode_pair, [write("a.jsonl", record)], BYTES, 64)
+    assert BYTES.decode(dataset[0][0]) == RENDERED.removesuffix("\n")
+    assert BYTES.decode(dataset[1][0]) == RENDERED.removesuffix("\n").replace("Yo", "No")
+
+
+# --------------------------------------------------------------------------------------------------- refused by name
+
+@pytest.mark.parametrize("record, message", [
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "train": False}]}, '"train": false; not supported'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "loss": False}]}, '"loss": false; not supported'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "weight": 0}]}, '"weight": 0; not supported'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "weight": 0.5}]}, '"weight": 0.5; not supported'),
+    ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "thinking": "Hm."}]}, '"thinking" is not supported'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, '"function_call" is not supported'),
+    ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
+    ({"instruction": "Hi", "output": "Yo", "history": [["a", "b"]]}, '"history" is not supported'),
+    ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, '"system" is not supported'),
+    ({"instruction": "Hi", "output": None}, "each of instruction, input and output must be text, not NoneType"),
+    ({"prompt": 5, "completion": "Yo"}, '"prompt" must be text or a list of messages'),
+    ({"conversations": [{"from": "function_call", "value": "f()"}]}, "unknown role 'function_call'"),
+    ({"conversations": [{"role": "user", "content": "a\0b"}, HI_YO[1]]}, r"holds a NUL character (\u0000); remove it"),
+])
+def test_what_would_change_the_lesson_is_refused(record, message):
+    path = write("a.jsonl", {"conversations": HI_YO}, record)
+    error = one_line(load_dataset, encode_conversation, [path], BYTES, 64)
+    assert error.startswith("a.jsonl:2: ") and message in error
+
+
+def test_marks_that_ask_for_what_is_done_anyway_are_accepted():
+    """The assistant is trained on, the user is not."""
+    user, assistant = {**HI_YO[0], "loss": False, "weight": 0}, {**HI_YO[1], "loss": True, "train": True, "weight": 1.0}
+    dataset = load_dataset(encode_conversation, [write("a.jsonl", {"messages": [user, assistant]})], BYTES, 64)
+    assert BYTES.decode(dataset[0][0]) == RENDERED
+
+
+@pytest.mark.parametrize("name, text", [("a.txt", "hello\n"), ("a.jsonl", '{"text": "hello"}\n')])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_recognised_by_its_nul_bytes(name, text, encoding):
+    with open(name, "w", encoding=encoding) as file:
+        file.write(text)
+    error = one_line(load_dataset, encode_text, [name], BYTES, 64)
+    assert error == (f"{name}:1: holds NUL bytes, as UTF-16 does; "
+                     "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
+
+
+# --------------------------------------------------------------------------------------------------------- named once
+
+def test_an_unknown_key_is_named_once_with_its_first_line(capsys):
+    path = write("a.jsonl", {"text": "one", "id": 1, "url": "x"}, {"text": "two", "note": "a", "id": 2},
+                 {"text": "three", "note": "b", "quality": 5})
+    said = 'a.jsonl: unknown keys are ignored: "note" (line 2), "quality" (line 3)\n'
+    for _ in range(2):  # the second time from the cache
+        dataset = load_dataset(encode_text, [path], BYTES, 64)
+        assert len(dataset) == 3 and capsys.readouterr().out.endswith(said)
+    assert dataset.stats["unknown keys"] == [{"note": 2, "quality": 3}]
+    assert len(list(read_records(path))) == 3
+    assert capsys.readouterr().out == said
+
+
+def test_each_file_has_a_line_of_its_own(capsys):
+    paths = [write("a.jsonl", {"text": "one", "x": 1}), write("b.jsonl", {"text": "two"}),
+             write("c.jsonl", {"text": "three"}, {"text": "four", "x": 1})]
+    load_dataset(encode_text, paths, BYTES, 64)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ['a.jsonl: unknown keys are ignored: "x" (line 1)',
+                         'c.jsonl: unknown keys are ignored: "x" (line 2)']
+
+
+def test_several_processes_name_the_same_keys(capsys, monkeypatch):
+    """A file is tokenised in chunks of about 260,000 characters, here in two processes."""
+    path = write("a.jsonl", *({"text": "x" * 99_990, **more} for more in [{}] * 4 + [{"b": 1}] * 4 + [{"a": 1}]))
+    monkeypatch.setattr(token_cache, "PARALLEL", 900_000)
+    monkeypatch.setattr(token_cache.os, "cpu_count", lambda: 2)
+    load_dataset(encode_text, [path], BYTES, 200_000)
+    assert 'a.jsonl: unknown keys are ignored: "b" (line 5), "a" (line 9)' in capsys.readouterr().out
+
+
+def test_keys_of_messages_are_named_too_and_no_more_than_twenty(capsys):
+    list(read_records(write("a.jsonl", {"messages": [{**HI_YO[0], "name": "Bo", "id": 7}, HI_YO[1]]})))
+    assert capsys.readouterr().out == 'a.jsonl: unknown keys are ignored: "conversations: name" (line 1)\n'
+    list(read_records(write("b.jsonl", {"text": "a", **{f"key{i}": 0 for i in range(99)}})))
+    said = capsys.readouterr().out
+    assert '"key19" (line 1)' in said and "key20" not in said
+
+
+# --------------------------------------------------------------------------------------------------- held out is held out
+
+def test_an_evaluation_file_that_shares_conversations_is_counted(capsys):
+    def talk(number):
+        return {"conversations": [{"role": "user", "content": f"q{number}"}, HI_YO[1]]}
+
+    train = write("train.jsonl", *(talk(i) for i in range(5)))
+    shared, apart = write("shared.jsonl", talk(3), talk(4), talk(5)), write("apart.jsonl", talk(6))
+    train_data, eval_data = load_split(encode_conversation, [train], shared, BYTES, 64, 0)
+    assert (len(train_data), len(eval_data)) == (5, 3)
+    assert "shared.jsonl: 2 of 3 held-out sequences are in the training data too; " in capsys.readouterr().out
+    load_split(encode_conversation, [train], apart, BYTES, 64, 0)
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_an_evaluation_file_that_shares_pairs_is_counted(capsys):
+    def pair(answer):
+        return {"prompt": "Hi", "chosen": answer, "rejected": "No"}
+
+    train, shared = write("train.jsonl", pair("a"), pair("b")), write("shared.jsonl", pair("b"), pair("c"))
+    load_pairs([train], shared, BYTES, 64, 0)
+    assert "shared.jsonl: 1 of 2 held-out pairs are in the training data too; " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- messages that point to it
+
+def test_folders_that_are_no_model_each_get_their_own_line(tmp_path):
+    save_model("model")
+    save_model("bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    (tmp_path / "adapter").mkdir()
+    write("adapter/adapter_config.json", {"peft_type": "LORA"})
+    (tmp_path / "empty").mkdir()
+
+    checkpoint.require_stage("model")
+    for folder, message in [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B does not exist; give a checkpoint folder (a model of the Hugging Face hub is "
+                            "downloaded first: hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B)"),
+        ("model/step9", "model/step9 does not exist; give a checkpoint folder"),
+        ("model/model.safetensors", "model/model.safetensors is a file; give the folder that holds it, with "
+                                    "config.json beside it"),
+        ("adapter", "adapter holds an adapter, not a whole model; eval.py takes its base with --model and this with "
+                    "--adapter; to train on, make a whole model with train_lora.py --merge"),
+        ("empty", "empty is no checkpoint folder: config.json is missing"),
+        ("bare", "bare has no tokenizer.json; copy it from the model that this one was made of, or make it with "
+                 "save_pretrained of transformers' AutoTokenizer"),
+    ]:
+        assert one_line(checkpoint.require_stage, folder) == message
+        for script in (train_pretrain, train_sft, train_dpo):  # the model is looked at before the data
+            assert one_line(script.main, script.Config(model=folder, data=["typo.jsonl"], device="cpu")) == message
+        if folder != "adapter":
+            assert one_line(evaluation.main, evaluation.Config(model=folder, device="cpu")) == message
+
+
+def test_a_reference_that_is_no_model_is_seen_before_the_data():
+    save_model("model")
+    config = train_dpo.Config(model="model", ref_model="nowhere", data=["typo.jsonl"], max_seq_len=64, device="cpu")
+    assert one_line(train_dpo.main, config) == "nowhere does not exist; give a checkpoint folder"
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_sft, train_dpo])
+def test_rows_longer_than_the_context_are_refused(script):
+    save_model("model", context=64)
+    config = script.Config(model="model", data=["typo.jsonl"], max_seq_len=65, device="cpu")
+    assert one_line(script.main, config) == ("--max_seq_len 65 is longer than the context of model, which is 64 tokens "
+                                             "(max_position_embeddings); give at most that")
+    config.max_seq_len = 64
+    assert one_line(script.main, config) == "typo.jsonl: no such data file"
+
+
+def test_a_stage_that_is_not_there_names_its_own_option(tmp_path):
+    assert one_line(checkpoint.require_stage, "out/reward", "out/reward", "train_reward.py", "--reward_model") == (
+        "out/reward is not there yet: run python train_reward.py first, or give another --reward_model")
+    (tmp_path / "out" / "sft.bak").mkdir(parents=True)
+    assert one_line(checkpoint.require_stage, "out/sft", "out/sft", "train_sft.py") == (
+        "out/sft is not there yet: run python train_sft.py first, or give another --model (out/sft.bak is an older run)")
+
+
+def test_sft_says_that_an_older_pretrained_model_is_there(tmp_path, capsys):
+    (tmp_path / "out" / "pretrain.bak").mkdir(parents=True)
+    BYTES.save("tokenizer.json")
+    one_line(train_sft.main, train_sft.Config(data=["typo.jsonl"], tokenizer="tokenizer.json", device="cpu"))
+    assert capsys.readouterr().out == ("there is no out/pretrain, but an older run in out/pretrain.bak; "
+                                       "--model out/pretrain.bak uses it\n")
+
+
+def test_a_file_of_the_project_is_missed_in_another_folder(tmp_path):
+    """The default paths are those of the project's folder; a file that is missing there too gets no such advice."""
+    advice = advice_on_folder("data/sft.jsonl")
+    assert advice.startswith("; run the command in the project's folder, ")
+    assert one_line(check_file, "data/sft.jsonl") == "data/sft.jsonl: no such data file" + advice
+    assert one_line(train_pretrain.main, train_pretrain.Config(device="cpu")) == (
+        "data/tokenizer.json: there is no such tokenizer" + advice)
+    assert advice_on_folder("data/typo.jsonl") == advice_on_folder(tmp_path / "sft.jsonl") == ""
+    assert one_line(check_file, tmp_path) == f"{tmp_path}: is a folder; give the files in it"
+
+
+# ------------------------------------------------------------------------------------------------------------ a pipe
+
+@pytest.mark.parametrize("content, messages", [
+    ("你好\n再见".encode(), ["你好", "再见"]),
+    ("\ufeff你好\r\n".encode(), ["你好"]),
+    ("你好\n".encode("gbk"), ["你好"]),
+    ("你好\n".encode("gbk") + "再见\n".encode(), ["你好", "再见"]),
+    (b"caf\xff\n", ["caf\ufffd"]),
+    (b"", []),
+])
+def test_a_pipe_is_utf_8_unless_it_cannot_be(monkeypatch, content, messages):
+    """As under a Chinese Windows, where the locale is GBK."""
+    heard = []
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="gbk"))
+    monkeypatch.setattr(evaluation, "speak", lambda *_: ("", False))
+    monkeypatch.setattr(evaluation, "prepare", lambda model, tokenizer, said, cfg: (heard.append(said[-1]), said))
+    assert evaluation.chat(None, None, evaluation.Config(chat=True), "cpu") == {"turns": len(messages)}
+    assert [message["content"] for message in heard] == messages
+
+
+def test_a_chat_without_standard_input_ends_quietly(monkeypatch, capsys):
+    closed = io.StringIO()
+    closed.close()
+    for stdin in (None, closed):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert evaluation.chat(None, None, evaluation.Config(chat=True), "cpu") == {"turns": 0}
+    assert capsys.readouterr().out == ""
