@@ -156,9 +156,9 @@ def main(cfg: Config) -> dict:
                  **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
                 weight=len(answers), tokens=rollout.n_tokens)
 
-        # Shuffle the answers into mini-batches. Log-probabilities and values before the update come from the micro-batches
-        # of the update, so that the first ratio is exactly 1. (Gradients stay enabled: without them PyTorch may choose
-        # kernels that round differently.)
+        # Shuffle the answers into mini-batches. Log-probabilities and values before the update come from the same
+        # micro-batches as the update, so that the first ratio is exactly 1. (Gradients stay enabled: without them
+        # PyTorch may choose kernels that round differently.)
         minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
                                     scores=scores)
         parts = [part for minibatch in minibatches for part in minibatch.parts]

@@ -36,7 +36,7 @@ def config_to_json(config: ModelConfig, tokenizer=None) -> dict:
     if config.model_type == "qwen2":
         del result["attention_bias"]  # always on q, k and v
     if tokenizer is not None:
-        result.update(bos_token_id=tokenizer.endoftext_id, eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id)
+        result.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id)
     return result
 
 
@@ -282,7 +282,7 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     save_json(folder / "config.json", config)
     stops = list(dict.fromkeys([tokenizer.end_id, tokenizer.endoftext_id]))
     save_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.endoftext_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
     draft = folder / "tokenizer.tmp"  # the tokenizer writes plainly; its files are then moved in one by one
     try:
         shutil.rmtree(draft, ignore_errors=True)

@@ -36,8 +36,7 @@ def encode_text(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
     if not text.strip():
         stats["blank, dropped"] += 1
         return []
-    end = tokenizer.endoftext_id
-    tokens = [end, *tokenizer.encode(text), end]
+    tokens = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.endoftext_id]
     if len(tokens) > max_seq_len:
         stats["cut into pieces"] += 1
     pieces = [tokens[i:i + max_seq_len] for i in range(0, len(tokens) - 1, max_seq_len - 1)]

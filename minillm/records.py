@@ -13,14 +13,14 @@ from minillm.runtime import say
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-READ = set("text conversations prompt chosen rejected margin kind task answer choices".split())
-# Keys that other people's files have and that change nothing. Any other key is named once (see UnknownKeys).
-IGNORED = set("id idx index uuid source dataset subset split score lang language category topic tags url title author "
-              "date timestamp license meta metadata".split())
+# By the key that shows what a record is: all keys that training reads.
+READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin")}
+# Keys that change nothing in training. Any other key is named once (see UnknownKeys).
+IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
+              "topic tags url title author date timestamp license meta metadata".split())
 UNREAD = ("system", "tools", "history", "images")  # beside the messages; must be empty
 UNREAD_IN_MESSAGE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools", "images")
-KNOWN = READ | IGNORED | set(UNREAD)
-KNOWN_IN_MESSAGE = {"role", "content", "id", "weight", "loss", "train", *UNREAD_IN_MESSAGE}
+KNOWN_IN_MESSAGE = {"role", "content", "id", "weight", "loss", "train"}
 PROJECT = Path(__file__).parent.parent
 
 
@@ -81,7 +81,8 @@ def parse_line(text: str, where: str) -> dict:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:  # its own message counts lines from the start of this one
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); {advice}") from None
+        found = "Lines but an array" if text.lstrip().startswith("[") else f"({error.msg}, column {error.colno})"
+        raise UserError(f"{where}: not JSON {found}; {advice}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); {advice}") from None
     if not isinstance(record, dict):
@@ -93,19 +94,19 @@ def normalise(record: dict, where: str) -> dict:
     """The record with {"conversations": [{"role", "content"}, ...]} in place of the other usual forms.
 
     These are OpenAI's "messages", ShareGPT's "from" and "value", Alpaca's instruction, input and output, and a prompt
-    with or without a completion, each as text or as messages. A pair keeps its "prompt". Raises UserError.
+    with or without a completion, each as text or as messages. A "system" beside the conversation becomes its first
+    turn. The prompt of a pair is left, or put, under "prompt". Raises UserError.
     """
     record = dict(record)
-    if "conversations" in record or "text" in record or "chosen" in record:
+    if "chosen" in record:
+        find_prompt(record, where)
+    elif "conversations" in record or "text" in record:
         pass
     elif "messages" in record:
         record["conversations"] = record.pop("messages")
     elif "instruction" in record and "output" in record:
-        parts = [record.pop(key) for key in ("instruction", "input", "output") if key in record]
-        for part in parts:
-            check_text(part, where, "each of instruction, input and output")
-        question = "\n".join(part for part in parts[:-1] if part)
-        record["conversations"] = [{"role": "user", "content": question}, {"role": "assistant", "content": parts[-1]}]
+        question, answer = instruction_of(record, where), record.pop("output")
+        record["conversations"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     elif "prompt" in record:
         prompt, completion = as_messages(record.pop("prompt"), "user"), record.pop("completion", [])
         completion = as_messages(completion, "assistant")
@@ -116,7 +117,39 @@ def normalise(record: dict, where: str) -> dict:
     for key in ("conversations", "prompt", "chosen", "rejected"):
         if isinstance(record.get(key), list):
             record[key] = [from_sharegpt(message) for message in record[key]]
+    system, messages = record.get("system"), record.get("conversations")
+    if system and isinstance(system, str) and isinstance(messages, list) and not has_system_turn(messages):
+        record["conversations"] = [{"role": "system", "content": record.pop("system")}, *messages]
     return record
+
+
+def instruction_of(record: dict, where: str) -> str:
+    """Alpaca's question, taken out of the record: the instruction, and the input, if there is one, on a new line."""
+    parts = record.pop("instruction"), record.pop("input", None) or ""
+    for part in parts:
+        check_text(part, where, "each of instruction and input")
+    return "\n".join(part for part in parts if part)
+
+
+def find_prompt(record: dict, where: str):
+    """In a pair whose sides are answers alone, move what stands for the prompt under "prompt"."""
+    for side in ("chosen", "rejected"):
+        if isinstance(record.get(side), dict):
+            record[side] = [record[side]]  # a single message
+    chosen = record["chosen"]
+    first = from_sharegpt(chosen[0]) if isinstance(chosen, list) and chosen else {}
+    if "prompt" in record or (isinstance(first, dict) and first.get("role") in ("system", "user")):
+        return
+    for key in ("conversations", "messages"):
+        if key in record and "prompt" not in record:
+            record["prompt"] = record.pop(key)
+    if "instruction" in record and "prompt" not in record:
+        record["prompt"] = instruction_of(record, where)
+
+
+def has_system_turn(messages: list) -> bool:
+    """Whether one of the messages is a system message."""
+    return any(isinstance(message, dict) and message.get("role") == "system" for message in messages)
 
 
 def as_messages(value, role: str):
@@ -135,19 +168,24 @@ def from_sharegpt(message):
 
 
 class UnknownKeys:
-    """The keys of one file's records that nothing reads, each with the line where it first stands."""
+    """The keys of one file's records that nothing reads, each with the line where it first holds something."""
 
     def __init__(self, lines=()):
         self.lines = dict(lines)
 
     def add(self, record: dict, line: int):
         """Note the unknown keys of a record and of its messages."""
-        keys = [key for key in record if key not in KNOWN]
-        for name in ("conversations", "prompt", "chosen", "rejected"):
+        kind = next((kind for kind in READ if kind in record), None)
+        read = READ.get(kind, ())
+        self._add(record, {*read, *IGNORED}, "", line)
+        for name in read:
             for message in record[name] if isinstance(record.get(name), list) else ():
                 if isinstance(message, dict):
-                    keys += [f"{name}: {key}" for key in message if key not in KNOWN_IN_MESSAGE]
-        self.merge(UnknownKeys({key: line for key in keys}))
+                    self._add(message, KNOWN_IN_MESSAGE, f"{name}: ", line)
+
+    def _add(self, found, known, prefix, line):
+        unknown = [key for key, value in found.items() if key not in known and value not in (None, "", [], {})]
+        self.merge(UnknownKeys({prefix + key: line for key in unknown}))
 
     def merge(self, other: "UnknownKeys"):
         """Add the keys of lines that come later, up to twenty keys in all."""
@@ -277,6 +315,8 @@ def read_pair(record: dict, where: str) -> tuple:
         if prompt:
             messages = as_messages(messages, "assistant")
         check_messages(messages, where, side)
+        if not prompt and messages[0]["role"] == "assistant":
+            raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
         if prompt and messages[0]["role"] == "assistant":
             messages = prompt + messages
         elif not turns(prompt) <= turns(messages):

@@ -96,7 +96,8 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
         check_file(path)
     contents = [[os.path.basename(path), content_hash(path)] for path in paths]
     kind = encode.__name__.removeprefix("encode_")
-    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document], sort_keys=True)
+    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.bos_id,
+                      tokenizer.endoftext_id], sort_keys=True)
     folder = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     done = folder / "stats.json"
     while int(os.environ.get("LOCAL_RANK", 0)) and not done.exists():

@@ -1,114 +1,80 @@
-"""Byte-level BPE by hand (training, encoding, decoding), and conversations as tokens with a loss mask.
+"""Byte-level BPE from scratch (training, encoding, decoding), and conversations as tokens with a loss mask.
 
-Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) starts from single symbols and merges, again and again, the
-pair of neighbours that occurs most often into a new symbol. The merges, in the order in which they were learned, are
-the tokenizer: a word is encoded by doing the same merges to it, the earliest learned first. The symbols to start from
-are the 256 bytes (Radford et al. 2019, GPT-2), so there is no text without an encoding. A regular expression cuts the
-text into words, and no merge crosses their borders.
+Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) starts from single symbols and repeatedly merges the most
+frequent pair of neighbours into a new symbol. The list of merges, in the order they were learned, is the tokenizer: to
+encode a word, apply the same merges, earliest first. The initial symbols are the 256 bytes (Radford et al. 2019,
+GPT-2), so every text has an encoding. A regular expression first splits the text into words; merges never cross them.
 
     text --regex--> words --UTF-8--> bytes --merges--> ids            ids --join the tokens' bytes--> text
 
-The file is the tokenizer.json of Hugging Face; the ids are those of the `tokenizers` package, for every string.
+The file format is Hugging Face's tokenizer.json, and the ids equal those of the `tokenizers` package for every string.
 
     python -m minillm.tokenizer --data FILE... --vocab_size 6400 --out tokenizer.json
 """
 
-import argparse
+import codecs
 import heapq
 import json
 import os
 import re
-import sys
-import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minillm import unicode_ranges
+from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import ROLES, read_texts
 from minillm.safetensors import save_json
+from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
 
-# `render` below, in the words of transformers' apply_chat_template.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-# ------------------------------------------------------ words --------------------------------------------------------
-
-# In order: English endings; letters, with the space or sign before them; a single digit, so that sums can be learned;
-# signs; line ends; white space, of which the last one is left to the word that follows.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def word_finder(split: str):
-    """A function that cuts a text into its words by one of the splits above; together they are the whole text."""
-    everything, common = compile_split(split, 0x10FFFF).findall, compile_split(split, 0xFFFF).findall
-    # `re` tests the ranges beyond U+FFFF one by one, and few texts have such a character: a fourfold gain.
-    beyond = re.compile("[\U00010000-\U0010ffff]").search
-    return lambda text: (everything if beyond(text) else common)(text)
-
-
-def compile_split(split: str, highest: int) -> re.Pattern:
-    r"""A split for `re`, which has no \p{L} and \p{N} and a wider \s, exact for code points up to `highest`."""
-    letters = unicode_ranges.regex_class(unicode_ranges.LETTERS, highest)
-    numbers = unicode_ranges.regex_class(unicode_ranges.NUMBERS, highest)
-    spaces = unicode_ranges.regex_class(unicode_ranges.WHITE_SPACE, highest)
-    split = split.replace(r"[^\s\p{L}\p{N}]", f"[^{spaces}{letters}{numbers}]")
-    split = split.replace(r"[^\r\n\p{L}\p{N}]", rf"[^\r\n{letters}{numbers}]")
-    split = split.replace(r"\p{L}", f"[{letters}]").replace(r"\p{N}", f"[{numbers}]")
-    split = split.replace(r"\S", f"[^{spaces}]").replace(r"\s", f"[{spaces}]")
-    return re.compile(split)
-
-
 # ------------------------------------------------------ bytes --------------------------------------------------------
 
-# In the file a token is text, so GPT-2 gave each byte a character that can be seen: the space, for one, is "Ġ".
+# In the file a token is text, so GPT-2 gave each byte a visible character: the space, for one, is "Ġ".
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 CHAR_OF_BYTE = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
-BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+# That is a character encoding like Latin-1, so Python's codecs can convert whole words at once.
+_CHARS = "".join(CHAR_OF_BYTE[byte] for byte in range(256))
+_BYTES = codecs.charmap_build(_CHARS)
+# Bytes that a vocabulary may lack: control characters, what UTF-8 never has, planes of Unicode without characters.
+RARE_BYTES = {*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)} - {*b"\t\n\r"}
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def utf8(word: str) -> bytes:
-    """The bytes of a word. Half a surrogate pair, which JSON can smuggle into a str, counts as U+FFFD."""
+    """The bytes of a word. Half of a surrogate pair, which JSON can smuggle into a str, counts as U+FFFD."""
     return _SURROGATE.sub("\ufffd", word).encode()
 
 
 def token_bytes(token: str) -> bytes:
     """The bytes that a token of the file stands for. Only an added token has other characters; it means itself."""
-    if all(char in BYTE_OF_CHAR for char in token):
-        return bytes(BYTE_OF_CHAR[char] for char in token)
-    return token.encode()
+    try:
+        return codecs.charmap_encode(token, "strict", _BYTES)[0]
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 # ----------------------------------------------------- training ------------------------------------------------------
 
-MOST_WORDS = 1_000_000  # keeps a file of any size within memory: beyond it, the rarer half is forgotten
-LONGEST_WORD = 1000  # bytes; a longer run without a border is no word, and its beginning teaches enough
+MOST_WORDS = 1_000_000  # beyond that, the rarer half is forgotten, so a file of any size fits into memory
+LONGEST_WORD = 1000  # bytes; of a longer one only the beginning is used
 
 
 def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> "Tokenizer":
     """Learn a tokenizer of `vocab_size` tokens, special ones included, from an iterable of texts.
 
-    The texts are read once; only how often each word occurs is kept. The tokenizer gets smaller than asked for if no
-    pair is left that occurs twice. Raises UserError below 259 tokens (3 special ones and 256 bytes) and without text.
+    The texts are read once; only the number of times each word occurs is kept. The result is smaller than asked for if
+    no pair is left that occurs twice. Raises UserError below 259 tokens (3 special, 256 bytes) and without text.
     """
     tokens = [*SPECIAL_TOKENS, *CHAR_OF_BYTE.values()]
     if vocab_size < len(tokens):
-        raise UserError(f"vocab_size {vocab_size} is too small: {len(tokens)} hold the bytes and special tokens alone")
+        raise UserError(f"vocab_size {vocab_size} is too small: the bytes and special tokens alone need {len(tokens)}")
     find_words = word_finder(QWEN2_SPLIT)
     word_counts = Counter()
     for text in tqdm(texts, "reading", unit=" texts", disable=None if progress else True):
@@ -124,21 +90,21 @@ def train_tokenizer(texts, vocab_size: int, progress: bool = False) -> "Tokenize
 def learn_merges(word_counts: dict, tokens: list, vocab_size: int, progress: bool = False) -> list:
     """Byte-pair encoding: append to `tokens` until there are `vocab_size`; returns the merges (left, right) in order.
 
-    Of several pairs that are equally frequent, the one with the smallest ids is merged. Counting all pairs anew after
-    every merge would do the same; here only the words that hold the pair are looked at, and the counts kept up to date.
+    Of several equally frequent pairs, the one with the smallest ids is merged. Recounting all pairs after every merge
+    would give the same; here only the words that contain the pair are visited, and the counts are kept up to date.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     words = [[ids[CHAR_OF_BYTE[byte]] for byte in utf8(word)[:LONGEST_WORD]] for word in word_counts]
     counts = list(word_counts.values())
     pair_counts = Counter()
-    words_with = defaultdict(list)  # pair -> numbers of the words that had it when it was counted
+    words_with = defaultdict(list)  # pair -> indices of the words that had it when it was counted
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[i]
             words_with[pair].append(i)
 
-    # An entry of the heap whose count has fallen meanwhile is too high. So it comes up too early, never too late, and
-    # is put back with its true count. Counts that rise are those of pairs with the new token; they are entered anew.
+    # A heap entry is stale if its count has fallen since. It then comes up too early, never too late, and is put back
+    # with its true count. Only pairs with the new token rise in count, and those get a new entry.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     merges = []
@@ -184,7 +150,7 @@ def learn_merges(word_counts: dict, tokens: list, vocab_size: int, progress: boo
 
 
 def make_document(tokens: list, merges: list) -> dict:
-    """The content of a tokenizer.json from which the `tokenizers` package does the same as we do."""
+    """The content of a tokenizer.json with which the `tokenizers` package gives the same ids."""
     split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -200,12 +166,8 @@ def make_document(tokens: list, merges: list) -> dict:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **dict.fromkeys(("unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [f"{left} {right}" for left, right in merges],
         },
@@ -214,31 +176,60 @@ def make_document(tokens: list, merges: list) -> dict:
 
 # -------------------------------------------------- the tokenizer ---------------------------------------------------
 
-CACHED_WORDS = 1 << 17  # words whose ids are remembered; then all are forgotten, so memory stays bounded
+CACHE_SIZE = 1 << 16  # entries of a cache; a full one is emptied, so memory stays bounded
+LONG = 100  # bytes of a word from which on `merge_long` is faster than `merge`
+NEVER = 1 << 60  # the rank of a pair that does not merge
+
+
+class ChatFormat(NamedTuple):
+    """A conversation is `first`, then for each message: start, role, header_end, content, end, after."""
+
+    first: str
+    start: str
+    header_end: str
+    end: str
+    after: str
+
+    def template(self) -> str:
+        """What `render` does, in the language of transformers' apply_chat_template."""
+        first, start, header_end, end, after = (text.replace("\n", r"\n") for text in self)
+        turn = f"{{{{ '{start}' + message['role'] + '{header_end}' + message['content'] + '{end}{after}' }}}}"
+        prompt = f"{{% if add_generation_prompt %}}{{{{ '{start}assistant{header_end}' }}}}{{% endif %}}"
+        return first + "{% for message in messages %}" + turn + "{% endfor %}" + prompt
+
+
+CHATML = ChatFormat("", IM_START, "\n", IM_END, "\n")
+LLAMA3 = ChatFormat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
 
 
 class Tokenizer:
-    """Made from the content of a tokenizer.json; what raises ValueError here is a UserError in `load`."""
+    """Made from the content of a tokenizer.json; what raises ValueError here is a UserError in `load`.
 
-    def __init__(self, document: dict):
-        self.document = document
-        self.normal_form, split = check_document(document)
-        self.find_words = word_finder(split)
+    named: the special tokens that the other files of a model's folder name, as `named_tokens` returns them.
+    """
+
+    def __init__(self, document: dict, named: dict = None):
+        self.document, self.named = document, named or {}
+        self.normalize, splits = check_document(document)
+        self.find_words = word_finder(*splits)
         model = document["model"]
         self.ids = model["vocab"]
-        self.byte_ids = [self.ids[CHAR_OF_BYTE[byte]] for byte in range(256)]
-        self.ignore_merges = model.get("ignore_merges", False)  # Llama 3: a word that is a token is taken whole
+        self.byte_ids = [self.ids.get(CHAR_OF_BYTE[byte]) for byte in range(256)]
+        # SmolLM2 has no token for some of the rare bytes. Like the tokenizers package, we drop them.
+        self.missing_bytes = bytes(byte for byte in range(256) if self.byte_ids[byte] is None)
+        self.ignore_merges = model.get("ignore_merges", False)  # Llama 3: a word that is a token needs no merges
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         self.rank_of = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
         self.merged = [self.ids[left + right] for left, right in merges]
 
         self.bytes_of = {i: token_bytes(token) for token, i in self.ids.items()}
+        self.cut_word = word_cutter(self.bytes_of.values())
         self.added, verbatim, normalized, special = {}, [], [], set()
         for token in document["added_tokens"]:
             text = token["content"]
-            self.bytes_of.setdefault(token["id"], text.encode())
+            self.bytes_of.setdefault(token["id"], token_bytes(text))
             if token.get("normalized"):
-                text = self._normalize(text)
+                text = self.normalize(text)
                 normalized.append(text)
             else:
                 verbatim.append(text)
@@ -249,51 +240,67 @@ class Tokenizer:
         self.find_added = any_of(verbatim), any_of(normalized)
         self.find_added_text = any_of({*verbatim} - special), any_of({*normalized} - special)
         self.vocab_size = max(self.bytes_of) + 1
-        self.cache = {}
+        self.chat_format = LLAMA3 if LLAMA3.end in self.added and IM_END not in self.added else CHATML
+        self._words, self._pieces = {}, {}  # caches: ids of words and of pieces of words
 
     def __reduce__(self):
-        return Tokenizer, (self.document,)  # pickled for a worker process as what it was made from
+        return Tokenizer, (self.document, self.named)  # pickled for a worker process as what it was made from
 
     # text -> ids
 
     def encode(self, text: str, allow_special: bool = False) -> list:
         """The ids of a text, nothing added around it. <|im_end|> and the like are text too, unless `allow_special`."""
-        verbatim, normalized = self.find_added if allow_special else self.find_added_text
+        find_verbatim, find_normalized = self.find_added if allow_special else self.find_added_text
         ids = []
-        for i, part in enumerate(verbatim.split(text)):  # plain text and tokens in turns
+        for i, part in enumerate(find_verbatim(_SURROGATE.sub("\ufffd", text))):  # plain text and tokens in turns
             if i % 2:
                 ids.append(self.added[part])
                 continue
-            for j, part in enumerate(normalized.split(self._normalize(part))):
+            for j, part in enumerate(find_normalized(self.normalize(part))):
                 if j % 2:
                     ids.append(self.added[part])
                     continue
                 for word in self.find_words(part):
-                    ids += self.cache.get(word) or self._encode_word(word)
+                    ids += self._words.get(word) or self._encode_word(word)
         return ids
-
-    def _normalize(self, text: str) -> str:
-        # By Python's Unicode. That of tokenizers is older: it leaves some 100 combining marks of rare scripts unsorted.
-        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def _encode_word(self, word: str) -> list:
-        encoded = utf8(word)
-        whole = self.ids.get("".join(CHAR_OF_BYTE[byte] for byte in encoded)) if self.ignore_merges else None
-        ids = self.merge([self.byte_ids[byte] for byte in encoded]) if whole is None else [whole]
-        if len(self.cache) >= CACHED_WORDS:
-            self.cache.clear()
-        if len(word) <= 64:
-            self.cache[word] = ids
-        return ids
+        token = codecs.charmap_decode(word.encode(), "strict", _CHARS)[0] if self.ignore_merges else None
+        if token in self.ids:
+            return remember(self._words, word, [self.ids[token]])
+        # Where a byte is dropped, its neighbours meet. Such a word is rare, and stays whole.
+        dropped = self.missing_bytes and self._bytes(word) != word.encode()
+        ids, pieces = [], [word] if dropped else self.cut_word(word)
+        for piece in pieces:
+            ids += self._pieces.get(piece) or self._encode_piece(piece)
+        return remember(self._words, word, ids) if len(pieces) < 3 else ids  # the pieces are in a cache already
+
+    def _encode_piece(self, piece: str) -> list:
+        return remember(self._pieces, piece, self.merge([self.byte_ids[byte] for byte in self._bytes(piece)]))
+
+    def _bytes(self, text: str) -> bytes:
+        return text.encode().translate(None, self.missing_bytes)
 
     def merge(self, symbols: list) -> list:
-        """Merge the pair that was learned first (where there are several, the leftmost), until none is left.
+        """Merge the pair that was learned first (the leftmost of several), until no pair is left that merges."""
+        if len(symbols) > LONG:
+            return self.merge_long(symbols)
+        rank_of = self.rank_of.get
+        ranks = [rank_of(pair, NEVER) for pair in zip(symbols, symbols[1:])]
+        while ranks and (rank := min(ranks)) < NEVER:
+            i = ranks.index(rank)
+            symbols[i : i + 2] = [self.merged[rank]]
+            del ranks[i]
+            if i > 0:
+                ranks[i - 1] = rank_of((symbols[i - 1], symbols[i]), NEVER)
+            if i < len(ranks):
+                ranks[i] = rank_of((symbols[i], symbols[i + 1]), NEVER)
+        return symbols
 
-        Plainly: `while pairs: replace min(pairs, key=rank)`. Here the pairs wait in a heap of (rank, position), because
-        the plain way is quadratic in the length of the word.
-        """
+    def merge_long(self, symbols: list) -> list:
+        """The result of `merge`, which takes quadratic time; here the pairs wait in a heap of (rank, position)."""
         end = len(symbols)
-        symbols = [*symbols, None]  # no pair has None in it, so nothing merges with the end
+        symbols = [*symbols, None]  # no pair contains None, so nothing merges with the end
         after, before = [*range(1, end + 1), end], [*range(-1, end)]
         rank_of, merged = self.rank_of.get, self.merged
         heap = [(rank, i) for i, pair in enumerate(zip(symbols, symbols[1:])) if (rank := rank_of(pair)) is not None]
@@ -325,40 +332,56 @@ class Tokenizer:
     # conversations
 
     def render(self, messages: list, add_generation_prompt: bool = False) -> tuple:
-        r"""A conversation as (tokens, loss_mask): each turn is <|im_start|>role\ncontent<|im_end|>\n.
+        r"""A conversation as (tokens, loss_mask). In ChatML each turn is <|im_start|>role\ncontent<|im_end|>\n.
 
-        The mask is True on an assistant's content and on the <|im_end|> that closes it; it is made here, turn by turn,
+        A tokenizer with <|eot_id|> and no <|im_end|> gets the format of Llama 3 instead.
+        The mask is True on an assistant's content and on the token that ends the turn; it is built here, turn by turn,
         never found in the ids afterwards. The header is encoded apart from the content, so the prompt for a reply is a
-        prefix of the conversation with that reply. (For that, content that starts with white space gets other ids than
-        transformers gives, which encodes "\n" and the white space together; they decode to the same text.)
+        prefix of the conversation with that reply. (So content that starts with white space gets other ids than in
+        transformers, which encodes "\n" and the white space together; they decode to the same text.)
         Raises UserError for an unknown role and for content that is not text.
         """
         if not isinstance(messages, (list, tuple)):
             raise UserError(f"a conversation must be a list of messages, not {type(messages).__name__}")
+        chat, start_id, end_id = self.chat_format, self.start_id, self.end_id
         tokens, loss_mask = [], []
 
         def add(ids, trained=False):
             tokens.extend(ids)
             loss_mask.extend([trained] * len(ids))
 
+        def add_header(role):
+            add([start_id, *self.encode(role + chat.header_end, allow_special=True)])
+
+        add(self.encode(chat.first, allow_special=True))
         for number, message in enumerate(messages, 1):
             role, content = check_message(message, number)
-            add([self.start_id, *self.encode(role + "\n")])
-            add([*self.encode(content), self.end_id], trained=role == "assistant")
-            add(self.encode("\n"))
+            add_header(role)
+            add([*self.encode(content), end_id], trained=role == "assistant")
+            add(self.encode(chat.after))
         if add_generation_prompt:
-            add([self.start_id, *self.encode("assistant\n")])
+            add_header("assistant")
         return tokens, loss_mask
 
-    def _special_id(self, token):
+    def _special_id(self, kind: str, *texts: str) -> int:
+        """The first of these special tokens that exists, else the one that the folder names; never part of a turn."""
+        turn = {self.added.get(self.chat_format.start), self.added.get(self.chat_format.end)}
+        ids = [self.added.get(name, name) for name in (*texts, *self.named.get(kind, ()))]
+        ids = [i for i in ids if i in self.bytes_of and i not in turn]
+        if not ids and kind != "eos":
+            return self.endoftext_id
+        return ids[0] if ids else self._id(ENDOFTEXT)
+
+    def _id(self, token: str) -> int:
         if token not in self.added:
             raise UserError(f"the tokenizer has no token {token}: take one that has it, or add it to tokenizer.json")
         return self.added[token]
 
-    endoftext_id = property(lambda self: self._special_id(ENDOFTEXT), doc="<|endoftext|>, around each document")
-    pad_id = property(lambda self: self._special_id(ENDOFTEXT), doc="<|endoftext|> pads: never the end of a turn")
-    start_id = property(lambda self: self._special_id(IM_START), doc="<|im_start|>, the start of a turn")
-    end_id = property(lambda self: self._special_id(IM_END), doc="<|im_end|>, the end of a turn")
+    bos_id = property(lambda self: self._special_id("bos", LLAMA3.first, ENDOFTEXT), doc="begins a document")
+    endoftext_id = property(lambda self: self._special_id("eos", ENDOFTEXT, "<|end_of_text|>"), doc="ends a document")
+    pad_id = property(lambda self: self._special_id("pad", ENDOFTEXT), doc="pads: never the end of a turn")
+    start_id = property(lambda self: self._id(self.chat_format.start), doc="<|im_start|>, the start of a turn")
+    end_id = property(lambda self: self._id(self.chat_format.end), doc="<|im_end|>, the end of a turn")
 
     # files
 
@@ -366,11 +389,16 @@ class Tokenizer:
     def load(cls, path) -> "Tokenizer":
         """Read a tokenizer.json, given as a file or by its folder. Raises UserError, also for what is not supported."""
         path = os.fspath(path)
+        named = named_tokens(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         try:
             with open(path, encoding="utf-8") as file:
-                return cls(json.load(file))
+                document = json.load(file)
+            # Newer files have each merge as a list. A string is smaller, and nothing for the garbage collector.
+            merges = document["model"]["merges"]
+            document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+            return cls(document, named)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except KeyError as error:
@@ -388,13 +416,42 @@ class Tokenizer:
         save_json(os.path.join(path, "tokenizer.json"), self.document)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": IM_END,
-            "pad_token": ENDOFTEXT,
+            "eos_token": self.chat_format.end,
+            "pad_token": self.decode([self.pad_id]),
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": self.chat_format.template(),
         }
+        if self.chat_format.first:
+            config["bos_token"] = self.chat_format.first
         save_json(os.path.join(path, "tokenizer_config.json"), config)
+
+
+def remember(cache: dict, text: str, ids: list) -> list:
+    """Put ids into a cache that stays small; returns them."""
+    if len(cache) >= CACHE_SIZE:
+        cache.clear()
+    if len(text) <= 64:
+        cache[text] = ids
+    return ids
+
+
+def named_tokens(folder) -> dict:
+    """What the files of a model's folder call "bos", "eos" and "pad": lists of texts and ids, preferred ones first."""
+    named = {"bos": [], "eos": [], "pad": []}
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                config = json.load(file)
+        except (OSError, ValueError):
+            continue  # we can do without it; whoever needs the file complains
+        for kind, key in ((kind, kind + end) for kind in named for end in ("_token", "_token_id")):
+            value = config.get(key) if isinstance(config, dict) else None
+            for value in value if isinstance(value, list) else [value]:
+                value = value.get("content") if isinstance(value, dict) else value
+                if isinstance(value, (str, int)):
+                    named[kind].append(value)
+    return named
 
 
 def check_message(message, number: int) -> tuple:
@@ -410,15 +467,18 @@ def check_message(message, number: int) -> tuple:
 
 
 def check_document(document: dict) -> tuple:
-    """(normal form or None, split) of a tokenizer.json. Raises ValueError for all that would give other ids here."""
+    """(how a text is normalized, splits) of a tokenizer.json. Raises ValueError for what would give other ids here."""
     model = document["model"]
     if model.get("type", "BPE") != "BPE" or any(
         model.get(key) for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ):
         raise ValueError("only BPE over bytes is supported, without dropout, prefix or suffix")
     ids = dict(model["vocab"])
-    if not all(type(i) is int and i >= 0 for i in ids.values()):
-        raise ValueError("an id must be a whole number")
+    if not all(type(i) is int and i >= 0 for i in ids.values()) or len({*ids.values()}) < len(ids):
+        raise ValueError("an id must be a whole number, and no two tokens may share one")
+    missing = {byte for byte, char in CHAR_OF_BYTE.items() if char not in ids}
+    if missing - RARE_BYTES or missing and model.get("unk_token"):
+        raise ValueError(f"the vocabulary lacks the bytes {', '.join(map(hex, sorted(missing)))}")
     for token in document["added_tokens"]:
         text = token["content"]
         if not text or token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
@@ -426,51 +486,40 @@ def check_document(document: dict) -> tuple:
         if token["id"] != ids.setdefault(text, len(ids)):  # the tokenizers package would number it differently
             raise ValueError(f"the added token {text!r} has the id {token['id']}, but the id {ids[text]} is its place")
     normalizer = document.get("normalizer")
-    if normalizer not in (None, {"type": "NFC"}):
+    if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
         raise ValueError(f"the normalizer {normalizer} is not supported")
-
-    *splits, last = document["pre_tokenizer"].get("pretokenizers", [document["pre_tokenizer"]])
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True) or any(s["type"] != "Split" for s in splits):
-        raise ValueError("the pre_tokenizer must be a Split and then ByteLevel without add_prefix_space")
-    # Both of these say that each match is a word. The splits that we know leave nothing between the matches.
-    if any((s["behavior"], s["invert"]) not in (("Isolated", False), ("Removed", True)) for s in splits):
-        raise ValueError("the Split must isolate its matches")
-    regexes = [s["pattern"]["Regex"] for s in splits] + [GPT2_SPLIT] * last.get("use_regex", True)
-    if len(regexes) != 1 or regexes[0] not in (QWEN2_SPLIT, LLAMA3_SPLIT, GPT2_SPLIT):
-        raise ValueError(f"the split {' and '.join(regexes)} is not supported")
-    return normalizer and normalizer["type"], regexes[0]
+    return nfc if normalizer == {"type": "NFC"} else str, splits_of(document["pre_tokenizer"])
 
 
-def any_of(tokens) -> re.Pattern:
-    """A regex whose `split` gives plain text and tokens in turns; where two tokens match, the longer one counts."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+def any_of(tokens):
+    """A function that splits a text into plain text and tokens in turns; where two tokens match, the longer counts."""
+    if not tokens:
+        return lambda text: [text]
+    return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")").split
 
 
 # ------------------------------------------- python -m minillm.tokenizer --------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+@dataclass
+class Config:
+    """The flags of the command."""
+
+    data: list[str] = flag([], "data files: .jsonl, .jsonl.gz or .txt")
+    vocab_size: int = flag(6400, "number of tokens, special ones included")
+    out: str = flag("tokenizer.json", "where to write the tokenizer")
 
 
-def main():
-    parser = _Parser("python -m minillm.tokenizer", description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .txt files")
-    parser.add_argument("--vocab_size", type=int, required=True, metavar="N", help="tokens, special ones included")
-    parser.add_argument("--out", default="tokenizer.json", metavar="FILE", help="written here (default %(default)s)")
-    try:
-        args = parser.parse_args()
-        folder = os.path.dirname(args.out) or "."
-        if not os.path.isdir(folder):
-            raise UserError(f"--out {args.out}: there is no folder {folder}")
-        tokenizer = train_tokenizer(read_texts(args.data), args.vocab_size, progress=True)
-        tokenizer.save(args.out)
-        print(f"{args.out}: {tokenizer.vocab_size} tokens")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+def main(cfg: Config):
+    if not cfg.data:
+        raise UserError("--data: give at least one file")
+    folder = os.path.dirname(cfg.out) or "."
+    if not os.path.isdir(folder):
+        raise UserError(f"--out {cfg.out}: there is no folder {folder}")
+    tokenizer = train_tokenizer(read_texts(cfg.data), cfg.vocab_size, progress=True)
+    tokenizer.save(cfg.out)
+    print(f"{cfg.out}: {tokenizer.vocab_size} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_config(Config, __doc__))

@@ -137,7 +137,7 @@ def _whole(text, start, end):
 
 
 def _named(words, text, flags=re.I):
-    """[(start, end), ...] of these words in the text. At one place the longest counts: "hot dog" does not name "hot"."""
+    """[(start, end), ...] of these words in the text. Of two the longer counts: "hot dog" does not name "hot"."""
     patterns = [re.compile(r"\s+".join(map(re.escape, word.split())), flags)
                 for word in sorted(words, key=len, reverse=True)]
     anywhere, spans, at = re.compile("|".join(pattern.pattern for pattern in patterns), flags), [], 0

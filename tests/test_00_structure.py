@@ -29,7 +29,7 @@ IMPORTS = {
     "model": "attention runtime",
     "cuda_graph": "model",
     "generate": "cuda_graph model",
-    "tokenizer": "records safetensors unicode_ranges",
+    "tokenizer": "config records safetensors unicode_ranges",
     "token_cache": "records runtime tokenizer",
     "data": "records runtime token_cache tokenizer",
     "checkpoint": "model records safetensors",

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -169,8 +168,7 @@ def test_other_names_of_the_same_conversation_are_read(tmp_path, record):
     ({"tool_calls": [{"name": "weather"}], "content": ""}, {}, 'message 2 of "conversations": "tool_calls" is'),
     ({"tool_calls": [{"name": "weather"}], "content": None}, {}, 'message 2 of "conversations": "tool_calls" is'),
     ({"weight": 0}, {}, 'message 2 of "conversations" has "weight": 0; not supported'),
-    ({}, {"system": "Be brief."}, '"system" is not supported; write it into the content of a message, or remove it'),
-    ({}, {"tools": [{"name": "weather"}]}, '"tools" is not supported'),
+    ({}, {"tools": [{"name": "weather"}]}, '"tools" is not supported; write it into the content of a message'),
 ])
 def test_what_would_be_lost_is_refused(tmp_path, message, more, error):
     """Other files have keys that change what is trained on. To ignore them would teach something else: an answer

@@ -74,8 +74,9 @@ def test_a_weighted_sum_with_its_parts(tmp_path):
 
 
 def test_numbers_of_any_kind_are_taken(tmp_path):
-    mine = write(tmp_path / "mine.py",
-                 "import torch\ndef tensor(m, answers, e): return torch.ones(len(answers))\ndef truth(m, answers, e): return [a == 'x' for a in answers]\n")
+    mine = write(tmp_path / "mine.py", "import torch\n"
+                 "def tensor(m, answers, e): return torch.ones(len(answers))\n"
+                 "def truth(m, answers, e): return [a == 'x' for a in answers]\n")
     for name, expected in (("tensor", [[1.0, 1.0]]), ("truth", [[1.0, 0.0]])):
         assert score_answers(load_rewards([f"{mine}:{name}"], "", ""), [(SUM[0], ["x", "y"], SUM[1])])[0] == expected
 
@@ -88,7 +89,8 @@ def test_numbers_of_any_kind_are_taken(tmp_path):
     ("return [float('inf')] * len(answers)", r"reward score gave inf for the answer '82' to 'What is"),
     ("return [1.0]", r"reward score returned 1 values for 2 answers to 'What is 37 \+ 45\?', the first '82'"),
     ("return None", r"reward score must return a list of one number per answer; for 2 answers to .* it returned None"),
-    ("return ['good', 'bad']", r"reward score must return a list of one number per answer; .* it returned \['good', 'bad'\]"),
+    ("return ['good', 'bad']",
+     r"reward score must return a list of one number per answer; .* it returned \['good', 'bad'\]"),
 ])
 def test_a_reward_function_that_fails_is_named_with_the_answer_that_caused_it(tmp_path, body, message):
     rewards = load_rewards([write(tmp_path / "mine.py",
@@ -99,8 +101,8 @@ def test_a_reward_function_that_fails_is_named_with_the_answer_that_caused_it(tm
 
 
 def test_a_reward_function_cannot_change_the_answers(tmp_path):
-    rewards = load_rewards([write(tmp_path / "mine.py",
-                                  "def score(m, answers, e):\n    answers.sort()\n    return [0] * len(answers)\n") + ":score"], "", "")
+    code = "def score(m, answers, e):\n    answers.sort()\n    return [0] * len(answers)\n"
+    rewards = load_rewards([write(tmp_path / "mine.py", code) + ":score"], "", "")
     answers = ["b", "a"]
     score_answers(rewards, [(SUM[0], answers, SUM[1])])
     assert answers == ["b", "a"]

@@ -63,7 +63,7 @@ FORMS = {
     "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
     "ShareGPT under messages": {"messages": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]},
     "Alpaca": {"instruction": "Hi", "input": "", "output": "Yo"},
-    "Alpaca without input": {"instruction": "Hi", "output": "Yo"},
+    "Alpaca without input": {"instruction": "Hi", "input": None, "output": "Yo", "history": []},
     "prompt and completion": {"prompt": "Hi", "completion": "Yo"},
     "prompt and completion as messages": {"prompt": HI_YO[:1], "completion": HI_YO[1:]},
 }
@@ -87,6 +87,23 @@ def test_the_input_of_alpaca_follows_the_instruction():
                                        {"role": "assistant", "content": "3"}]
 
 
+@pytest.mark.parametrize("record", [
+    {"conversations": HI_YO, "system": "Be brief."},
+    {"instruction": "Hi", "output": "Yo", "system": "Be brief."},
+])
+def test_a_system_message_beside_the_conversation_is_its_first_turn(record):
+    dataset = load_dataset(encode_conversation, [write("a.jsonl", record)], BYTES, 64)
+    assert BYTES.decode(dataset[0][0]) == "<|im_start|>system\nBe brief.<|im_end|>\n" + RENDERED
+
+
+def test_a_json_array_is_called_one():
+    with open("a.json", "w", encoding="utf-8") as file:
+        file.write("[\n  {\"text\": \"a\"}\n]\n")
+    assert one_line(load_dataset, encode_text, ["a.json"], BYTES, 64) == (
+        "a.json:1: not JSON Lines but an array; each line must be an object; "
+        "jq -c '.[]' OLD > NEW converts a JSON array")
+
+
 def test_a_prompt_alone_is_a_conversation_without_its_answer():
     record, = read_records(write("a.jsonl", {"prompt": "1 + 1?", "answer": "2"}))
     assert record == {"conversations": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
@@ -97,6 +114,10 @@ def test_a_prompt_alone_is_a_conversation_without_its_answer():
     {"chosen": HI_YO, "rejected": [HI_YO[0], {"role": "assistant", "content": "No"}]},
     {"prompt": [{"from": "human", "value": "Hi"}], "chosen": [{"from": "gpt", "value": "Yo"}],
      "rejected": [{"from": "gpt", "value": "No"}]},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yo"},
+     "rejected": {"from": "gpt", "value": "No"}},
+    {"messages": HI_YO[:1], "chosen": HI_YO[1:], "rejected": [{"role": "assistant", "content": "No"}]},
+    {"instruction": "Hi", "input": "", "chosen": "Yo", "rejected": "No"},
 ])
 def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     dataset = load_dataset(encode_pair, [write("a.jsonl", record)], BYTES, 64)
@@ -116,8 +137,10 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, '"function_call" is not supported'),
     ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
     ({"instruction": "Hi", "output": "Yo", "history": [["a", "b"]]}, '"history" is not supported'),
-    ({"instruction": "Hi", "output": "Yo", "system": "Be brief."}, '"system" is not supported'),
-    ({"instruction": "Hi", "output": None}, "each of instruction, input and output must be text, not NoneType"),
+    ({"conversations": [{"role": "system", "content": "a"}, *HI_YO], "system": "b"}, '"system" is not supported'),
+    ({"conversations": HI_YO, "system": ["Be brief."]}, '"system" is not supported'),
+    ({"instruction": "Hi", "output": None}, '"content" of message 2 of "conversations" must be text, not NoneType'),
+    ({"instruction": 5, "output": "Yo"}, "each of instruction and input must be text, not int"),
     ({"prompt": 5, "completion": "Yo"}, '"prompt" must be text or a list of messages'),
     ({"conversations": [{"from": "function_call", "value": "f()"}]}, "unknown role 'function_call'"),
     ({"conversations": [{"role": "user", "content": "a\0b"}, HI_YO[1]]}, r"holds a NUL character (\u0000); remove it"),
@@ -126,6 +149,14 @@ def test_what_would_change_the_lesson_is_refused(record, message):
     path = write("a.jsonl", {"conversations": HI_YO}, record)
     error = one_line(load_dataset, encode_conversation, [path], BYTES, 64)
     assert error.startswith("a.jsonl:2: ") and message in error
+
+
+def test_a_pair_without_a_question_is_refused():
+    """It would teach which answer is better to nothing."""
+    sides = {"chosen": HI_YO[1:], "rejected": [{"role": "assistant", "content": "No"}]}
+    path = write("a.jsonl", {"query": "Hi", **sides})
+    assert one_line(load_dataset, encode_pair, [path], BYTES, 64) == (
+        'a.jsonl:1: nothing stands before the answer in "chosen"; put the question under "prompt"')
 
 
 def test_marks_that_ask_for_what_is_done_anyway_are_accepted():
@@ -159,6 +190,16 @@ def test_an_unknown_key_is_named_once_with_its_first_line(capsys):
     assert capsys.readouterr().out == said
 
 
+@pytest.mark.parametrize("record, said", [
+    ({"conversations": HI_YO, "prompt": "Hm?"}, '"prompt" (line 1)'),
+    ({"text": "a", "system": "Be brief.", "completion": "b"}, '"system" (line 1), "completion" (line 1)'),
+    ({"chosen": HI_YO, "rejected": HI_YO, "messages": HI_YO, "score_chosen": 0}, '"messages" (line 1), "score_chosen"'),
+])
+def test_a_key_that_only_another_kind_of_record_has_is_unknown(capsys, record, said):
+    list(read_records(write("a.jsonl", record)))
+    assert f"a.jsonl: unknown keys are ignored: {said}" in capsys.readouterr().out
+
+
 def test_each_file_has_a_line_of_its_own(capsys):
     paths = [write("a.jsonl", {"text": "one", "x": 1}), write("b.jsonl", {"text": "two"}),
              write("c.jsonl", {"text": "three"}, {"text": "four", "x": 1})]
@@ -185,7 +226,7 @@ def test_keys_of_messages_are_named_too_and_no_more_than_twenty(capsys):
     assert '"key19" (line 1)' in said and "key20" not in said
 
 
-# --------------------------------------------------------------------------------------------------- held out is held out
+# ------------------------------------------------------------------------------------------------ held out is held out
 
 def test_an_evaluation_file_that_shares_conversations_is_counted(capsys):
     def talk(number):
@@ -221,8 +262,8 @@ def test_folders_that_are_no_model_each_get_their_own_line(tmp_path):
 
     checkpoint.require_stage("model")
     for folder, message in [
-        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B does not exist; give a checkpoint folder (a model of the Hugging Face hub is "
-                            "downloaded first: hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B)"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B does not exist; give a checkpoint folder (a model of the Hugging Face hub "
+                            "is downloaded first: hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B)"),
         ("model/step9", "model/step9 does not exist; give a checkpoint folder"),
         ("model/model.safetensors", "model/model.safetensors is a file; give the folder that holds it, with "
                                     "config.json beside it"),
@@ -260,7 +301,8 @@ def test_a_stage_that_is_not_there_names_its_own_option(tmp_path):
         "out/reward is not there yet: run python train_reward.py first, or give another --reward_model")
     (tmp_path / "out" / "sft.bak").mkdir(parents=True)
     assert one_line(checkpoint.require_stage, "out/sft", "out/sft", "train_sft.py") == (
-        "out/sft is not there yet: run python train_sft.py first, or give another --model (out/sft.bak is an older run)")
+        "out/sft is not there yet: run python train_sft.py first, or give another --model "
+        "(out/sft.bak is an older run)")
 
 
 def test_sft_says_that_an_older_pretrained_model_is_there(tmp_path, capsys):
