@@ -21,7 +21,7 @@ from torch import Tensor
 from minillm.logprobs import check_sequences, check_shapes, denominator, fp32, masked, token_logprobs
 
 
-# Supervised fine-tuning
+# Pretraining and supervised fine-tuning: train_pretrain.py, train_sft.py, train_lora.py; tests: chapter 5
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
     """Cross-entropy on the tokens that are supervised: pretraining (all of them) and SFT (what the assistant says).
@@ -42,7 +42,7 @@ def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -
     return -masked(token_logprobs(logits, tokens), mask).sum() / denominator(n_tokens, mask.sum())
 
 
-# Preferences
+# Preferences: train_reward.py, train_dpo.py; tests: chapter 15
 
 def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=None, n_pairs=None) -> Tensor:
     """Bradley-Terry: the chosen answer should score higher than the rejected one.
@@ -118,7 +118,7 @@ def _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chos
     return z, {name: x.detach().sum() / max(len(z), 1) for name, x in stats.items()}
 
 
-# Reinforcement learning: KL, advantages
+# Reinforcement learning, KL and advantages: train_grpo.py (tests: chapter 18), train_ppo.py (chapter 19)
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """KL(policy || ref) from sampled tokens, the plain estimator: unbiased, but single values may be negative.
@@ -218,7 +218,7 @@ def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
     return centred * torch.rsqrt(variance + 1e-8)
 
 
-# Reinforcement learning: policy and value losses
+# Reinforcement learning, policy and value losses: train_grpo.py (chapter 18), train_ppo.py (chapter 19)
 
 def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps_low, clip_eps_high, beta):
     """What the four policy losses share: the loss of each token (B, T), 0 outside the mask, and the stats.

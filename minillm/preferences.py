@@ -4,7 +4,6 @@ In the token cache a pair is two sequences, first the chosen one, then the rejec
 tokens. The mask is True on the answer and on the <|im_end|> that closes it.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """Chapter 5: the log-probability of a token, and the loss of supervised fine-tuning.
 
+Code: minillm/logprobs.py and sft_loss in minillm/losses.py, used by train_pretrain.py, train_sft.py and train_lora.py.
+
 Everything after this chapter (DPO, PPO, GRPO) is built on one number: how probable was this token, given those before
 it? Supervised fine-tuning just makes that number larger for the tokens that a good assistant would have said.
 """

@@ -1,5 +1,7 @@
 """Chapter 15: learning from pairs. A reward model, DPO and IPO.
 
+Code: reward_loss, dpo_loss and ipo_loss in minillm/losses.py, used by train_reward.py and train_dpo.py.
+
 Somebody preferred one answer to another. Bradley and Terry say how likely that was: sigmoid(score of the one - score of
 the other). A reward model learns the scores. DPO notes that a policy already has one: how much more probable than its
 reference it makes the answer, times beta.

@@ -1,5 +1,7 @@
 """Chapter 18: reinforcement learning without a critic. Group advantages, the KL estimators, GRPO, Dr. GRPO and DAPO.
 
+Code: minillm/losses.py, used by train_grpo.py.
+
 Ask the same question several times. Answers better than the group's mean are made more probable, worse ones less; a
 clip keeps each step small, and a KL term keeps the policy near its reference. The three losses differ in two places
 only: what the sum over tokens is divided by, and how far up the clip lets a token go.

@@ -1,5 +1,7 @@
 """Chapter 19: reinforcement learning with a critic. GAE, whitening, PPO's policy loss and value loss.
 
+Code: minillm/losses.py, used by train_ppo.py.
+
 The critic guesses, before every token, what score the answer will get. A token's advantage is how much better things
 went than the critic had guessed: one step later (lambda 0), at the very end (lambda 1), or in between.
 """
