@@ -5,6 +5,7 @@ one token). PyTorch uses one thread: with another number it may add the same num
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -18,17 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sft
-from minillm import metrics, model, runtime, token_cache
+from minillm import metrics, model, optim, runtime, token_cache
 from minillm.config import check_ranges, flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, encode_text, load_split
 from minillm.errors import UserError
 from minillm.logprobs import linear_cross_entropy
 from minillm.losses import sft_loss
 from minillm.model import CausalLM, preset_config
-from minillm.optim import make_optimizers, schedule, set_lr
+from minillm.optim import Muon, make_optimizers, newton_schulz, schedule, set_lr
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
@@ -115,6 +117,109 @@ def test_every_trained_parameter_is_in_one_group(muon):
     assert len(others[2]) == 9 and "model.embed_tokens.weight" in others[2] and "model.norm.weight" not in others[2]
     set_lr(optimizers, 0.7)
     assert all(g["lr"] == 0.7 for o in optimizers for g in o.param_groups)
+
+
+# ------------------------------------------------------------------------------------ Muon
+
+def test_newton_schulz_worked_example():
+    """The diagonal matrix (3, 4) has the Frobenius norm 5, so its singular values begin at 0.6 and 0.8. One step:
+    p(0.6) = 3.4445 * 0.6 - 4.775 * 0.216 + 2.0315 * 0.07776 = 1.193269, p(0.8) = 2.7556 - 2.4448 + 0.665682 = 0.976482.
+    """
+    matrix = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
+    close(newton_schulz(matrix, steps=1), [[[1.193269, 0.0], [0.0, 0.976482]]])
+    turned = matrix.flip(-1)  # (0, 3), (4, 0): the directions stay what they are
+    close(newton_schulz(turned, steps=1), [[[0.0, 1.193269], [0.976482, 0.0]]])
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 8), (8, 24), (24, 8)])
+def test_newton_schulz_makes_all_directions_about_equally_long(rows, columns):
+    """A matrix whose singular values differ by a factor of 100 ends with all of them between 0.68 and 1.21."""
+    random = torch.Generator().manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(3, rows, columns, generator=random), full_matrices=False)
+    stretched = U * torch.logspace(0, -2, 8) @ V
+    values = torch.linalg.svdvals(newton_schulz(stretched))
+    assert torch.linalg.svdvals(stretched).min() < 0.011 and 0.68 < values.min() and values.max() < 1.21
+
+
+def muon_steps(optimizer_of, shapes, steps=4):
+    """The weights after some steps with random gradients; in step 2 the first matrix has none."""
+    random = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=random).requires_grad_() for shape in shapes]
+    optimizer = optimizer_of(weights)
+    for step in range(steps):
+        for i, weight in enumerate(weights):
+            gradient = torch.randn(weight.shape, generator=random)
+            weight.grad = None if (step, i) == (1, 0) else gradient
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 600, 2**22])
+def test_muon_equals_its_plain_twin(monkeypatch, dtype, at_once):
+    """torch.optim.Muon, over four steps, with square, wide and tall matrices, one at a time or all of one shape. It
+    computes in bf16; without its cast both agree to the last digits of float32.
+
+    In bf16 a number has 8 bits, so each entry of U is off by some 2^-8 of its size, which is at most 1.2. Four steps of
+    lr * 0.2 sqrt(24) = 0.0098 add up to less than 4 * 0.0098 * 1.2 / 2^8 * 8 (for five iterations that each round
+    twice) = 0.0015.
+    """
+    monkeypatch.setattr(runtime, "precision", lambda device: dtype)
+    monkeypatch.setitem(optim.NUMBERS_AT_ONCE, "cpu", at_once)
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (8, 24), (16, 16), (1, 8)]
+    ours = muon_steps(lambda weights: Muon(weights, 0.01, weight_decay=0.3), shapes)
+    twin = muon_steps(lambda weights: torch.optim.Muon(weights, 0.01, weight_decay=0.3,
+                                                       adjust_lr_fn="match_rms_adamw"), shapes)
+    for one, other in zip(ours, twin):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.0015)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something; a view computes nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_muon_starts_few_kernels(monkeypatch):
+    """The 28 matrices of `tiny` have four shapes. One loop over the matrices starts 644 kernels."""
+    monkeypatch.setitem(model.PRESETS, "tiny", (128, 4, 4, 2, 32, 384))
+    lm = CausalLM(preset_config("tiny", 259))
+    for p in lm.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers = make_optimizers(lm, 0.01, muon=True)
+    for optimizer in optimizers:
+        optimizer.step()  # the first step makes the state
+    with Kernels() as kernels:
+        for optimizer in optimizers:
+            optimizer.step()
+    assert kernels.count < 150
+
+
+def test_muon_continues_exactly_from_its_state():
+    """One buffer for each matrix, whatever is stacked: saved after two steps, loaded into a new optimizer."""
+    weights = [torch.randn(4, 6).requires_grad_() for _ in range(3)]
+    gradients = torch.randn(4, 3, 4, 6)
+
+    def steps(parameters, optimizer, numbers):
+        for step in numbers:
+            for weight, gradient in zip(parameters, gradients[step]):
+                weight.grad = gradient.clone()
+            optimizer.step()
+
+    optimizer = Muon(weights, 0.1)
+    steps(weights, optimizer, [0, 1])
+    copies = [weight.detach().clone().requires_grad_() for weight in weights]
+    resumed = Muon(copies, 0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(weights, optimizer, [2, 3])
+    steps(copies, resumed, [2, 3])
+    assert all(torch.equal(one, other) for one, other in zip(weights, copies))
 
 
 # ------------------------------------------------------------------------------------ one denominator
