@@ -135,7 +135,7 @@ class Run:
     def count(self, *counts: int):
         """An optimizer step begins: what it averages over, summed over all processes. Returns one number for each."""
         self.updates += 1
-        totals = [int(runtime.sum_over_processes(count)) for count in counts]
+        totals = [int(total) for total in runtime.sums_over_processes(counts)]
         return totals[0] if len(totals) == 1 else totals
 
     def add(self, stats: dict, weight=None, tokens: int = 0):

@@ -142,11 +142,16 @@ def generator(device, *numbers: int) -> torch.Generator:
 
 def sum_over_processes(value: float) -> float:
     """The sum of a number over all processes."""
+    return sums_over_processes([value])[0]
+
+
+def sums_over_processes(values: list) -> list:
+    """The sum of each of these numbers over all processes, in one message."""
     if world_size() == 1:
-        return value
-    total = torch.tensor(float(value), dtype=torch.float64)  # on the CPU: no wait for the GPU
-    dist.all_reduce(total)
-    return total.item()
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for the GPU
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def sum_tensor_over_processes(values: torch.Tensor) -> torch.Tensor:

@@ -289,6 +289,8 @@ def test_a_number_is_summed_on_the_cpu_in_float64(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", seen.append)
     assert runtime.sum_over_processes(2**53 - 1) == 9007199254740991
     assert seen[0].device == CPU and seen[0].dtype == torch.float64
+    assert runtime.sums_over_processes([7, 2**53 - 1]) == [7, 9007199254740991]
+    assert len(seen) == 2, "several numbers are one message"
 
 
 TOGETHER = """
