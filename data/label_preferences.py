@@ -1,7 +1,8 @@
 """RLAIF: preference pairs from AI feedback, with no human labels (arXiv 2212.08073; 2309.00267).
 
 A policy samples two answers to each prompt, and a judge says which is better. It is asked in both orders, because
-judges tend to favour one of the two places. If the orders disagree, the pair is dropped. The others are written as
+judges tend to favour one of the two places. The mean of the two probabilities is free of that bias (2309.00267, section
+3.1), and decides. The pairs of which the judge is sure enough are written as
 
     {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task", "lang"}
 
@@ -41,7 +42,7 @@ class Config:
     rounds: int = flag(1, "pairs to sample for each prompt", low=1)
     temperature: float = flag(1.0, "of the answers", low=0.01)
     max_new_tokens: int = flag(64, "longest answer", low=1)
-    min_confidence: float = flag(0.5, "drop pairs whose mean probability of the verdict is below this", low=0.5, high=1)
+    min_confidence: float = flag(0.6, "drop pairs whose mean probability of the verdict is below this", low=0.5, high=1)
     batch_size: int = flag(128, "answers sampled, or questions asked, at once", low=1)
     device: str = flag("", "cuda, mps or cpu (default: the best available)")
     seed: int = flag(0, "seed of the sampling", low=0)
@@ -78,13 +79,12 @@ def main(cfg: Config) -> dict:
     with runtime.autocast(device):
         found = judge.compare(pairs, cfg.batch_size)
     first_place = sum((shown_first > 0.5) + (shown_second < 0.5) for shown_first, shown_second in found)
-    dropped.update({"the two orders disagree": 0, "confidence too low": 0})
+    disagree = sum((shown_first > 0.5) != (shown_second > 0.5) for shown_first, shown_second in found)
+    dropped["confidence too low"] = 0
     lines, agreement = [], {}
     for (messages, a, b, record), (shown_first, shown_second) in zip(pairs, found):
         p = (shown_first + shown_second) / 2
-        if (shown_first > 0.5) != (shown_second > 0.5):
-            dropped["the two orders disagree"] += 1
-        elif max(p, 1 - p) < cfg.min_confidence:
+        if max(p, 1 - p) < cfg.min_confidence:
             dropped["confidence too low"] += 1
         else:
             chosen, rejected = (a, b) if p > 0.5 else (b, a)
@@ -108,7 +108,7 @@ def main(cfg: Config) -> dict:
     report = {"prompts": N, "pairs": len(lines), "dropped": dropped,
               "confidence": sum(line["confidence"] for line in lines) / len(lines),
               "first_answer_preferred": first_place / (2 * len(pairs)),
-              "orders_disagree": dropped["the two orders disagree"] / len(pairs),
+              "orders_disagree": disagree / len(pairs),
               "agreement": {name: [sum(wins) / len(wins), len(wins)] for name, wins in agreement.items()}}
     save_json(f"{cfg.out}.report.json", report)
     runtime.say(f"{len(lines):,} pairs from {N:,} prompts -> {cfg.out}" + (f"; dropped: {reasons}" if reasons else ""))
