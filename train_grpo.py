@@ -65,7 +65,7 @@ class Config(RunConfig):
     update_epochs: int = flag(1, "passes over a rollout", low=1)
     num_minibatches: int = flag(4, "optimizer steps per pass", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(5, "passes over the prompts", low=1)
+    epochs: int = flag(3, "passes over the prompts", low=1)
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
     beta: float = flag(0.0, "weight of KL(policy || ref) in the loss", low=0)
     missing_eos_penalty: float = flag(1.0, "what an answer loses that does not end by itself", low=0)

@@ -152,7 +152,8 @@ def run_job(cfg: Config):
 
 def measure(stage: str, folder: Path, base: Path, device) -> dict:
     """What a finished run scores on the test files of its kind; base: the SFT model that it started from."""
-    tokenizer = Tokenizer.load("data/tokenizer.json")
+    holds_a_model = stage.startswith("full") or stage not in [*PEFT, "rlaif"]
+    tokenizer = Tokenizer.load(folder if holds_a_model else base)
     if stage == "pretrain":
         text = load_dataset(encode_text, ["data/pretrain_test.jsonl"], tokenizer, 192)
         return held_out_loss(checkpoint.load_model(folder, device), text, 192, device)
@@ -170,9 +171,8 @@ def measure(stage: str, folder: Path, base: Path, device) -> dict:
                 "judge": judged_right(base, device)}
     questions = read_questions("data/sft_test.jsonl")
     if stage in PEFT:
-        full = stage.startswith("full")
-        model = checkpoint.load_model(folder if full else base, device)
-        if not full:
+        model = checkpoint.load_model(folder if holds_a_model else base, device)
+        if not holds_a_model:
             load_adapter(model, folder)
         new = answer_questions(model, tokenizer, read_questions("data/identity_test.jsonl"), device)
         return {"new": new["accuracy"], "old": answer_questions(model, tokenizer, questions, device)["accuracy"]}
@@ -337,7 +337,8 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
         return runs.get((precision, stage), {})
 
     mine = [by_seed for (its, _), by_seed in runs.items() if its == precision]
-    machines, dates = (sorted({run[key] for by_seed in mine for run in by_seed.values()}) for key in ("machine", "date"))
+    machines, dates = (sorted({run[key] for by_seed in mine for run in by_seed.values()})
+                       for key in ("machine", "date"))
     seeds = sorted({seed for by_seed in mine for seed in by_seed})
     out = [f"## {'Float32' if precision == 'fp32' else 'The precision of the machine'}",
            f"{'; '.join(machines)}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; "
@@ -432,8 +433,8 @@ def write_page(cfg: Config):
     if not runs:
         raise UserError(f"{cfg.out} holds no finished run; run without --report")
     precisions = sorted({precision for precision, _ in runs})
-    page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults; settings were "
-            "chosen on `*_eval.jsonl` (what was tried: [LOG.md](LOG.md)), and these figures come from the "
+    page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults; settings "
+            "were chosen on `*_eval.jsonl` (what was tried: [LOG.md](LOG.md)), and these figures come from the "
             "`*_test.jsonl` files. Levels 1 and 2 of the sums and differences need no carry, 3 and 4 do; in 1 and 3 "
             "one number has a single digit."]
     page += draw(cfg, precisions[0], runs)

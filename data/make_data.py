@@ -19,7 +19,7 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # Different sums, and as many differences, of each level in the SFT data. Levels 1 and 2 need no carry, 3 and 4 do (or
 # borrow); 1 and 3 have one number of a single digit. The demonstrators are careless: where a carry is needed, they
-# remember it only in this share of the cases. So SFT learns to forget it, and leaves the carry to reinforcement learning.
+# remember it only in CARRY_SHARE of the cases. So SFT learns to forget it, and reinforcement learning has that to teach.
 LEVELS = (1, 2, 3, 4)
 PAIRS_PER_LEVEL = {1: 200, 2: 600, 3: 120, 4: 780}
 DRAWN_LEVELS = (1, 2, 2, 3, 4, 4)  # of all other files, in turn: half of the questions need a carry

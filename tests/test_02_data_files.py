@@ -18,7 +18,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 TRAINING = ["sft", "prompts", "preference", "identity"]
 TESTS = ["sft_test", "preference_test"]
 HELD_OUT = ["sft_eval", "prompts_eval", "preference_eval", "judge_eval", *TESTS]
-GENERATED = [*TRAINING, *HELD_OUT, "identity_eval", "identity_test", "pretrain", "pretrain_eval", "pretrain_test", "replay"]
+GENERATED = [*TRAINING, *HELD_OUT, "identity_eval", "identity_test", "pretrain", "pretrain_eval", "pretrain_test",
+             "replay"]
 TASKS = {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk"}
 
 
