@@ -69,7 +69,7 @@ class Config(RunConfig):
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
     beta: float = flag(0.0, "weight of KL(policy || ref) in the loss", low=0)
     missing_eos_penalty: float = flag(1.0, "what an answer loses that does not end by itself", low=0)
-    lr: float = flag(1.5e-4, "peak learning rate", low=0)
+    lr: float = flag(1e-4, "peak learning rate", low=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)

@@ -19,7 +19,7 @@ from minillm.rewards import judge_prompt  # noqa: E402
 
 # Different sums, and as many differences, of each level in the SFT data. Levels 1 and 2 need no carry, 3 and 4 do (or
 # borrow); 1 and 3 have one number of a single digit. The demonstrators are careless: where a carry is needed, they
-# remember it only in CARRY_SHARE of the cases. So SFT learns to forget it, and reinforcement learning has that to teach.
+# remember it only in CARRY_SHARE of the cases. So SFT learns to forget it, and that is left to reinforcement learning.
 LEVELS = (1, 2, 3, 4)
 PAIRS_PER_LEVEL = {1: 200, 2: 600, 3: 120, 4: 780}
 DRAWN_LEVELS = (1, 2, 2, 3, 4, 4)  # of all other files, in turn: half of the questions need a carry
@@ -41,7 +41,7 @@ SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80,
 JUDGE_EVAL = 100
 PREFERENCES = {"rude": 300, "rambling": 300, "wrong": 2900}
 PREFERENCES_EVAL = {"rude": 100, "rambling": 100, "wrong": 200}
-PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220,
+PROMPTS = {"add": 600, "subtract": 600, "compare": 300, "sort": 450, "count": 450, "reverse": 300, "fact": 220,
            "talk": 120}
 PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40,
                 "talk": 20}

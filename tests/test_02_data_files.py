@@ -117,7 +117,7 @@ def test_counts(files):
     assert set(eval_) == TASKS and all(60 <= n <= 100 for n in eval_.values())
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
-    assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.45 * sum(prompts.values())
+    assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.35 * sum(prompts.values())
     assert Counter(line["kind"] for line in files["preference"]) == {"rude": 300, "rambling": 300, "wrong": 2900}
     tested = Counter(line["kind"] for line in files["preference_test"])
     assert sum(tested.values()) == 1000 and min(tested.values()) >= 300
