@@ -39,7 +39,7 @@ JUDGE_PAIRS = 450            # each in both orders
 TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 100
-PREFERENCES = {"rude": 300, "rambling": 300, "wrong": 2900}
+PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2500}
 PREFERENCES_EVAL = {"rude": 100, "rambling": 100, "wrong": 200}
 PROMPTS = {"add": 600, "subtract": 600, "compare": 300, "sort": 450, "count": 450, "reverse": 300, "fact": 220,
            "talk": 120}
@@ -753,9 +753,10 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
 def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
-        # Half as many wrong sums as other wrong answers: a small reward model does not learn from them which are right.
-        others = tuple(task for task in PAIR_TASKS if task not in pairs)
-        turns = PAIR_TASKS + others if kind == "wrong" and not hold_out else PAIR_TASKS
+        # Few lists with two neighbours swapped: there the SFT model is mostly right, and a small model that learns by
+        # DPO to avoid what is almost right also loses what is right.
+        others = tuple(task for task in PAIR_TASKS if task not in ("sort", "reverse"))
+        turns = PAIR_TASKS + others + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0
         while made < n:
             i += 1

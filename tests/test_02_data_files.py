@@ -118,7 +118,7 @@ def test_counts(files):
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
     assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.35 * sum(prompts.values())
-    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 300, "rambling": 300, "wrong": 2900}
+    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 500, "rambling": 500, "wrong": 2500}
     tested = Counter(line["kind"] for line in files["preference_test"])
     assert sum(tested.values()) == 1000 and min(tested.values()) >= 300
     for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
