@@ -16,6 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,7 +449,10 @@ def write_page(cfg: Config):
                  table([["question", "reply"], *replies])]
     commands = {stage: by_seed[min(by_seed)]["command"] for (precision, stage), by_seed in runs.items()
                 if precision == precisions[0]}
-    page += ["## Commands", "```\n" + "\n".join(commands[stage] for stage in STAGES if stage in commands) + "\n```"]
+    wrapped = [" \\\n    ".join(textwrap.wrap(commands[stage], 112, break_on_hyphens=False))
+               for stage in STAGES if stage in commands]
+    page += ["## Commands", "```\n" + "\n".join(wrapped) + "\n```"]
+    page = [piece if piece.startswith(("#", "|", "!", "`")) else textwrap.fill(piece, 120) for piece in page]
     Path(cfg.page).write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"{cfg.page} is written", flush=True)
 
