@@ -629,7 +629,7 @@ def test_ai_feedback_becomes_ordinary_pairs(tmp_path, tokenizer, talkative, lm_f
     # the judge does prefer what was chosen, on the mean of both orders
     found = Judge(lm_folder).compare([(line["chosen"][:-1], line["chosen"][-1]["content"],
                                        line["rejected"][-1]["content"], line) for line in lines])
-    assert all(first + second > 1 for first, second in found)
+    assert all(first + second > 1 - 1e-4 for first, second in found)
 
 
 def test_a_judge_that_only_sees_the_place_labels_nothing(tmp_path, tokenizer, talkative, monkeypatch):
