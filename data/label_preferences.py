@@ -63,13 +63,15 @@ def main(cfg: Config) -> dict:
     texts, _, stopped = reply_to(policy, tokenizer, records * 2, device, cfg.max_new_tokens, cfg.temperature,
                                  seed=cfg.seed, batch_size=cfg.batch_size)
     N, pairs = len(records), []
-    dropped = {"equal answers": 0, "an empty answer": 0, "an answer cut at --max_new_tokens": 0}
+    dropped = {"equal answers": 0, "an empty answer": 0, "a NUL character": 0, "an answer cut at --max_new_tokens": 0}
     for i, record in enumerate(records):
         a, b = texts[i], texts[i + N]
         if a == b:
             dropped["equal answers"] += 1
         elif is_empty(a) or is_empty(b):
             dropped["an empty answer"] += 1
+        elif "\0" in a + b:  # no data file may hold it
+            dropped["a NUL character"] += 1
         elif not (stopped[i] and stopped[i + N]):
             dropped["an answer cut at --max_new_tokens"] += 1
         else:
