@@ -63,7 +63,9 @@ STAGES = {
     "reward": (train_reward, {"model": "sft"}, {}),
     "ppo": (train_ppo, {"model": "sft", "reward_model": "reward"}, {}),
     "dpo": (train_dpo, {"model": "sft"}, {}),
-    "rlaif": (label_preferences, {"policy": "sft", "judge": "sft"}, {}),
+    "judge": (train_sft, {"model": "sft"}, {"data": ["data/judge.jsonl"], "eval_data": "data/judge_eval.jsonl",
+                                            "lr": 1e-3}),
+    "rlaif": (label_preferences, {"policy": "sft", "judge": "judge"}, {}),
     "dpo_rlaif": (train_dpo, {"model": "sft", "data": "rlaif"}, {"eval_data": "data/preference_eval.jsonl"}),
     "full": (train_sft, {"model": "sft"}, {"data": NEW, **FULL}),
     "full_mixed": (train_sft, {"model": "sft"}, {"data": NEW_AND_OLD, **FULL}),
@@ -154,6 +156,8 @@ def run_job(cfg: Config):
 def measure(stage: str, folder: Path, base: Path, device) -> dict:
     """What a finished run scores on the test files of its kind; base: the SFT model that it started from."""
     holds_a_model = stage.startswith("full") or stage not in [*PEFT, "rlaif"]
+    if stage == "judge":
+        return {"judge": judged_right(folder, device)}
     tokenizer = Tokenizer.load(folder if holds_a_model else base)
     if stage == "pretrain":
         text = load_dataset(encode_text, ["data/pretrain_test.jsonl"], tokenizer, 192)
@@ -168,8 +172,7 @@ def measure(stage: str, folder: Path, base: Path, device) -> dict:
     if stage == "rlaif":
         report = load_json(folder / "preference.jsonl.report.json")
         kept = {name: report[name] for name in ("prompts", "pairs", "first_answer_preferred", "orders_disagree")}
-        return {**kept, "agreement": {name: share for name, (share, _) in report["agreement"].items()},
-                "judge": judged_right(base, device)}
+        return {**kept, "agreement": {name: share for name, (share, _) in report["agreement"].items()}}
     questions = read_questions("data/sft_test.jsonl")
     if stage in PEFT:
         model = checkpoint.load_model(folder if holds_a_model else base, device)
@@ -367,16 +370,16 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
             kinds = sorted(found[0]["accuracy_by_kind"])
             rows.append([name, spread([run["preference_accuracy"] for run in found]),
                          *(spread([run["accuracy_by_kind"][kind] for run in found]) for kind in kinds)])
-    if judges := list(of("rlaif").values()):
+    if judges := list(of("judge").values()):
         kinds = sorted(judges[0]["judge"])
-        rows.append(["SFT model as a judge", "-", *(spread([run["judge"][kind] for run in judges]) for kind in kinds)])
+        rows.append(["AI judge", "-", *(spread([run["judge"][kind] for run in judges]) for kind in kinds)])
     if rows:
         out += ["### Pairs of `preference_test.jsonl` ranked right", table([["", "all", *kinds], *rows])]
-    if judges:
-        out.append(f"RLAIF: of {spread([run['prompts'] for run in judges], 1, 0)} prompts "
-                   f"{spread([run['pairs'] for run in judges], 1, 0)} pairs were kept; the labels agree with the gold "
-                   f"reward in {spread([run['agreement']['gold reward'] for run in judges])} % of those that differ in "
-                   f"it. The two orders disagree on {spread([run['orders_disagree'] for run in judges])} %.")
+    if labels := list(of("rlaif").values()):
+        out.append(f"RLAIF: of {spread([run['prompts'] for run in labels], 1, 0)} prompts "
+                   f"{spread([run['pairs'] for run in labels], 1, 0)} pairs were kept; the labels agree with the gold "
+                   f"reward in {spread([run['agreement']['gold reward'] for run in labels])} % of those that differ in "
+                   f"it. The two orders disagree on {spread([run['orders_disagree'] for run in labels])} %.")
     rows = [[stage, spread([run["new"] for run in of(stage).values()]),
              spread([run["old"] for run in of(stage).values()]),
              spread([run["old"] / max(of("sft")[seed]["accuracy"], 0.01) for seed, run in of(stage).items()]),

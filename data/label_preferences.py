@@ -6,7 +6,8 @@ judges tend to favour one of the two places. The mean of the two probabilities i
 
     {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task", "lang"}
 
-    python data/label_preferences.py     # out/sft answers and judges; writes out/rlaif/preference.jsonl
+    python train_sft.py --model out/sft --data data/judge.jsonl --lr 1e-3 --out out/judge
+    python data/label_preferences.py     # out/sft answers, out/judge judges; writes out/rlaif/preference.jsonl
     python train_dpo.py --data out/rlaif/preference.jsonl --eval_data data/preference_eval.jsonl --out out/dpo_rlaif
 
 Any checkpoint folder can be the policy or the judge, each with its own tokenizer. The report says how often the labels
@@ -34,7 +35,7 @@ from minillm.verify import gold_components, is_empty  # noqa: E402
 @dataclass
 class Config:
     policy: str = flag("out/sft", "checkpoint folder that writes the answers")
-    judge: str = flag("out/sft", "checkpoint folder that judges them")
+    judge: str = flag("out/judge", "checkpoint folder that judges them")
     prompts: list[str] = flag(["data/prompts.jsonl"],
                               "prompts, .jsonl or .jsonl.gz; a reply after the last user message is ignored")
     out: str = flag("out/rlaif/preference.jsonl", "file to write")
@@ -51,8 +52,8 @@ class Config:
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    for folder in (cfg.policy, cfg.judge):
-        checkpoint.require_stage(folder, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.policy, "out/sft", "train_sft.py", "--policy")
+    checkpoint.require_stage(cfg.judge, "out/judge", "train_sft.py with data/judge.jsonl (see --help)", "--judge")
     policy, tokenizer = checkpoint.load_model(cfg.policy, device), Tokenizer.load(cfg.policy)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.policy)
     judge = Judge(cfg.judge, device)

@@ -35,7 +35,7 @@ PRETRAIN_EVAL_BYTES = 50_000
 SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2800, "reverse": 1800}
 REPLAY = 1000                # lines of sft.jsonl to mix with new data
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
-JUDGE_PAIRS = 450            # each in both orders
+JUDGE_PAIRS = 720            # each in both orders
 TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 100
@@ -556,7 +556,7 @@ def assistant(text):
 
 def line(messages, task, lang, answer=None, choices=None, **more):
     level = None
-    if task in SIGN:
+    if task in SIGN and answer:
         a, b = map(int, re.findall("[0-9]+", messages[0]["content"]))
         level = f"level {level_of(task, max(a, b), min(a, b))}"
     optional = {"answer": answer, "choices": choices, "level": level, **more}
@@ -654,7 +654,6 @@ def make_sft(dice, tasks, talk):
             question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
             messages[-2:] = [user(question), assistant(polite(dice, lang, spoken(task, question, answer)))]
         lines.append(line(messages, "talk", lang))
-    lines += make_judging(dice, tasks, JUDGE_PAIRS, pairs)
     return dice.shuffled(lines), pairs
 
 
@@ -875,7 +874,7 @@ class Pretrain:
         self.facts = all_facts()
         weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7),
                    (self.counting, 5), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5),
-                   (self.two_digits, 14), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
+                   (self.two_digits, 20), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
                    (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
@@ -1314,6 +1313,7 @@ def make_all(seed=0, sources=ROOT / "data"):
     files["sft_test.jsonl"] = make_sft_eval(dice("sft_test"), tasks, talk, SFT_TEST)
     files["preference_test.jsonl"] = make_preferences(dice("preference_test"), tasks, talk, PREFERENCES_TEST, True, {})
     files["sft.jsonl"], pairs = make_sft(dice("sft"), tasks, talk)
+    files["judge.jsonl"] = dice("judge order").shuffled(make_judging(dice("judge"), tasks, JUDGE_PAIRS, pairs))
     files["prompts.jsonl"] = make_prompts(dice("prompts"), tasks, talk, PROMPTS, False)
     files["preference.jsonl"] = make_preferences(dice("preference"), tasks, talk, PREFERENCES, False, pairs)
     for name, lines in zip(("pretrain", "pretrain_eval", "pretrain_test"),
