@@ -259,7 +259,7 @@ def test_a_run_of_the_results(small_project):
 
 def test_runs_come_after_those_they_build_on():
     assert results.needed(["ppo"]) == ["pretrain", "sft", "reward", "ppo"]
-    assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "rlaif", "dpo_rlaif"]
+    assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "judge", "rlaif", "dpo_rlaif"]
 
 
 def test_the_page_of_results(tmp_path):
