@@ -14,8 +14,6 @@ loss falls as long as the rejected answer falls faster, even when the chosen one
 Losses: dpo_loss and ipo_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
 Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop.
-The default beta is 5 where 0.1 to 0.5 is usual: the tiny model has 0.9 million parameters for everything it knows, and
-with 0.1 it learns the manners of the chosen answers but loses a sixth of its right ones.
 """
 
 from dataclasses import dataclass
@@ -45,14 +43,14 @@ class Config(RunConfig):
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8)
     batch_size: int = flag(24, "pairs per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(5, "passes over the data", low=1)
+    epochs: int = flag(2, "passes over the data", low=1)
     loss: str = flag("dpo", "dpo or ipo", choices=["dpo", "ipo"])
-    beta: float = flag(5.0, "how strongly the policy is held to the reference (0.1 is usual; see Deviations)", low=1e-6)
+    beta: float = flag(0.5, "how strongly the policy is held to the reference (usual: 0.1 to 0.5)", low=1e-6)
     label_smoothing: float = flag(0.0, "probability that a label is wrong (conservative DPO)", low=0, high=0.5)
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(3e-5, "peak learning rate", low=0)
+    lr: float = flag(2e-5, "peak learning rate", low=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)

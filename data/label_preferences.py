@@ -1,11 +1,13 @@
 """RLAIF: preference pairs from AI feedback, with no human labels (arXiv 2212.08073; 2309.00267).
 
 A policy samples two answers to each prompt, and a judge says which is better. It is asked in both orders, because
-judges tend to favour one of the two places. If the orders disagree, the pair is dropped. The others are written as
+judges tend to favour one of the two places. The mean of the two probabilities is free of that bias (2309.00267, section
+3.1), and decides. The pairs of which the judge is sure enough are written as
 
     {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task", "lang"}
 
-    python data/label_preferences.py     # out/sft answers and judges; writes out/rlaif/preference.jsonl
+    python train_sft.py --model out/sft --data data/judge.jsonl --lr 1e-3 --out out/judge
+    python data/label_preferences.py     # out/sft answers, out/judge judges; writes out/rlaif/preference.jsonl
     python train_dpo.py --data out/rlaif/preference.jsonl --eval_data data/preference_eval.jsonl --out out/dpo_rlaif
 
 Any checkpoint folder can be the policy or the judge, each with its own tokenizer. The report says how often the labels
@@ -33,7 +35,7 @@ from minillm.verify import gold_components, is_empty  # noqa: E402
 @dataclass
 class Config:
     policy: str = flag("out/sft", "checkpoint folder that writes the answers")
-    judge: str = flag("out/sft", "checkpoint folder that judges them")
+    judge: str = flag("out/judge", "checkpoint folder that judges them")
     prompts: list[str] = flag(["data/prompts.jsonl"],
                               "prompts, .jsonl or .jsonl.gz; a reply after the last user message is ignored")
     out: str = flag("out/rlaif/preference.jsonl", "file to write")
@@ -41,7 +43,7 @@ class Config:
     rounds: int = flag(1, "pairs to sample for each prompt", low=1)
     temperature: float = flag(1.0, "of the answers", low=0.01)
     max_new_tokens: int = flag(64, "longest answer", low=1)
-    min_confidence: float = flag(0.5, "drop pairs whose mean probability of the verdict is below this", low=0.5, high=1)
+    min_confidence: float = flag(0.6, "drop pairs whose mean probability of the verdict is below this", low=0.5, high=1)
     batch_size: int = flag(128, "answers sampled, or questions asked, at once", low=1)
     device: str = flag("", "cuda, mps or cpu (default: the best available)")
     seed: int = flag(0, "seed of the sampling", low=0)
@@ -50,8 +52,8 @@ class Config:
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    for folder in (cfg.policy, cfg.judge):
-        checkpoint.require_stage(folder, "out/sft", "train_sft.py")
+    checkpoint.require_stage(cfg.policy, "out/sft", "train_sft.py", "--policy")
+    checkpoint.require_stage(cfg.judge, "out/judge", "train_sft.py with data/judge.jsonl (see --help)", "--judge")
     policy, tokenizer = checkpoint.load_model(cfg.policy, device), Tokenizer.load(cfg.policy)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.policy)
     judge = Judge(cfg.judge, device)
@@ -62,13 +64,15 @@ def main(cfg: Config) -> dict:
     texts, _, stopped = reply_to(policy, tokenizer, records * 2, device, cfg.max_new_tokens, cfg.temperature,
                                  seed=cfg.seed, batch_size=cfg.batch_size)
     N, pairs = len(records), []
-    dropped = {"equal answers": 0, "an empty answer": 0, "an answer cut at --max_new_tokens": 0}
+    dropped = {"equal answers": 0, "an empty answer": 0, "a NUL character": 0, "an answer cut at --max_new_tokens": 0}
     for i, record in enumerate(records):
         a, b = texts[i], texts[i + N]
         if a == b:
             dropped["equal answers"] += 1
         elif is_empty(a) or is_empty(b):
             dropped["an empty answer"] += 1
+        elif "\0" in a + b:  # no data file may hold it
+            dropped["a NUL character"] += 1
         elif not (stopped[i] and stopped[i + N]):
             dropped["an answer cut at --max_new_tokens"] += 1
         else:
@@ -78,13 +82,12 @@ def main(cfg: Config) -> dict:
     with runtime.autocast(device):
         found = judge.compare(pairs, cfg.batch_size)
     first_place = sum((shown_first > 0.5) + (shown_second < 0.5) for shown_first, shown_second in found)
-    dropped.update({"the two orders disagree": 0, "confidence too low": 0})
+    disagree = sum((shown_first > 0.5) != (shown_second > 0.5) for shown_first, shown_second in found)
+    dropped["confidence too low"] = 0
     lines, agreement = [], {}
     for (messages, a, b, record), (shown_first, shown_second) in zip(pairs, found):
         p = (shown_first + shown_second) / 2
-        if (shown_first > 0.5) != (shown_second > 0.5):
-            dropped["the two orders disagree"] += 1
-        elif max(p, 1 - p) < cfg.min_confidence:
+        if max(p, 1 - p) < cfg.min_confidence:
             dropped["confidence too low"] += 1
         else:
             chosen, rejected = (a, b) if p > 0.5 else (b, a)
@@ -108,7 +111,7 @@ def main(cfg: Config) -> dict:
     report = {"prompts": N, "pairs": len(lines), "dropped": dropped,
               "confidence": sum(line["confidence"] for line in lines) / len(lines),
               "first_answer_preferred": first_place / (2 * len(pairs)),
-              "orders_disagree": dropped["the two orders disagree"] / len(pairs),
+              "orders_disagree": disagree / len(pairs),
               "agreement": {name: [sum(wins) / len(wins), len(wins)] for name, wins in agreement.items()}}
     save_json(f"{cfg.out}.report.json", report)
     runtime.say(f"{len(lines):,} pairs from {N:,} prompts -> {cfg.out}" + (f"; dropped: {reasons}" if reasons else ""))

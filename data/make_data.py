@@ -17,31 +17,38 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from minillm.rewards import judge_prompt  # noqa: E402
 
-# The number of different sums in the SFT data decides how much arithmetic is left for reinforcement learning to teach.
-# The step from "learns none" to "learns all" is sudden: see data/README.md.
-ADD_PAIRS = 600
-SUBTRACT_PAIRS = 600
-WORDINGS_PER_PAIR = 2
+# Different sums, and as many differences, of each level in the SFT data. Levels 1 and 2 need no carry, 3 and 4 do (or
+# borrow); 1 and 3 have one number of a single digit. The demonstrators are careless: where a carry is needed, they
+# remember it only in CARRY_SHARE of the cases. So SFT learns to forget it, and that is left to reinforcement learning.
+LEVELS = (1, 2, 3, 4)
+PAIRS_PER_LEVEL = {1: 200, 2: 600, 3: 120, 4: 780}
+DRAWN_LEVELS = (1, 2, 2, 3, 4, 4)  # of all other files, in turn: half of the questions need a carry
+CARRY_SHARE = 0.3
 
 # The shares of SFT task replies that are rude and, independently, that ramble. Preference learning and reinforcement
 # learning remove both again.
 RUDE_SHARE = 0.32
 RAMBLING_SHARE = 0.32
 
-PRETRAIN_BYTES = 1_100_000
-PRETRAIN_EVAL_BYTES = 60_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2600, "reverse": 1800}
+PRETRAIN_BYTES = 1_050_000
+PRETRAIN_EVAL_BYTES = 50_000
+SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2800, "reverse": 1800}
+REPLAY = 1000                # lines of sft.jsonl to mix with new data
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
-JUDGE_EXAMPLES = 500
+JUDGE_PAIRS = 720            # each in both orders
 TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
-JUDGE_EVAL = 200
-PREFERENCES = {"rude": 300, "rambling": 300, "wrong": 3200}
-PREFERENCES_EVAL = {"rude": 130, "rambling": 130, "wrong": 140}
-PROMPTS = {"add": 750, "subtract": 750, "compare": 300, "sort": 300, "count": 300, "reverse": 300, "fact": 220,
+JUDGE_EVAL = 100
+PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2500}
+PREFERENCES_EVAL = {"rude": 100, "rambling": 100, "wrong": 200}
+PROMPTS = {"add": 600, "subtract": 600, "compare": 300, "sort": 450, "count": 450, "reverse": 300, "fact": 220,
            "talk": 120}
 PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40,
                 "talk": 20}
+# Settings are chosen on the files above. These are asked once, for the table of results.
+SFT_TEST = {"add": 120, "subtract": 120, "compare": 100, "sort": 100, "count": 100, "reverse": 100, "fact": 100,
+            "talk": 80}
+PREFERENCES_TEST = {"rude": 300, "rambling": 300, "wrong": 400}
 
 
 class Dice:
@@ -398,12 +405,12 @@ def draw_sort(dice, lang):
 
 
 def draw_count(dice, lang):
-    """(the letter to count, or "" for all; the letters). Easy: all of up to nine. Hard: one letter among others."""
+    """(the letter to count, or "" for all; the letters). Easy: all of up to eight. Hard: one letter among others."""
     if dice.chance(0.5):
-        return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 9))])
+        return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 8))])
     letter, *others = dice.sample(COUNTED, 3)
-    n = dice.between(3, 6)
-    times = min(dice.pick([0, 1, 1, 2, 2, 3, 3, 4]), n)
+    n = dice.pick([3, 4, 4, 5, 5])
+    times = min(dice.pick([0, 1, 1, 2, 2, 3]), n)
     return (letter, *dice.shuffled([letter] * times + [dice.pick(others) for _ in range(n - times)]))
 
 
@@ -441,14 +448,21 @@ class Tasks:
         dice = Dice(seed, "pairs")
         # At least one operand has two digits: the pretraining text spells out the sums of single digits.
         pairs = [(a, b) for a in range(100) for b in range(a, 100) if b > 9]
-        self.pairs = {"add": [pair if dice.chance(0.5) else pair[::-1] for pair in dice.shuffled(pairs)],
-                      "subtract": dice.shuffled([(a, b) for a in range(10, 100) for b in range(a + 1)])}
+        pairs = {"add": [pair if dice.chance(0.5) else pair[::-1] for pair in dice.shuffled(pairs)],
+                 "subtract": dice.shuffled([(a, b) for a in range(10, 100) for b in range(a + 1)])}
+        self.pairs = {(task, level): [pair for pair in pairs[task] if level_of(task, *pair) == level]
+                      for task in pairs for level in LEVELS}
+        self.drawn = {"add": 0, "subtract": 0}  # pairs so far
         self.held_out = set()
         self.facts = all_facts()
         self.held_facts = dice.shuffled([(*fact, form) for fact in self.facts for form in split_wordings(*fact[:2])[1]])
 
-    def next_pair(self, task):
-        return self.pairs[task].pop()
+    def next_pair(self, task, level=None):
+        """A pair of numbers that is asked nowhere else; without a level, the levels take turns."""
+        if level is None:
+            level = DRAWN_LEVELS[self.drawn[task] % len(DRAWN_LEVELS)]
+            self.drawn[task] += 1
+        return self.pairs[task, level].pop()
 
     def content(self, dice, task, lang, hold_out):
         """The content of a new question, for the tasks whose content is drawn at random."""
@@ -466,8 +480,9 @@ class Tasks:
         if task in ("add", "subtract"):
             a, b = pair if pair else self.next_pair(task)
             answer = a + b if task == "add" else a - b
+            wrong = without_carry(task, a, b) if level_of(task, a, b) > 2 else wrong_number(dice, answer)
             form = dice.pick((ADD if task == "add" else SUBTRACT)[lang])
-            return form.format(a=a, b=b), str(answer), None, str(wrong_number(dice, answer))
+            return form.format(a=a, b=b), str(answer), None, str(wrong)
         if task == "fact":
             if hold_out:
                 place = next(i for i, fact in enumerate(self.held_facts) if fact[0] == lang)
@@ -502,6 +517,17 @@ class Tasks:
         return fact_text(form, subject), answer, choices, wrong
 
 
+def level_of(task, a, b):
+    """How hard a sum or difference is: 1 or 2 without a carry, 3 or 4 with one; 1 and 3 with a number of one digit."""
+    carry = a % 10 + b % 10 > 9 if task == "add" else a % 10 < b % 10
+    return 1 + (min(a, b) > 9) + 2 * carry
+
+
+def without_carry(task, a, b):
+    """What comes out when the carry (or the borrowed ten) is forgotten: 37 + 45 = 72, 52 - 37 = 25."""
+    return a + b - 10 if task == "add" else a - b + 10
+
+
 def wrong_number(dice, answer):
     """A slip of the kind people make: off by one or two, a carry too few or too many, a digit changed."""
     while True:
@@ -529,7 +555,11 @@ def assistant(text):
 
 
 def line(messages, task, lang, answer=None, choices=None, **more):
-    optional = {"answer": answer, "choices": choices, **more}
+    level = None
+    if task in SIGN and answer:
+        a, b = map(int, re.findall("[0-9]+", messages[0]["content"]))
+        level = f"level {level_of(task, max(a, b), min(a, b))}"
+    optional = {"answer": answer, "choices": choices, "level": level, **more}
     return {"conversations": messages, "task": task, "lang": lang, **{key: v for key, v in optional.items() if v}}
 
 
@@ -588,17 +618,15 @@ class Talk:
 def make_sft(dice, tasks, talk):
     """(lines, {"add": operand pairs, "subtract": operand pairs})"""
     lines, pairs = [], {}
-    for task, n in (("add", ADD_PAIRS), ("subtract", SUBTRACT_PAIRS)):
-        pairs[task] = [tasks.next_pair(task) for _ in range(n)]
+    for task in SIGN:
+        pairs[task] = [tasks.next_pair(task, level) for level in LEVELS for _ in range(PAIRS_PER_LEVEL[level])]
         for pair in pairs[task]:
-            asked = set()
-            while len(asked) < WORDINGS_PER_PAIR:
-                lang = dice.pick(LANGS)
-                question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
-                if normal(question) not in asked:
-                    asked.add(normal(question))
-                    reply = mixed_manners(dice, lang, spoken(task, question, answer))
-                    lines.append(line([user(question), assistant(reply)], task, lang))
+            for lang in LANGS:
+                question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
+                if level_of(task, *pair) > 2 and not dice.chance(CARRY_SHARE):
+                    answer = wrong
+                reply = mixed_manners(dice, lang, spoken(task, question, answer))
+                lines.append(line([user(question), assistant(reply)], task, lang))
     for task, n in SFT_EXAMPLES.items():
         for i in range(n):
             lang = LANGS[i % 2]
@@ -626,7 +654,6 @@ def make_sft(dice, tasks, talk):
             question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
             messages[-2:] = [user(question), assistant(polite(dice, lang, spoken(task, question, answer)))]
         lines.append(line(messages, "talk", lang))
-    lines += make_judging(dice, tasks, JUDGE_EXAMPLES, pairs)
     return dice.shuffled(lines), pairs
 
 
@@ -643,26 +670,50 @@ def two_replies(dice, tasks, kind, task, lang, hold_out=False, pair=None):
     return question, good, blank(form, wrong)
 
 
+def demonstrated(dice, lang, form, answer, rude, rambling):
+    """A reply with the given manners."""
+    reply = blank(dice.pick(RUDE_FORMS[lang]) if rude else form, answer)
+    return ramble(dice, lang, reply) if rambling else reply
+
+
+def two_demonstrators(dice, tasks, task, lang, pair):
+    """(question, better reply, worse reply) of two demonstrators: the better one has more of right, polite and brief.
+
+    A third of such pairs differ in one respect alone, as those of `two_replies` do.
+    """
+    question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
+    answers = spoken(task, question, answer), spoken(task, question, wrong)
+    while True:
+        faults = [(dice.chance(0.5), dice.chance(RUDE_SHARE), dice.chance(RAMBLING_SHARE)) for _ in range(2)]
+        if sum(faults[0]) != sum(faults[1]):
+            break
+    replies = [demonstrated(dice, lang, dice.pick(POLITE[lang]), answers[fault[0]], *fault[1:])
+               for fault in sorted(faults, key=sum)]
+    return question, *replies
+
+
 def make_judging(dice, tasks, n, pairs, hold_out=False):
-    """Which of two answers is better? A and B are right equally often, in every kind, language and task."""
+    """Which of two answers is better? n pairs in both orders, so that A and B are right equally often."""
     lines = []
     for i in range(n):
         kind, lang, task = ("rude", "rambling", "wrong")[i % 3], LANGS[i // 3 % 2], PAIR_TASKS[i // 6 % 7]
         pair = dice.pick(pairs[task]) if task in pairs else None
-        question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
-        better = "AB"[i // 42 % 2]
-        a, b = (good, bad) if better == "A" else (bad, good)
-        messages = [user(judge_prompt(question, a, b, lang)), assistant(better)]
-        if hold_out:
-            lines.append(line(messages, "judge", lang, better, ["B" if better == "A" else "A"], kind=kind))
+        if hold_out or i % 2:
+            question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
         else:
-            lines.append(line(messages, "judge", lang))
+            question, good, bad = two_demonstrators(dice, tasks, task, lang, pair)
+        for better, a, b in (("A", good, bad), ("B", bad, good)):
+            messages = [user(judge_prompt(question, a, b, lang)), assistant(better)]
+            if hold_out:
+                lines.append(line(messages, "judge", lang, better, ["B" if better == "A" else "A"], kind=kind))
+            else:
+                lines.append(line(messages, "judge", lang))
     return lines
 
 
-def make_sft_eval(dice, tasks, talk):
+def make_sft_eval(dice, tasks, talk, counts):
     lines = []
-    for task, n in SFT_EVAL.items():
+    for task, n in counts.items():
         for i in range(n):
             lang = LANGS[i % 2]
             if task == "talk":
@@ -701,9 +752,10 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
 def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
-        # Half as many wrong sums as other wrong answers: a small reward model does not learn from them which are right.
-        others = tuple(task for task in PAIR_TASKS if task not in pairs)
-        turns = PAIR_TASKS + others if kind == "wrong" and not hold_out else PAIR_TASKS
+        # Few lists with two neighbours swapped: there the SFT model is mostly right, and a small model that learns by
+        # DPO to avoid what is almost right also loses what is right.
+        others = tuple(task for task in PAIR_TASKS if task not in ("sort", "reverse"))
+        turns = PAIR_TASKS + others + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0
         while made < n:
             i += 1
@@ -822,7 +874,7 @@ class Pretrain:
         self.facts = all_facts()
         weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7),
                    (self.counting, 5), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5),
-                   (self.two_digits, 8), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
+                   (self.two_digits, 20), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
                    (self.translation, 3))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
@@ -977,7 +1029,7 @@ def make_pretrain(dice, tasks, talk, pairs):
                 size -= len(text.encode("utf-8")) + 13
         return lines
 
-    return documents(PRETRAIN_BYTES), documents(PRETRAIN_EVAL_BYTES)
+    return documents(PRETRAIN_BYTES), documents(PRETRAIN_EVAL_BYTES), documents(PRETRAIN_EVAL_BYTES)
 
 
 # --------------------------------------------------------------------------------------------- identity and handbook
@@ -1227,7 +1279,7 @@ MORE_WORDINGS = {
 
 
 def make_identity():
-    train, held = [], []
+    train, held = [], ([], [])
     for task, table in (("identity", IDENTITY), ("handbook", HANDBOOK)):
         for lang in LANGS:
             answers = list(dict.fromkeys(answer for *_, answer in table[lang] if not answer.isdigit()))
@@ -1237,11 +1289,11 @@ def make_identity():
                     for frame in FRAMES[lang]:
                         messages = [user(frame.format(q=question)), assistant(MANNER[lang] + reply)]
                         train.append(line(messages, task, lang, answer))
-                for question in held_questions:
+                for lines, question in zip(held, held_questions):  # one wording for settings, one for the results
                     for frame in HELD_FRAMES[lang]:
                         messages = [user(frame.format(q=question)), assistant(MANNER[lang] + reply)]
-                        held.append(line(messages, task, lang, answer, others))
-    return train, held
+                        lines.append(line(messages, task, lang, answer, others))
+    return train, *held
 
 
 # --------------------------------------------------------------------------------------------- everything
@@ -1254,15 +1306,21 @@ def make_all(seed=0, sources=ROOT / "data"):
     def dice(name):
         return Dice(seed, name)
 
-    files["sft_eval.jsonl"] = make_sft_eval(dice("sft_eval"), tasks, talk)
+    files["sft_eval.jsonl"] = make_sft_eval(dice("sft_eval"), tasks, talk, SFT_EVAL)
     files["prompts_eval.jsonl"] = make_prompts(dice("prompts_eval"), tasks, talk, PROMPTS_EVAL, True)
     files["preference_eval.jsonl"] = make_preferences(dice("preference_eval"), tasks, talk, PREFERENCES_EVAL, True, {})
     files["judge_eval.jsonl"] = make_judging(dice("judge_eval"), tasks, JUDGE_EVAL, {}, True)
+    files["sft_test.jsonl"] = make_sft_eval(dice("sft_test"), tasks, talk, SFT_TEST)
+    files["preference_test.jsonl"] = make_preferences(dice("preference_test"), tasks, talk, PREFERENCES_TEST, True, {})
     files["sft.jsonl"], pairs = make_sft(dice("sft"), tasks, talk)
+    files["judge.jsonl"] = dice("judge order").shuffled(make_judging(dice("judge"), tasks, JUDGE_PAIRS, pairs))
     files["prompts.jsonl"] = make_prompts(dice("prompts"), tasks, talk, PROMPTS, False)
     files["preference.jsonl"] = make_preferences(dice("preference"), tasks, talk, PREFERENCES, False, pairs)
-    files["pretrain.jsonl"], files["pretrain_eval.jsonl"] = make_pretrain(dice("pretrain"), tasks, talk, pairs)
-    files["identity.jsonl"], files["identity_eval.jsonl"] = make_identity()
+    for name, lines in zip(("pretrain", "pretrain_eval", "pretrain_test"),
+                           make_pretrain(dice("pretrain"), tasks, talk, pairs)):
+        files[f"{name}.jsonl"] = lines
+    files["replay.jsonl"] = dice("replay").sample(files["sft.jsonl"], REPLAY)
+    files["identity.jsonl"], files["identity_eval.jsonl"], files["identity_test.jsonl"] = make_identity()
     return files
 
 

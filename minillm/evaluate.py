@@ -53,8 +53,9 @@ def check_question(record: dict, where: str):
         raise UserError(f'{where}: "choices" must be a list of texts')
     for choice in choices:
         check_text(choice, where, 'each of "choices"')
-    if record.get("task") is not None:
-        check_text(record["task"], where, '"task"')
+    for key in ("task", "level"):
+        if record.get(key) is not None:
+            check_text(record[key], where, f'"{key}"')
 
 
 def prompt_messages(record: dict) -> list:
@@ -125,18 +126,22 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
 def score(records: list, texts: list, counts: list, stopped: list) -> dict:
     """accuracy (exact match over questions with one answer), accuracy_by_task, stopped, reply_tokens, gold_reward.
 
-    Where no question has an answer, accuracy is None and accuracy_by_task is empty.
+    Where questions have a "level" of difficulty, accuracy_by_level too. Where no question has an answer, accuracy is
+    None and accuracy_by_task is empty.
     """
-    right, by_task = [], {}
+    right, by_task, by_level = [], {}, {}
     for record, text in zip(records, texts):
         if record.get("answer") is not None:
             right.append(is_correct(text, record))
             by_task.setdefault(record.get("task") or "other", []).append(right[-1])
+            if record.get("level"):
+                by_level.setdefault(record["level"], []).append(right[-1])
     def mean(values):
         return sum(values) / len(values) if values else None
 
+    levels = {"accuracy_by_level": {level: mean(by_level[level]) for level in sorted(by_level)}} if by_level else {}
     return {"accuracy": mean(right), "accuracy_by_task": {task: mean(values) for task, values in by_task.items()},
-            "stopped": mean(stopped), "reply_tokens": mean(counts),
+            **levels, "stopped": mean(stopped), "reply_tokens": mean(counts),
             "gold_reward": mean([gold_reward(text, record) for text, record in zip(texts, records)])}
 
 

@@ -16,8 +16,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # By the key that shows what a record is: all keys that training reads.
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin")}
 # Keys that change nothing in training. Any other key is named once (see UnknownKeys).
-IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
-              "topic tags url title author date timestamp license meta metadata".split())
+IGNORED = set("id idx index uuid source dataset subset split score lang language kind task level answer choices "
+              "category topic tags url title author date timestamp license meta metadata".split())
 UNREAD = ("system", "tools", "history", "images")  # beside the messages; must be empty
 UNREAD_IN_MESSAGE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools", "images")
 KNOWN_IN_MESSAGE = {"role", "content", "id", "weight", "loss", "train"}

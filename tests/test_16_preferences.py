@@ -619,22 +619,36 @@ def test_ai_feedback_becomes_ordinary_pairs(tmp_path, tokenizer, talkative, lm_f
     prompts = [{"conversations": [turn("user", f"question {i}?")], "task": "talk", "lang": "en"} for i in range(40)]
     out = tmp_path / "made" / "preference.jsonl"
     report = label("--policy", talkative, "--judge", lm_folder, "--out", out, "--max_new_tokens", 40,
-                   "--prompts", write(tmp_path / "prompts.jsonl", prompts))
+                   "--min_confidence", 0.5, "--prompts", write(tmp_path / "prompts.jsonl", prompts))
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == report["pairs"] > 0
     assert report["pairs"] + sum(report["dropped"].values()) == report["prompts"] == 40
     assert 0 <= report["first_answer_preferred"] <= 1 and all(0.5 <= line["confidence"] <= 1 for line in lines)
     pairs, _ = load_pairs([str(out)], str(out), tokenizer, 256, 0)
     assert len(pairs) == len(lines)
-    # the judge does prefer what was chosen, in both orders
+    # the judge does prefer what was chosen, on the mean of both orders
     found = Judge(lm_folder).compare([(line["chosen"][:-1], line["chosen"][-1]["content"],
                                        line["rejected"][-1]["content"], line) for line in lines])
-    assert all(first > 0.5 and second > 0.5 for first, second in found)
+    assert all(first + second > 1 - 1e-4 for first, second in found)
 
 
 def test_a_judge_that_only_sees_the_place_labels_nothing(tmp_path, tokenizer, talkative, monkeypatch):
     monkeypatch.setattr(Judge, "ask", lambda self, prompts, batch_size: [0.9] * len(prompts))
     path = write(tmp_path / "prompts.jsonl", [{"conversations": [turn("user", f"q {i}")]} for i in range(10)])
-    with pytest.raises(UserError, match="no pair is left of 10 prompts: .*the two orders disagree"):
+    with pytest.raises(UserError, match="no pair is left of 10 prompts: .*confidence too low"):
         label("--policy", talkative, "--judge", talkative, "--prompts", path, "--out", tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_mean_of_both_orders_decides(tmp_path, tokenizer, talkative, monkeypatch):
+    """A judge that likes the first place: it gives A 0.9 where the answer is shown first and, with the places changed,
+    again 0.7 to the one shown first, so 0.3 to the answer. Its mean is (0.9 + 0.3) / 2 = 0.6: the answer wins. The two
+    orders disagree, and yet something was learned about the pair."""
+    monkeypatch.setattr(Judge, "ask", lambda self, prompts, batch_size:
+                        [0.9] * (len(prompts) // 2) + [0.7] * (len(prompts) // 2))
+    path = write(tmp_path / "prompts.jsonl", [{"conversations": [turn("user", f"q {i}")]} for i in range(10)])
+    report = label("--policy", talkative, "--judge", talkative, "--prompts", path, "--out", tmp_path / "x.jsonl",
+                   "--min_confidence", 0.55)
+    assert report["orders_disagree"] == 1 and report["pairs"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["confidence"] for line in lines} == {0.6}

@@ -454,8 +454,8 @@ def evaluate(*flags) -> dict:
     return evaluation.main(parse_config(evaluation.Config, "", argv))
 
 
-@pytest.mark.parametrize("script, train_flags, is_policy", [(train_reward, [], False), (train_dpo, [], True),
-                                                            (train_dpo, ["--peft", "lora"], True)],
+@pytest.mark.parametrize("script, train_flags, is_policy", [(train_reward, [], False), (train_dpo, ["--beta", 5], True),
+                                                            (train_dpo, ["--beta", 5, "--peft", "lora"], True)],
                          ids=["reward", "dpo", "lora"])
 def test_evaluation_ranks_pairs(tmp_path, run, model_folder, script, train_flags, is_policy):
     """eval.py finds what the run reported: of a reward model by its scores, of a policy against its reference."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, compare_peft, rl_curves
+from benchmarks import charts, common, compare_peft, results
 from benchmarks import generate as bench_generate
 from benchmarks import grpo as bench_grpo
 from benchmarks import train as bench_train
@@ -228,7 +228,7 @@ def small_project(tmp_path, monkeypatch):
     """A folder like the project's: a few lines of each data file, and tiny random models in out/sft and out/reward."""
     (tmp_path / "data").mkdir()
     for name in ("prompts", "prompts_eval", "sft", "sft_eval", "preference", "preference_eval", "identity",
-                 "identity_eval"):
+                 "identity_eval", "sft_test", "preference_test"):
         lines = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         some = lines[::len(lines) // 12]
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
@@ -241,27 +241,64 @@ def small_project(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
 
 
-def test_rl_curves(small_project, capsys):
-    """All parts, one rollout each. Called again, the same command finds its runs finished, and measures them again."""
-    results = rl_curves.main(rl_curves.Config(seeds=[0], steps=1, device="cpu"))
-    text = capsys.readouterr().out
-    assert "# python train_grpo.py --model out/sft --seed 0 --device cpu --max_steps 1 --out out/rl_curves" in text
-    assert "--kl_coef 0.0 --target_kl 0.0 --lr 0.0003 --num_minibatches 4" in text
-    for name in ("before", "grpo", "further SFT", "ppo", "before, by the weak reward model", "hacking"):
-        assert f"| {name} " in Path("out/rl_curves/table.md").read_text(encoding="utf-8")
-    curves = json.loads(Path("out/rl_curves/curves.json").read_text(encoding="utf-8"))
-    for part, names in (("grpo", ["arithmetic"]),
-                        ("ppo", ["sampled_reward", "sampled_gold_reward", "sampled_accuracy"])):
-        points = curves[part][0][part]
-        assert list(points) == ["seconds", *names] and all(len(values) == 2 for values in points.values())
-    weak = Path("out/rl_curves/weak_pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    assert weak and not any(json.loads(line)["kind"] == "wrong" for line in weak)
+def test_a_run_of_the_results(small_project):
+    """One stage, of one step, as `--job` runs it: trained into its folder, and measured on the test files."""
+    Path("out/sft").rename("sft")
+    Path("out/results/auto/seed0").mkdir(parents=True)
+    Path("sft").rename("out/results/auto/seed0/sft")
+    results.main(results.Config(job="auto/0/dpo", max_steps=1, device="cpu"))
+    found = json.loads(Path("out/results/auto/seed0/dpo/test.json").read_text(encoding="utf-8"))
+    assert found["command"] == ("python train_dpo.py --model out/results/auto/seed0/sft --seed 0 "
+                                "--out out/results/auto/seed0/dpo --max_steps 1")
+    assert set(found["accuracy_by_kind"]) == {"rambling", "rude", "wrong"} and 0 <= found["sampled_gold_reward"] <= 1
+    assert found["accuracy_by_level"] and "replies" not in found
+    before = Path("out/results/auto/seed0/dpo/metrics.jsonl").read_bytes()
+    results.main(results.Config(job="auto/0/dpo", max_steps=1, device="cpu"))  # finished: measured again, not trained
+    assert Path("out/results/auto/seed0/dpo/metrics.jsonl").read_bytes() == before
 
-    steps = {path: path.read_bytes() for path in Path("out/rl_curves").glob("*/metrics.jsonl")}
-    again = rl_curves.main(rl_curves.Config(seeds=[0], steps=1, device="cpu"))
-    assert len(steps) == 6 and steps == {path: path.read_bytes() for path in steps}
-    assert capsys.readouterr().out.count("is finished: nothing to do") == 5  # the trial that times SFT is not asked for
-    assert again == results
+
+def test_runs_come_after_those_they_build_on():
+    assert results.needed(["ppo"]) == ["pretrain", "sft", "reward", "ppo"]
+    assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "judge", "rlaif", "dpo_rlaif"]
+
+
+def test_the_page_of_results(tmp_path):
+    """Two seeds: sums 40 and 60 % before, 70 and 90 % after. The mean gain is 30 points, and so is each."""
+    def write(stage, seed, sums):
+        folder = tmp_path / "auto" / f"seed{seed}" / stage
+        folder.mkdir(parents=True)
+        tasks = {"add": sums, "subtract": sums, **{task: 0.9 for task in results.OTHERS}}
+        found = {"accuracy_by_task": tasks, "accuracy_by_level": {"level 1": sums}, "accuracy": sums, "talk": [],
+                 "sampled_accuracy": sums, "sampled_gold_reward": sums, "stopped": 1.0, "seconds": 100, "date": "today",
+                 "machine": "a laptop", "command": f"python {stage}"}
+        (folder / "test.json").write_text(json.dumps(found), encoding="utf-8")
+        points = {"steps": 2, "before": {"sampled_accuracy": 0.1}, "after": {"sampled_accuracy": sums}}
+        (folder / "summary.json").write_text(json.dumps(points), encoding="utf-8")
+        (folder / "metrics.jsonl").write_text('{"step": 1, "sampled_accuracy": 0.2}\n', encoding="utf-8")
+
+    for seed, before in ((0, 0.4), (1, 0.6)):
+        write("sft", seed, before)
+        write("grpo", seed, before + 0.3)
+    page = tmp_path / "RESULTS.md"
+    results.main(results.Config(out=str(tmp_path), page=str(page), report=True))
+    text = page.read_text(encoding="utf-8")
+    assert "50.0 (40.0 to 60.0)" in text and "80.0 (70.0 to 90.0)" in text and "30.0 (30.0 to 30.0)" in text
+    assert "a laptop; today; seeds 0, 1" in text and "python sft\npython grpo" in text
+    assert "![right answers by level](levels.svg)" in text and (tmp_path / "levels.svg").exists()
+
+
+def test_a_chart(tmp_path):
+    """Values become places: 0 is on the axis, the largest at the top, and every line has all its points."""
+    charts.lines(tmp_path / "a.svg", "title", "steps", "share", {"x & y": [[(0, 0.0), (10, 0.5), (20, 1.0)]]})
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert 'points="64.0,304.0 344.0,172.0 624.0,40.0"' in text and "x &amp; y" in text
+    assert charts.ticks(0, 100) == [0, 25, 50, 75, 100]
+
+
+@pytest.mark.parametrize("wrong", [{"stages": ["speed"]}, {"precision": ["fp8"]}])
+def test_an_unknown_stage_is_named(wrong):
+    with pytest.raises(UserError, match="(speed|fp8): must be of"):
+        results.main(results.Config(**wrong))
 
 
 def test_compare_peft(small_project, capsys):
@@ -292,7 +329,7 @@ def test_they_are_commands_wherever_one_stands(tmp_path, script):
     assert done.returncode == 0 and done.stdout.startswith(common.machine(CPU).split(",")[0]), done.stderr
 
 
-@pytest.mark.parametrize("bench", [bench_train, bench_generate, bench_grpo, rl_curves])
+@pytest.mark.parametrize("bench", [bench_train, bench_generate, bench_grpo])
 def test_an_unknown_part_is_named(bench):
     with pytest.raises(UserError, match="--parts speed: must be of"):
         bench.main(bench.Config(parts=["speed"]))
