@@ -274,7 +274,7 @@ def test_the_mask_is_shifted_by_one():
 
 
 def test_padding_with_the_end_token_hides_the_end(tokenizer):
-    """mlabonne/llm-course#33, huggingface/trl#1623: pad = eos, labels hidden where the token is the pad: no end learned.
+    """mlabonne/llm-course#33, huggingface/trl#1623: with pad = eos the end was hidden along with the padding.
 
     "Yo" and its end are three supervised tokens at a byte each. A mask that leaves out every token equal to the pad
     keeps two, and the model talks until it is cut. Here the pad is a token of its own, which no turn contains.
@@ -338,7 +338,7 @@ def test_the_score_is_read_at_the_first_pad(tokenizer):
     """huggingface/transformers#35352: the last token was found as "the one before the first pad".
 
     Where the pad is also the end of a turn, the first one stands after the question: the model scores the question.
-    Five tokens, of which the third and the fifth are such an end, with scores 1 to 5: reading before the first pad gives
+    Five tokens, of which the third and the fifth are such an end, with scores 1 to 5: read before the first pad it is
     2, whatever the answer was. minillm is told the lengths.
     """
     model = RewardModel.from_lm(small_lm(tokenizer, hidden_size=1))
@@ -353,8 +353,8 @@ def test_an_adapter_that_changed_its_base(tmp_path, tokenizer):
     """huggingface/transformers#34468, huggingface/peft#1626: PiSSA moves a part of W into B A and leaves W without it.
 
     W = [[2, 0], [0, 1]]. Its principal part [[2, 0], [0, 0]] becomes B A; the base keeps [[0, 0], [0, 1]]. Together
-    they are W. The adapter's file holds A and B alone: put on the W that everybody else has, they make [[4, 0], [0, 1]],
-    and x = (1, 1) gives (4, 1) in place of (2, 1). An adapter that says so in its config is refused by name.
+    they are W. The adapter's file holds A and B alone: put on the W that everybody else has, they make [[4, 0],
+    [0, 1]], and x = (1, 1) gives (4, 1) in place of (2, 1). An adapter that says so in its config is refused by name.
     """
     base = nn.Linear(2, 2, bias=False)
     base.weight.data = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
