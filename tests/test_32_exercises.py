@@ -123,7 +123,8 @@ def test_every_patch_still_applies(number):
 
 def test_1_the_loss_betrays_it(run):
     """The same data for training and evaluation: before the first update `loss` must be `val_loss`. Supervising every
-    token, questions and all, and dividing by the number of those that should have been, makes it several times as large.
+    token, questions and all, and dividing by the number of those that should have been, makes it several
+    times as large.
     """
     lines, before = run(1, *SFT)
     assert lines[0]["loss"] > 2 * before["val_loss"]
