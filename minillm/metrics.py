@@ -1,4 +1,7 @@
-"""What a run shows: a progress bar, metrics.jsonl, tables."""
+"""What a run shows: a progress bar, metrics.jsonl, tables.
+
+    python -m minillm.metrics OUT [OUT ...]      # the curves of one or several runs (curves.py)
+"""
 
 import json
 import math
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minillm import curves
 from minillm.safetensors import atomic_write
 
 
@@ -132,3 +136,7 @@ def show_replies(columns: list, replies: list, count: int = 10) -> str:
 
     rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
     return table([["question", *columns]] + rows)
+
+
+if __name__ == "__main__":
+    curves.main()
