@@ -138,5 +138,14 @@ def show_replies(columns: list, replies: list, count: int = 10) -> str:
     return table([["question", *columns]] + rows)
 
 
+def show_samples(question: str, answers: list, rewards, advantages) -> str:
+    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,)."""
+    def cut(text):
+        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:64]
+
+    rows = sorted(zip(rewards.tolist(), advantages.tolist(), answers), reverse=True)
+    return table([["reward", "advantage", cut(question)]] + [[r, a, cut(answer)] for r, a, answer in rows])
+
+
 if __name__ == "__main__":
     curves.main()

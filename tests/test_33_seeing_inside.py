@@ -9,8 +9,10 @@ Two questions. What does the line of a run look like whose loss never moves? And
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import torch
 
 from minillm import curves
+from minillm.metrics import show_samples
 
 
 @pytest.fixture
@@ -46,3 +48,11 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         curves.main([str(tmp_path / "nowhere")])
     assert "metrics.jsonl is not there" in capsys.readouterr().err
+
+
+def test_a_group_is_shown_from_the_best_answer_to_the_worst():
+    """Rewards 0 and 1: mean 0.5, so dr_grpo's advantages are -0.5 and 0.5."""
+    lines = show_samples("2 + 2?", ["5|", "4"], torch.tensor([0.0, 1.0]), torch.tensor([-0.5, 0.5])).splitlines()
+    assert [line.split() for line in lines[2:]] == [["|", "1.000", "|", "0.500", "|", "4", "|"],
+                                                    ["|", "0.000", "|", "-0.500", "|", "5/", "|"]]
+    assert "2 + 2?" in lines[0]
