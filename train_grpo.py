@@ -37,6 +37,7 @@ from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
 from minillm.generate import generate
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
+from minillm.metrics import show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.rewards import load_rewards
 from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sampled_scores,
@@ -74,6 +75,7 @@ class Config(RunConfig):
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
+    show_every: int = flag(0, "steps between printed samples with rewards and advantages (0: never)", low=0)
 
 
 def main(cfg: Config) -> dict:
@@ -138,6 +140,9 @@ def main(cfg: Config) -> dict:
             advantages = rewards - rewards.mean(dim=1, keepdim=True)
         else:
             advantages = group_advantages(rewards)  # (N, G)
+        if cfg.show_every and step % cfg.show_every == 0:
+            group = answers[:cfg.group_size]
+            runtime.say(show_samples(prompts[0].messages[-1]["content"], group, rewards[0], advantages[0]))
         has_signal = (rewards != rewards[:, :1]).any(dim=1).repeat_interleave(cfg.group_size)  # (B,) with B = N G
         run.add({"reward": scores.mean(), "no_signal": 1 - has_signal.float().mean(),
                  "response_tokens": rollout.response_mask.sum() / len(answers), "truncated": 1 - ended.float().mean(),

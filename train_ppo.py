@@ -39,6 +39,7 @@ from minillm.evaluate import answer_questions
 from minillm.generate import generate
 from minillm.heads import ValueModel, load_reward_model
 from minillm.losses import gae, kl_k1, kl_k3, ppo_policy_loss, ppo_value_loss
+from minillm.metrics import show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
 from minillm.rewards import load_rewards
@@ -81,6 +82,7 @@ class Config(RunConfig):
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
+    show_every: int = flag(0, "steps between printed samples with rewards and advantages (0: never)", low=0)
 
 
 def main(cfg: Config) -> dict:
@@ -180,6 +182,11 @@ def main(cfg: Config) -> dict:
                      "returns": part.returns.sum() / part.n_tokens,
                      "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
         whiten_advantages(parts)
+        if cfg.show_every and step % cfg.show_every == 0:
+            part = parts[0]  # the advantage of an answer: the mean of its tokens'
+            shown = [tokenizer.decode(tokens[1:][mask]) for tokens, mask in zip(part.tokens, part.mask)]
+            means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
+            runtime.say(show_samples("answers to several questions", shown[:8], part.scores[:8], means[:8]))
         run.add({"explained_variance": explained_variance(parts)}, weight=len(answers))
 
         # Update

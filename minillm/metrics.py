@@ -1,4 +1,7 @@
-"""What a run shows: a progress bar, metrics.jsonl, tables."""
+"""What a run shows: a progress bar, metrics.jsonl, tables.
+
+    python -m minillm.metrics OUT [OUT ...]      # the curves of one or several runs (curves.py)
+"""
 
 import json
 import math
@@ -9,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minillm import curves
 from minillm.safetensors import atomic_write
 
 
@@ -132,3 +136,16 @@ def show_replies(columns: list, replies: list, count: int = 10) -> str:
 
     rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
     return table([["question", *columns]] + rows)
+
+
+def show_samples(question: str, answers: list, rewards, advantages) -> str:
+    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,)."""
+    def cut(text):
+        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:64]
+
+    rows = sorted(zip(rewards.tolist(), advantages.tolist(), answers), reverse=True)
+    return table([["reward", "advantage", cut(question)]] + [[r, a, cut(answer)] for r, a, answer in rows])
+
+
+if __name__ == "__main__":
+    curves.main()

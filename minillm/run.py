@@ -38,7 +38,7 @@ from minillm.safetensors import load_json, save_json
 from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
-FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every")
+FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every")
 # A folder that holds one of these is kept.
 RUN_FILES = ("config.json", "adapter_config.json", "summary.json", "training_state.pt")
 

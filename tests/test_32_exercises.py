@@ -1,0 +1,171 @@
+"""Chapter 32: exercises. Functions to write yourself, and seven scripts with a mistake in their loop.
+
+After this chapter you will read a log as a doctor reads a chart: each mistake below trains without an error, its loss
+is a finite number, and one logged metric gives it away within two steps. Find it before you read the test:
+
+    python -m tests.exercise --broken 3 > broken.py && python broken.py --max_steps 2 --log_every 1
+
+Two questions. Which of the seven would nobody notice with --grad_accum 1, or at temperature 1? Which of them still ends
+with a better model than it began with?
+"""
+
+import importlib
+import inspect
+import json
+import sys
+import types
+
+import pytest
+
+import train_dpo
+from minillm import lora, losses, model, token_cache
+from minillm.checkpoint import save_model
+from minillm.config import parse_config
+from minillm.heads import RewardModel, save_reward_model
+from tests import exercise
+from tests.test_22_train_grpo import REWARDS, ask, small_model, tokenizer, turn, write  # noqa: F401
+
+LN2 = 0.6931471805599453
+
+
+# ---------------------------------------------------------------- functions to write
+
+@pytest.mark.parametrize("name", exercise.PATH)
+def test_each_step_of_the_path_has_a_chapter_and_no_body(name):
+    text = exercise.exercise([name])
+    assert exercise.chapter_of(name) and f"pytest --mine mine.py {exercise.chapter_of(name)}" in text
+    mine = types.ModuleType("mine")
+    exec(compile(text, "mine.py", "exec"), mine.__dict__)
+    real = getattr(importlib.import_module(f"minillm.{exercise.definitions()[name][0].stem}"), name)
+    assert inspect.getdoc(getattr(mine, name)) == inspect.getdoc(real)
+    assert inspect.signature(getattr(mine, name)) == inspect.signature(real)
+    assert "NotImplementedError" in text and len(text) < len(inspect.getsource(inspect.getmodule(real)))
+
+
+def test_what_is_written_takes_the_place_of_the_real_one_everywhere(tmp_path):
+    """A function that a script imported by name, one that three files hold, a class that another one is built on, and
+    one that the model uses by its name. Afterwards everything is as it was.
+    """
+    names = ["dpo_loss", "token_logprobs", "LoRALinear", "RMSNorm"]
+    path = tmp_path / "mine.py"
+    path.write_text(exercise.exercise(names), encoding="utf-8")
+    real = train_dpo.dpo_loss, losses.token_logprobs, lora.LoRALinear, model.RMSNorm
+    undo = exercise.use(path)
+    try:
+        mine = losses.dpo_loss, losses.token_logprobs, lora.LoRALinear, model.RMSNorm
+        assert [part.__module__ for part in mine] == ["mine"] * 4
+        assert train_dpo.dpo_loss is losses.dpo_loss
+        assert lora.DoRALinear.__mro__[1] is lora.LoRALinear
+        with pytest.raises(NotImplementedError, match="dpo_loss is yours"):
+            train_dpo.dpo_loss(*[None] * 4)
+        norm = model.Block(model.ModelConfig(), 0).input_layernorm
+        with pytest.raises(NotImplementedError):
+            norm(None)
+    finally:
+        exercise.restore(undo)
+    assert real == (train_dpo.dpo_loss, losses.token_logprobs, lora.LoRALinear, model.RMSNorm)
+    assert lora.DoRALinear.__mro__[1] is real[2]
+
+
+def test_the_command_knows_what_it_can_give():
+    path = exercise.main([])
+    assert [line.split()[1] for line in path.splitlines()[1:]] == exercise.PATH
+    with pytest.raises(SystemExit, match="minillm has no public gea; the path is token_logprobs sft_loss"):
+        exercise.main(["gae", "gea"])
+    assert exercise.main(["pack"]).count("raise NotImplementedError") == 1  # any public function will do
+
+
+# ---------------------------------------------------------------- scripts with a mistake
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, tokenizer):  # noqa: F811
+    """run(number, flags...) -> (the logged training steps, the numbers before training) of the broken script."""
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", small_model(tokenizer), tokenizer)
+    save_reward_model(tmp_path / "reward", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
+    (tmp_path / "mine.py").write_text(REWARDS, encoding="utf-8")
+    questions = "abcdefghijkl"
+    write(tmp_path / "sft.jsonl", [{"conversations": [turn("user", c * 9), turn("assistant", c)]} for c in questions])
+    write(tmp_path / "pairs.jsonl", [{"prompt": c, "chosen": c, "rejected": c * 2} for c in questions])
+    write(tmp_path / "prompts.jsonl", [ask(c + "?") for c in questions])
+    write(tmp_path / "held_out.jsonl", [ask("x!")])
+
+    def go(number, *flags):
+        name, source = exercise.broken(number)
+        script = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, script)  # dataclasses look their module up
+        exec(compile(source, name, "exec"), script.__dict__)
+        argv = ["--model", "model", "--out", "out", "--device", "cpu", "--log_every", 1, "--warmup_steps", 0, *flags]
+        script.main(parse_config(script.Config, "", [str(flag) for flag in argv]))
+        lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        before = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["before"]
+        return [line for line in lines if "lr" in line], before
+
+    return go
+
+
+SFT = ["--data", "sft.jsonl", "--eval_data", "sft.jsonl", "--optimizer", "adamw", "--batch_size", 8, "--max_steps", 1,
+       "--max_seq_len", 64]
+PAIRS = ["--data", "pairs.jsonl", "--eval_data", "pairs.jsonl", "--max_seq_len", 64, "--beta", 1]
+RL = ["--data", "prompts.jsonl", "--eval_data", "held_out.jsonl", "--reward", "mine.py:letters", "--max_new_tokens", 4,
+      "--max_seq_len", 64, "--num_minibatches", 1, "--lr", 3e-3, "--missing_eos_penalty", 0]
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_every_patch_still_applies(number):
+    """Found where the lines are now; and what comes out is Python."""
+    script, source = exercise.broken(number)
+    assert source != (exercise.ROOT / script).read_text(encoding="utf-8")
+    compile(source, script, "exec")
+
+
+def test_1_the_loss_betrays_it(run):
+    """The same data for training and evaluation: before the first update `loss` must be `val_loss`. Supervising every
+    token, questions and all, and dividing by the number of those that should have been, makes it several
+    times as large.
+    """
+    lines, before = run(1, *SFT)
+    assert lines[0]["loss"] > 2 * before["val_loss"]
+
+
+def test_2_the_loss_betrays_it_with_more_micro_batches(run):
+    """Each micro-batch is divided by its own count: four of them, four times the loss (and the gradient)."""
+    lines, before = run(2, *SFT, "--batch_size", 1, "--grad_accum", 4)
+    assert 3 * before["val_loss"] < lines[0]["loss"] < 5 * before["val_loss"]
+
+
+def test_3_the_first_loss_betrays_it(run):
+    """Before the first update the policy is the reference: ln 2 and margin 0. With the reference's two sides exchanged
+    the margin starts elsewhere.
+    """
+    lines, _ = run(3, *PAIRS, "--max_steps", 1)
+    assert abs(lines[0]["margin"]) > 0.1 and abs(lines[0]["loss"] - LN2) > 0.01
+
+
+def test_4_the_margin_betrays_it(run):
+    """A reference that follows the policy: ln 2, margin 0 and accuracy 0 for ever, while the held-out margin moves."""
+    lines, _ = run(4, *PAIRS, "--max_steps", 3, "--lr", 1e-2)
+    assert all(line["margin"] == 0 and abs(line["loss"] - LN2) < 1e-6 for line in lines)
+
+
+def test_5_the_clip_fraction_betrays_it(run):
+    """Sampled at temperature 0.5 and trained at 1: in the first optimizer step of a rollout `approx_kl` and
+    `clip_fraction` must be 0, and are not. (The mean of the ratios alone may well be near 1.)
+    """
+    lines, _ = run(5, *RL, "--max_steps", 1, "--batch_size", 4, "--temperature", 0.5)
+    assert lines[0]["approx_kl"] > 0.01 and lines[0]["clip_fraction"] > 0.1
+
+
+def test_6_the_kl_betrays_it(run):
+    """The reference is the policy itself: `kl` stays 0 while the policy moves."""
+    lines, _ = run(6, *RL, "--max_steps", 3, "--batch_size", 4)
+    assert [line["kl"] for line in lines] == [0.0, 0.0, 0.0]
+
+
+def test_7_the_second_pass_betrays_it(run):
+    """The old log-probabilities follow the policy: also after updates the ratio is 1 and nothing is ever clipped."""
+    lines, _ = run(7, *RL, "--reward_model", "reward", "--max_steps", 2, "--batch_size", 8, "--update_epochs", 3,
+                   "--target_kl", 0)
+    assert all(line["ratio_mean"] == 1 and line["approx_kl"] == line["clip_fraction"] == 0 for line in lines)
