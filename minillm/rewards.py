@@ -21,7 +21,6 @@ from minillm.checkpoint import check_tokenizer, load_model
 from minillm.errors import UserError
 from minillm.generate import generate
 from minillm.heads import load_reward_model
-from minillm.runtime import hold_in_bf16
 from minillm.tokenizer import Tokenizer
 from minillm.verify import extract_answer, is_correct, question_of
 
@@ -64,7 +63,7 @@ def model_reward(folder, device="cpu"):
 
     Raises UserError for a folder without a reward model.
     """
-    model, tokenizer = hold_in_bf16(load_reward_model(folder, device)), Tokenizer.load(folder)
+    model, tokenizer = load_reward_model(folder, device), Tokenizer.load(folder)
     check_tokenizer(model, tokenizer, folder)
 
     def source(batch):
@@ -105,7 +104,6 @@ class Judge:
 
     def __init__(self, folder, device="cpu"):
         self.model, self.tokenizer, self.device = load_model(folder, device), Tokenizer.load(folder), device
-        hold_in_bf16(self.model)
         check_tokenizer(self.model, self.tokenizer, folder)
         self.verdicts = [self.tokenizer.encode(letter)[0] for letter in "AB"]
 
