@@ -88,7 +88,7 @@ def main(cfg: Config) -> dict:
     ref_eval_logprobs = pair_logprobs(ref_model, eval_data, cfg.batch_size, device, average)
     del ref_model  # these numbers are all that training needs of it
     if cfg.peft == "lora":
-        apply_lora(policy, cfg.rank, cfg.alpha)
+        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
     runtime.compile_backbone(policy, cfg.compile)
 
     # 4. Optimizer

@@ -36,6 +36,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
 from minillm.generate import generate
+from minillm.lora import apply_lora, lora_off
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
 from minillm.metrics import show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
@@ -70,6 +71,9 @@ class Config(RunConfig):
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
     beta: float = flag(0.0, "weight of KL(policy || ref) in the loss", low=0)
     missing_eos_penalty: float = flag(1.0, "what an answer loses that does not end by itself", low=0)
+    peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
+    rank: int = flag(8, "lora: rank r of the update", low=1)
+    alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
     lr: float = flag(1e-4, "peak learning rate", low=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
     log_every: int = flag(1, "steps between log lines", low=1)
@@ -102,10 +106,15 @@ def main(cfg: Config) -> dict:
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
-    ref_model = checkpoint.load_model(cfg.model, device)  # frozen: no optimizer holds it
+    if cfg.peft == "lora":
+        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
+        ref_model = policy  # with the LoRA switched off
+    else:
+        ref_model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device))  # frozen: no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)
     runtime.compile_backbone(policy, cfg.compile)
-    runtime.compile_backbone(ref_model, cfg.compile)
+    if ref_model is not policy:
+        runtime.compile_backbone(ref_model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
@@ -159,7 +168,8 @@ def main(cfg: Config) -> dict:
         for part in [part for minibatch in minibatches for part in minibatch.parts]:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
             part.old_logprobs = logprobs.detach()
-            part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
+            with lora_off(ref_model):
+                part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             run.add({"entropy": entropy}, weight=part.n_tokens)
 
         # Update

@@ -65,7 +65,7 @@ class Config(RunConfig):
     virtual_tokens: int = flag(0, "prefix, prompt: length P (default: prefix 64, prompt 256)", low=0)
     start_text: str = flag("Dear reader, here is what I know about myself and my work.",
                            "prefix, prompt: words to start from")
-    bf16: bool = flag(False, "hold the frozen base in bf16: half the memory")
+    bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
     batch_size: int = flag(8, "rows per micro-batch", low=1)
@@ -95,7 +95,8 @@ def main(cfg: Config) -> dict:
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
-    model = checkpoint.load_model(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device, dtype))
     checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)

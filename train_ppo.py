@@ -38,6 +38,7 @@ from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
 from minillm.generate import generate
 from minillm.heads import ValueModel, load_reward_model
+from minillm.lora import apply_lora, lora_off
 from minillm.losses import gae, kl_k1, kl_k3, ppo_policy_loss, ppo_value_loss
 from minillm.metrics import show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
@@ -75,6 +76,10 @@ class Config(RunConfig):
     target_kl: float = flag(0.2, "leave a rollout once the policy is further than this, per token, from the one that "
                             "sampled it (0: never)", low=0)
     missing_eos_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
+    peft: str = flag("none", "train all weights, or a LoRA of policy and critic (--out: the policy's adapter)",
+                     choices=["none", "lora"])
+    rank: int = flag(8, "lora: rank r of the update", low=1)
+    alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
     lr: float = flag(6e-5, "peak learning rate of the policy", low=0)
     value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
     critic_steps: int = flag(10, "first rollouts, which train the value model alone (at most a tenth of all)", low=0)
@@ -108,14 +113,22 @@ def main(cfg: Config) -> dict:
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
-    ref_model = checkpoint.load_model(cfg.model, device)  # frozen: no optimizer holds it
+    if cfg.peft == "lora":
+        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
+        ref_model = policy  # with the LoRA switched off
+    else:
+        ref_model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device))  # frozen: no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model too
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
     else:
         runtime.say(f"no reward model with the policy's tokenizer: the value model starts from {cfg.model}")
         value_model = ValueModel.from_lm(checkpoint.load_model(cfg.model, device))
-    for model in (policy, ref_model, value_model):
+    if cfg.peft == "lora":
+        apply_lora(runtime.hold_in_bf16(value_model), cfg.rank, cfg.alpha)
+        value_model.score.requires_grad_()
+        value_model.bias.requires_grad_()
+    for model in {policy, ref_model, value_model}:
         runtime.compile_backbone(model, cfg.compile)
 
     # 4. Optimizer
@@ -167,7 +180,8 @@ def main(cfg: Config) -> dict:
         for part in parts:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
             part.old_logprobs = logprobs.detach()
-            part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
+            with lora_off(ref_model):
+                part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             part.old_values = response_values(value_model, part).detach()
             run.add({"entropy": entropy}, weight=part.n_tokens)
 

@@ -25,6 +25,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.heads import RewardModel
 from minillm.logprobs import linear_cross_entropy
+from minillm.lora import apply_lora
 from minillm.losses import reward_loss
 from minillm.metrics import table
 from minillm.optim import make_optimizers, schedule, set_lr, update
@@ -46,6 +47,10 @@ class Config(RunConfig):
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(6, "passes over the data", low=1)
     sft_coef: float = flag(1.0, "weight of the SFT loss on the chosen answers (0: none)", low=0)
+    peft: str = flag("none", "train all weights, or a LoRA and the head (--out: the merged model)",
+                     choices=["none", "lora"])
+    rank: int = flag(8, "lora: rank r of the update", low=1)
+    alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
     lr: float = flag(5e-4, "peak learning rate", low=0)
     warmup_steps: int = flag(20, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
@@ -70,9 +75,12 @@ def main(cfg: Config) -> dict:
     lm = checkpoint.load_model(cfg.model, device)
     checkpoint.check_tokenizer(lm, tokenizer, cfg.model)
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
-    runtime.compile_backbone(reward_model, cfg.compile)
     tied = lm.config.tie_word_embeddings
     lm_head = lm.lm_head.weight if tied else lm.lm_head.weight.detach()  # for the SFT loss
+    if cfg.peft == "lora":
+        apply_lora(runtime.hold_in_bf16(reward_model), cfg.rank, cfg.alpha)
+        reward_model.score.requires_grad_()
+    runtime.compile_backbone(reward_model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(reward_model, cfg.lr, cfg.weight_decay)

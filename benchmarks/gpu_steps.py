@@ -36,8 +36,8 @@ from minillm.tokenizer import Tokenizer
 
 SIZES = {
     "cuda": dict(pretrain_steps=300, sft_steps=400, reward_steps=60, large="mini", presets=("tiny", "mini", "small",
-                 "base"), rows=32, row_length=768, vocab_size=6400, compiled=("small", "tiny", "base"), qwen="qwen3-0.6b",
-                 qwen_vocab=151936, length=4096, answer=448, twice=60),
+                 "base"), rows=32, row_length=768, vocab_size=6400, compiled=("small", "tiny", "base"),
+                 qwen="qwen3-0.6b", qwen_vocab=151936, length=4096, answer=448, twice=60),
     "cpu": dict(pretrain_steps=3, sft_steps=4, reward_steps=2, large="tiny", presets=("tiny",), rows=2, row_length=64,
                 vocab_size=1024, compiled=("tiny",), qwen="tiny", qwen_vocab=2048, length=256, answer=16, twice=4),
 }
@@ -275,8 +275,9 @@ def captured(found: Found):
                 again = head_logprobs(model.hidden(rollout.tokens), model.lm_head.weight, rollout.tokens)
             off = (again - rollout.logprobs[:, 1:])[rollout.response_mask[:, 1:]].abs()
             limit = 1e-4 if dtype == "float32" else 0.1
-            found.check(f"{dtype}, {'captured' if static else 'plain'}: the sampler's log-probabilities are the trainer's, "
-                        f"on average to {limit}", bool(off.mean() < limit), f"mean {off.mean():.2g}, max {off.max():.2g}")
+            found.check(f"{dtype}, {'captured' if static else 'plain'}: sampler and trainer agree "
+                        f"on average to {limit}", bool(off.mean() < limit),
+                        f"mean {off.mean():.2g}, max {off.max():.2g}")
         equal = (rollouts[True].tokens == rollouts[False].tokens).float().mean().item()
         found.check(f"{dtype}: captured and plain decoding draw the same tokens",
                     equal == 1 if dtype == "float32" else None, f"{equal:.2%}")
@@ -312,7 +313,8 @@ def speed(found: Found, shape: str, recompute: bool, compiled: bool, flops: floa
     lengths = data.lengths(range(len(data))).tolist()
     work = 3 * forward_flops(config, lengths, sum(n for _, n in batches)) / seconds
     peak = runtime.peak_memory_mb(device)
-    found.row(preset=shape, recompute=str(recompute), compiled=str(compiled), tokens_per_s=round(sum(lengths) / seconds),
+    found.row(preset=shape, recompute=str(recompute), compiled=str(compiled),
+              tokens_per_s=round(sum(lengths) / seconds),
               ms_a_step=round(1e3 * seconds / len(batches), 1), first_step_s=round(first, 1),
               TFLOP_per_s=round(work / 1e12, 2), share_of_matmul=f"{work / flops:.1%}", peak_MiB=round(peak))
 

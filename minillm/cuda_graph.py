@@ -42,12 +42,13 @@ class StaticStep:
     The first step of a bucket just runs, the second is captured, and from then on it is replayed.
     """
 
+    works = True  # no capture has failed in this process: one that did may leave the generators unusable for another
     newest = None  # the graph captured last; the next one shares its memory, which PyTorch would free late, in pieces
 
     def __init__(self, model, cache: KVCache):
         self.model, self.cache = model, cache
         self.static = self.graph = self.logits = None
-        self.captures = cache.valid.is_cuda
+        self.captures = cache.valid.is_cuda and StaticStep.works
         self.tokens = torch.zeros(len(cache.valid), 1, dtype=torch.long, device=cache.valid.device)
 
     def forward(self):
@@ -67,7 +68,7 @@ class StaticStep:
                     StaticStep.newest = self.graph
         except RuntimeError as error:
             warnings.warn(f"decoding without a CUDA graph, which is slower: {error}")
-            self.captures = False
+            self.captures = StaticStep.works = False
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, tokens):

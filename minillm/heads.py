@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from minillm.checkpoint import (ARCHITECTURES, check_weights, checkpoint_folder, config_from_json, config_to_json,
-                                load_weights, save_folder)
+                                load_model, load_weights, save_folder)
 from minillm.errors import UserError
+from minillm.lora import LoRALinear, merge_lora
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
 from minillm.safetensors import load_json
 
@@ -88,6 +89,24 @@ def save_reward_model(folder, model: _ScalarModel, tokenizer):
     config = {**config_to_json(model.config, tokenizer), "architectures": [name], "num_labels": 1,
               "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     save_folder(folder, config, {name: tensor.float() for name, tensor in model.state_dict().items()}, tokenizer)
+
+
+def merge_reward_model(model: RewardModel, base) -> RewardModel:
+    """A reward model with a LoRA as a plain one on the CPU, merged in float32 into the weights of the folder `base`.
+
+    The model itself may hold them rounded to bf16. One without a LoRA is returned as it is.
+    """
+    if not any(isinstance(layer, LoRALinear) for layer in model.modules()):
+        return model
+    whole = RewardModel.from_lm(load_model(base))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            copy = LoRALinear(whole.get_submodule(name), layer.r, layer.alpha, rslora=layer.rslora)
+            copy.lora_A.data, copy.lora_B.data = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
+            whole.set_submodule(name, copy)
+    merge_lora(whole)
+    whole.score.load_state_dict(model.score.state_dict())
+    return whole
 
 
 def is_reward_model(folder) -> bool:

@@ -18,6 +18,7 @@ Deviations: DoRA's norm is taken per output (per row of W), as in the authors' c
 ||V|| is treated as a constant in the backward pass (the paper's section 4.3).
 """
 
+import contextlib
 import math
 
 import torch
@@ -39,6 +40,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         check_rank(base, r)
+        self.enabled = True
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
@@ -57,7 +59,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        return y + self.update(x).to(y.dtype)
+        return y + self.update(x).to(y.dtype) if self.enabled else y
 
     def merged_weight(self):
         """W + scaling * B A, in float32 even under autocast."""
@@ -79,6 +81,8 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x):
         y = self.base(x)
+        if not self.enabled:
+            return y
         without_bias = y if self.base.bias is None else y - self.base.bias
         # Adding the change to y keeps the start exact: the change is then 0, while m / ||V|| * V x + bias is rounded.
         change = self.lora_magnitude_vector / self.row_norms() * (without_bias + self.update(x)) - without_bias
@@ -135,6 +139,22 @@ def apply_lora(model: nn.Module, r: int, alpha: float, target_modules=TARGETS, d
     for name, base in targets.items():
         model.set_submodule(name, (DoRALinear if dora else LoRALinear)(base, r, alpha, dropout, rslora))
     return model
+
+
+@contextlib.contextmanager
+def lora_off(model: nn.Module):
+    """Inside the block the model is the frozen base. So a model with a LoRA is also its own reference, held once.
+
+    Of a model without a LoRA nothing changes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 @torch.no_grad()

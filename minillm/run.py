@@ -29,13 +29,14 @@ from minillm import runtime
 from minillm.checkpoint import check_weights, save_model
 from minillm.config import flag
 from minillm.errors import UserError
-from minillm.heads import RewardModel, save_reward_model
+from minillm.heads import RewardModel, merge_reward_model, save_reward_model
 from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_replies
 from minillm.peft import has_adapter, save_adapter
 from minillm.records import content_hash
 from minillm.runtime import say
 from minillm.safetensors import load_json, save_json
-from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
+from minillm.training_state import (capture_rng, for_this_device, load_training_state, restore_rng,
+                                    save_training_state, trained_weights)
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every")
@@ -255,7 +256,7 @@ class Run:
 
     def _save_model(self):
         if isinstance(self.model, RewardModel):
-            save_reward_model(self.folder, self.model, self.tokenizer)
+            save_reward_model(self.folder, merge_reward_model(self.model, self.cfg.model), self.tokenizer)
         elif has_adapter(self.model):
             save_adapter(self.model, self.folder, self.cfg.model)
         else:
@@ -293,7 +294,7 @@ class Run:
                 check_weights(trained_weights(model), saved, where, "the weights do not fit the model")
                 model.load_state_dict(saved, strict=False)  # strictly checked above; the frozen ones are not in it
             for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(for_this_device(saved, optimizer))
             if any(type(self.state["loader"][key]) is not int for key in self.loader.state()):
                 raise TypeError("the position in the data is no number")
             self.loader.load_state(self.state["loader"])

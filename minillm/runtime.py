@@ -213,6 +213,19 @@ def autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
+def hold_in_bf16(model):
+    """Hold the matrices of a frozen model's layers in bf16 where the device computes in it; returns the model.
+
+    Autocast rounds them to that anyway, so nothing that is computed changes, and they take half the memory.
+    Embeddings, norms and heads stay float32, and so does what a LoRA adds later.
+    """
+    if precision(next(model.parameters()).device) == torch.bfloat16:
+        for layer in model.model.layers.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
+    return model
+
+
 @functools.cache
 def why_not_compiled(device: torch.device) -> str:
     """Why torch.compile is not used there; "" where it works. On CUDA one trivial function is compiled, once."""

@@ -18,6 +18,16 @@ def trained_weights(model) -> dict:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
+def for_this_device(saved: dict, optimizer) -> dict:
+    """An optimizer's saved state with `fused` as it is here: another device may have chosen otherwise.
+
+    load_state_dict puts the counts of steps on the device that `fused` needs, so this comes before it.
+    """
+    groups = [{**old, "fused": new["fused"]} if "fused" in new else old
+              for old, new in zip(saved["param_groups"], optimizer.param_groups)]
+    return {**saved, "param_groups": groups}
+
+
 def save_training_state(folder, state: dict):
     """Write training_state.pt atomically; raises UserError when the disk refuses.
 
