@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from minillm import runtime
-from minillm.checkpoint import check_weights, save_model
+from minillm.checkpoint import save_model
 from minillm.config import flag
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
@@ -34,8 +34,8 @@ from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_r
 from minillm.peft import has_adapter, save_adapter
 from minillm.records import content_hash
 from minillm.runtime import say
-from minillm.safetensors import load_json, save_json
-from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
+from minillm.safetensors import is_temporary, load_json, save_json
+from minillm.training_state import capture_rng, load_training_state, restore, save_training_state, trained_weights
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every")
@@ -221,7 +221,7 @@ class Run:
         if is_new_run(self.new, self.out, "training_state.pt"):
             take_place(self.new, self.out)
         found = {path.name for path in self.new.iterdir()} if self.new.is_dir() else set()
-        if found <= {"run_config.json.tmp"} or is_new_run(self.new, self.out, "run_config.json"):
+        if all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
             shutil.rmtree(self.new, ignore_errors=True)  # of a run that ended before its first checkpoint
         self.folder = self.out
         if self.state:
@@ -283,27 +283,15 @@ class Run:
             say(f"note: {notes[key]}: results may differ in the last bits")
         self.state = load_training_state(self.folder)
         if (self.folder / "summary.json").exists():  # written last of all
-            self.result = load_json(self.folder / "summary.json").get("after", {})
+            self.result = load_json(self.folder / "summary.json").get("after")
+            if not isinstance(self.result, dict):
+                raise UserError(f"{self.folder / 'summary.json'} holds no results; remove it, and --resume makes it "
+                                "again")
             say(f"the run in {out} is finished: nothing to do")
 
     def _restore(self):
-        where = self.out / "training_state.pt"
-        try:
-            for model, saved in zip(self.models, self.state["models"], strict=True):
-                check_weights(trained_weights(model), saved, where, "the weights do not fit the model")
-                model.load_state_dict(saved, strict=False)  # strictly checked above; the frozen ones are not in it
-            for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            if any(type(self.state["loader"][key]) is not int for key in self.loader.state()):
-                raise TypeError("the position in the data is no number")
-            self.loader.load_state(self.state["loader"])
-            restore_rng(self.state["rng"][runtime.rank()], self.device)
-            self.before = dict(self.state["before"])
-        except UserError:
-            raise
-        except Exception as error:  # whatever is missing or of another type
-            raise UserError(f"{where} is not a state of this run ({type(error).__name__}: {error}); "
-                            "start again without --resume") from None
+        self.before = restore(self.state, self.models, self.optimizers, self.loader, self.total_steps,
+                              self.folder / "training_state.pt", self.device)
         self.state = None
 
     def _close(self):
