@@ -226,7 +226,7 @@ class Run:
         self.folder = self.out
         if self.state:
             return
-        if any((self.out / name).exists() for name in RUN_FILES):
+        if any((self.out / name).exists() for name in RUN_FILES) and not ended_in_first_save(self.out):
             self.folder = self.new
         if self.folder == self.new and self.new.exists():
             raise UserError(f"{self.new} is in the way: a new run writes there until its first checkpoint; rename it")
@@ -320,6 +320,16 @@ def is_new_run(new: Path, out: Path, name: str) -> bool:
     if not (new / "run_config.json").exists() or not (new / name).exists():
         return False
     return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
+
+
+def ended_in_first_save(folder: Path) -> bool:
+    """Whether a folder is what a run left that was killed before it had any weights. Removes its temporary files."""
+    found = [path.name for path in folder.iterdir()]
+    for name in found:
+        if is_temporary(name):
+            (folder / name).unlink(missing_ok=True)
+    kept = [name for name in found if name.endswith(".safetensors") or name in ("training_state.pt", "summary.json")]
+    return "run_config.json" in found and not kept
 
 
 def take_place(new: Path, out: Path):
