@@ -63,7 +63,8 @@ def load_training_state(folder) -> dict:
         raise UserError(f"{path} is truncated or corrupted ({type(error).__name__}); "
                         "start again without --resume") from None
     now = _environment()
-    changed = [f"{key} {ascii(before.get(key)).strip("'")[:80]} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    before = {key: value if isinstance(value, int) else ascii(value).strip("'")[:80] for key, value in before.items()}
+    changed = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if changed:
         say(f"note: resumed with {', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
     return state
