@@ -76,7 +76,6 @@ class Run:
         check_out(self.out, inputs)
         self.new = self.out.with_name(self.out.name + ".new")
         self.settings = json.loads(json.dumps(asdict(cfg), default=str))
-        self.settings["processes"] = runtime.world_size()
         # A reward function (.py) may be corrected in the middle of a run.
         self.settings["contents"] = {path: fingerprint(path) for path in inputs if not path.endswith(".py")}
         # OUT.new with a checkpoint: a kill came before it could take its place.
@@ -272,9 +271,6 @@ class Run:
             changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
             raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
                             "put back what was there, or start again without --resume")
-        if "processes" in differing:
-            raise UserError(f"--resume: the run in {out} had {saved['processes']} processes, this one has "
-                            f"{self.settings['processes']}; start as many as before")
         notes = {key: f"--{key} {self.settings[key]} (it was {saved[key]})" for key in differing}
         if fixed := [note for key, note in notes.items() if key not in FREE_ON_RESUME]:
             raise UserError(f"--resume: the run in {out} had other settings: {', '.join(fixed)}; give the same ones, "

@@ -100,7 +100,9 @@ def restore(state: dict, models, optimizers, loader, total_steps: int, where, de
         if any(type(number) is not int or not 0 <= number < 2**53 for number in position.values()):
             raise TypeError("the position in the data is no number")
         loader.load_state(position)
-        restore_rng(state["rng"][rank()], device)
+        restore_rng(state["rng"][rank() % len(state["rng"])], device)
+        if rank() >= len(state["rng"]):  # more processes than before; the others go on with what they had
+            torch.manual_seed(torch.initial_seed() + rank())
         return check_before(state["before"])
     except UserError:
         raise
