@@ -74,8 +74,8 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
         dropped[:, 0] = False
         ordered = torch.log_softmax(ordered.masked_fill(dropped, -torch.inf), dim=-1)
         logprobs = torch.empty_like(ordered).scatter_(1, order, ordered)
-    # Side by side the probabilities fill [0, 1); the token in whose part the random number lies is drawn. One number for
-    # each row is enough, so a row draws the same token whatever other rows are in its batch.
+    # Side by side the probabilities fill [0, 1); the token in whose part the random number lies is drawn. One number
+    # for each row is enough, so a row draws the same token whatever other rows are in its batch.
     if uniforms is None:
         uniforms = torch.rand(len(logprobs), generator=generator, device=logprobs.device)
     ends = logprobs.exp().cumsum(dim=-1)  # (B, V): where each token's part ends

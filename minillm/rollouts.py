@@ -299,6 +299,8 @@ def explained_variance(parts: list, device) -> Tensor:
 
 def flatten(parts: list, device, *names) -> list:
     """One long vector of each of these (b, t - 1) tensors, over all micro-batches; without any it is empty."""
-    empty = {"mask": torch.zeros(0, dtype=torch.bool, device=device)}
-    return [torch.cat([empty.get(name, torch.zeros(0, device=device)), *(getattr(part, name).flatten() for part in parts)])
-            for name in names]
+    def joined(name):
+        nothing = torch.zeros(0, dtype=torch.bool if name == "mask" else torch.float32, device=device)
+        return torch.cat([nothing, *(getattr(part, name).flatten() for part in parts)])
+
+    return [joined(name) for name in names]

@@ -66,11 +66,13 @@ def make_inputs():
     save_model("model", small_model(tokenizer), tokenizer)
     save_reward_model("scorer", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
     write(Path("text.jsonl"), [{"text": "It is red. " * n} for n in range(2, 23)])
-    chats = [[turn("user", "Is it " + "blue " * n), turn("assistant", "It is " + "red " * (n % 5))] for n in range(1, 8)]
+    chats = [[turn("user", "Is it " + "blue " * n), turn("assistant", "It is " + "red " * (n % 5))]
+             for n in range(1, 8)]
     write(Path("chats.jsonl"), [{"conversations": chat} for chat in chats])
     write(Path("pairs.jsonl"), [{"chosen": chat, "rejected": [chat[0], turn("assistant", "blue" * (n % 3 + 1))]}
                                 for n, chat in enumerate(chats)])
-    write(Path("prompts.jsonl"), [ask(letter * (i % 3 + 1) + "?", answer="red") for i, letter in enumerate("abcdefghi")])
+    write(Path("prompts.jsonl"), [ask(letter * (i % 3 + 1) + "?", answer="red")
+                                  for i, letter in enumerate("abcdefghi")])
     write(Path("asked.jsonl"), [ask(letter + "!", answer="red") for letter in "abcde"])
     Path("mine.py").write_text(LETTERS, encoding="utf-8")
 
