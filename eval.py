@@ -135,7 +135,7 @@ def load(folder: str, device) -> tuple:
     settings = os.path.join(folder, "adapter_config.json")
     if os.path.isfile(settings) and not os.path.isfile(os.path.join(folder, "config.json")):
         base = load_json(settings).get("base_model_name_or_path") or ""
-        if not os.path.isdir(base):
+        if not isinstance(base, str) or not os.path.isdir(base):
             raise UserError(f"{folder} is an adapter for {base or 'a model it does not name'}, which is not here; "
                             "give its base with --model and this with --adapter")
         folder, adapter = base, folder

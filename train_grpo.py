@@ -35,14 +35,13 @@ from dataclasses import dataclass
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
-from minillm.generate import generate
 from minillm.lora import apply_lora, lora_off
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
 from minillm.metrics import show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.rewards import load_rewards
-from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sampled_scores,
-                              score_rollout, select, split_rollout)
+from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sample_rollout,
+                              sampled_scores, score_rollout, select, split_rollout)
 from minillm.run import Run, RunConfig
 from minillm.tokenizer import Tokenizer
 
@@ -133,10 +132,8 @@ def main(cfg: Config) -> dict:
 
         # Rollout: group_size answers to each prompt, with a random generator of this step's own
         prompts = next(batches)
-        with runtime.autocast(device):
-            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_id,
-                               cfg.temperature, group_size=cfg.group_size, pad_id=tokenizer.pad_id,
-                               generator=run.generator(step))
+        rollout = sample_rollout(policy, prompts, cfg.max_new_tokens, tokenizer.end_id, cfg.temperature,
+                                 run.generator(step), cfg.group_size, tokenizer.pad_id)
         answers, ended = read_answers(rollout, tokenizer)
 
         # Reward: one number for each answer
@@ -156,7 +153,7 @@ def main(cfg: Config) -> dict:
         run.add({"reward": scores.mean(), "no_signal": 1 - has_signal.float().mean(),
                  "response_tokens": rollout.response_mask.sum() / len(answers), "truncated": 1 - ended.float().mean(),
                  **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
-                weight=len(answers), tokens=rollout.n_tokens)
+                weight=len(answers), tokens=rollout.n_tokens / runtime.world_size())
 
         # Shuffle the answers into mini-batches; without a gradient an answer is counted, but not computed
         keep = has_signal if cfg.loss == "dapo" or not cfg.beta else None  # None: all

@@ -36,7 +36,6 @@ import torch
 from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
-from minillm.generate import generate
 from minillm.heads import ValueModel, load_reward_model
 from minillm.lora import apply_lora, lora_off
 from minillm.losses import gae, kl_k1, kl_k3, ppo_policy_loss, ppo_value_loss
@@ -45,7 +44,8 @@ from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
 from minillm.rewards import load_rewards
 from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, read_answers, response_logprobs,
-                              response_values, sampled_scores, score_rollout, select, split_rollout, whiten_advantages)
+                              response_values, sample_rollout, sampled_scores, score_rollout, select, split_rollout,
+                              whiten_advantages)
 from minillm.run import Run, RunConfig
 from minillm.tokenizer import Tokenizer
 
@@ -157,9 +157,8 @@ def main(cfg: Config) -> dict:
 
         # Rollout: an answer to each prompt, with a random generator of this step's own
         prompts = next(batches)
-        with runtime.autocast(device):
-            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_id,
-                               cfg.temperature, pad_id=tokenizer.pad_id, generator=run.generator(step))
+        rollout = sample_rollout(policy, prompts, cfg.max_new_tokens, tokenizer.end_id, cfg.temperature,
+                                 run.generator(step), pad_id=tokenizer.pad_id)
         answers, ended = read_answers(rollout, tokenizer)
 
         # Score of each answer
@@ -169,7 +168,7 @@ def main(cfg: Config) -> dict:
         run.add({"reward": raw_scores.mean(), "response_tokens": rollout.response_mask.sum() / len(answers),
                  "truncated": 1 - ended.float().mean(),
                  **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
-                weight=len(answers), tokens=rollout.n_tokens)
+                weight=len(answers), tokens=rollout.n_tokens / runtime.world_size())
 
         # Shuffle the answers into mini-batches. Log-probabilities and values before the update come from the same
         # micro-batches as the update, so that the first ratio is exactly 1. (Gradients stay enabled: without them
@@ -195,13 +194,13 @@ def main(cfg: Config) -> dict:
             run.add({"kl": kl_k3(part.old_logprobs, part.ref_logprobs).sum() / part.n_tokens,
                      "returns": part.returns.sum() / part.n_tokens,
                      "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
-        whiten_advantages(parts)
+        whiten_advantages(parts, device)
         if cfg.show_every and step % cfg.show_every == 0:
             part = parts[0]  # the advantage of an answer: the mean of its tokens'
             shown = [tokenizer.decode(tokens[1:][mask]) for tokens, mask in zip(part.tokens, part.mask)]
             means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
             runtime.say(show_samples("answers to several questions", shown[:8], part.scores[:8], means[:8]))
-        run.add({"explained_variance": explained_variance(parts)}, weight=len(answers))
+        run.add({"explained_variance": explained_variance(parts, device)}, weight=len(answers))
 
         # Update
         updates = 0

@@ -6,7 +6,7 @@ opens there with no conversion, and a downloaded one loads here. No pickle is ev
 
 import json
 import math
-import shutil
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import torch
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.records import advice_on_folder
-from minillm.safetensors import atomic_write, load_json, load_safetensors, save_json, save_safetensors
+from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors, short
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+MAX_SHARDS = 1000  # files of weights; each is kept open as a mapping
 
 
 # config.json
@@ -47,7 +48,7 @@ def config_from_json(document: dict, where) -> ModelConfig:
     asks for a computation which this model does not have.
     """
     def refuse(key, why):
-        raise UserError(f"{where}: {key} = {json.dumps(document.get(key))} {why}")
+        raise UserError(f"{where}: {key} = {json.dumps(document.get(key))[:80]} {why}")
 
     def integer(key, default=None):
         value = document.get(key)
@@ -55,6 +56,12 @@ def config_from_json(document: dict, where) -> ModelConfig:
         if type(value) is not int or not 1 <= value < 2**31:
             refuse(key, "must be a positive whole number")
         return value
+
+    def boolean(key):
+        value = document.get(key)
+        if value not in (None, True, False) or type(value) not in (bool, type(None)):
+            refuse(key, "must be true or false")
+        return bool(value)
 
     model_type = document.get("model_type")
     if model_type not in list(ARCHITECTURES):
@@ -86,9 +93,9 @@ def config_from_json(document: dict, where) -> ModelConfig:
             head_dim=integer("head_dim", head_dim), intermediate_size=integer("intermediate_size"),
             max_position_embeddings=integer("max_position_embeddings", 2048 if model_type == "llama" else 32768),
             rope_theta=theta, rope_scaling=scaling, rms_norm_eps=float(eps),
-            tie_word_embeddings=bool(document.get("tie_word_embeddings", False)),
-            attention_bias=bool(document.get("attention_bias", False)) and model_type != "qwen2",
-            mlp_bias=bool(document.get("mlp_bias", False)) and model_type == "llama", model_type=model_type)
+            tie_word_embeddings=boolean("tie_word_embeddings"),
+            attention_bias=boolean("attention_bias") and model_type != "qwen2",
+            mlp_bias=boolean("mlp_bias") and model_type == "llama", model_type=model_type)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -102,8 +109,8 @@ def _rope_from_json(document, refuse):
     rope = document.get(key) or {}
     stated = [part.get("rope_theta") for part in (rope, document.get("rope_parameters") or {}, document)]
     thetas = [theta for theta in stated if theta is not None] or [10000.0]
-    if any(type(theta) not in (int, float) or not 0 < theta < math.inf for theta in thetas):
-        refuse("rope_theta", "must be a positive number, in rope_parameters too")
+    if any(type(theta) not in (int, float) or not 1 <= theta <= 1e15 for theta in thetas):
+        refuse("rope_theta", "must be a number between 1 and 1e15, in rope_parameters too")
     if len(set(thetas)) > 1:
         refuse("rope_theta", f"disagrees with rope_parameters: {thetas}")
     theta = float(thetas[0])
@@ -118,8 +125,8 @@ def _rope_from_json(document, refuse):
     scaling = {"rope_type": "llama3", "original_max_position_embeddings": document.get("max_position_embeddings")}
     for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         scaling[name] = rope.get(name, scaling.get(name))
-        if type(scaling[name]) not in (int, float) or not 0 < scaling[name] < math.inf:
-            refuse(key, f"needs a positive {name}")
+        if type(scaling[name]) not in (int, float) or not 1e-3 <= scaling[name] <= 1e9:
+            refuse(key, f"needs a positive {name} (at most 1e9)")
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         refuse(key, "needs high_freq_factor above low_freq_factor")
     return theta, scaling
@@ -197,11 +204,14 @@ def load_weights(folder) -> dict:
     if not isinstance(shard_of, dict) or any(
             not isinstance(s, str) or Path(s).name != s or "\\" in s for s in shard_of.values()):
         raise UserError(f"{index}: weight_map must give a file name of this folder for each tensor")
+    if len(set(shard_of.values())) > MAX_SHARDS:
+        raise UserError(f"{index}: weight_map names more than {MAX_SHARDS:,} files")
     tensors = {}
     for shard in sorted(set(shard_of.values())):
         for name, tensor in load_safetensors(folder / shard).items():
             if shard_of.get(name) != shard:
-                raise UserError(f"{folder / shard} holds {name}, which {index.name} places in {shard_of.get(name)}")
+                raise UserError(f"{folder / shard} holds {_some([name])}, which {index.name} places in "
+                                f"{_some([str(shard_of.get(name))])}")
             tensors[name] = tensor
     if missing := sorted(set(shard_of) - set(tensors)):
         raise UserError(f"{index} lists tensors that its files do not hold: {_some(missing)}")
@@ -217,11 +227,12 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
     folder = checkpoint_folder(folder)
     document = load_json(folder / "config.json")
     config = config_from_json(document, folder / "config.json")
-    architectures = document.get("architectures") or [ARCHITECTURES[config.model_type]]
-    if "SequenceClassification" in str(architectures[0]):
-        raise UserError(f"{folder} is a reward model ({architectures[0]}), not a language model; "
+    architecture = architecture_of(document, folder / "config.json")
+    if "SequenceClassification" in architecture:
+        raise UserError(f"{folder} is a reward model ({short(architecture)}), not a language model; "
                         "give the folder of a language model, such as out/sft")
     stored = load_weights(folder)
+    check_sizes(config, stored, folder)
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         head, embedding = stored.pop("lm_head.weight"), stored.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
@@ -232,11 +243,45 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
         model = CausalLM(config)
     check_weights(weights_of(model), stored, folder)
     weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored.items()}
+    check_finite(weights, folder)
     model.load_state_dict(weights, strict=False, assign=True)  # checked above; only the tied copy is missing
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary = RotaryEmbedding(config).to(device)
     return model
+
+
+def architecture_of(document: dict, where) -> str:
+    """The class that a config.json names first; "" if it names none. Raises UserError for what is no list of names."""
+    names = document.get("architectures") or [""]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: architectures = {json.dumps(names)[:80]} must be a list of names")
+    return names[0]
+
+
+def check_sizes(config: ModelConfig, stored: dict, where):
+    """Raise UserError if config.json describes another size than the weights: before a model of that size is built."""
+    found = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in stored)
+    layers = len({match[1] for match in found if match})
+    if layers != config.num_hidden_layers:
+        raise UserError(f"{where}: the weights do not fit config.json: num_hidden_layers is "
+                        f"{config.num_hidden_layers:,}, the weights are those of {layers:,} layers")
+    largest = max((tensor.numel() for tensor in stored.values()), default=0)
+    rows = {"vocab_size": config.vocab_size, "intermediate_size": config.intermediate_size,
+            "num_attention_heads x head_dim": config.num_attention_heads * config.head_dim}
+    for name, size in rows.items():
+        if size * config.hidden_size > largest:
+            raise UserError(f"{where}: the weights do not fit config.json: {name} is {size:,} and hidden_size is "
+                            f"{config.hidden_size:,}, the largest tensor has {largest:,} numbers")
+
+
+def check_finite(weights: dict, where):
+    """Raise UserError that names the first tensor with NaN or infinite numbers."""
+    for name, tensor in weights.items():
+        # The sum is quick and needs no memory. It can overflow, so it only clears a tensor.
+        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {short(name)} holds NaN or infinite numbers; copy or download the weights again,"
+                            " or train again (a lower --lr helps most often)")
 
 
 def weights_of(model: CausalLM) -> dict:
@@ -248,7 +293,7 @@ def weights_of(model: CausalLM) -> dict:
 
 
 def check_weights(expected: dict, stored: dict, where, complaint: str = "the weights do not fit config.json"):
-    """Raise UserError unless both hold the same names with the same shapes."""
+    """Raise UserError unless both hold the same names with the same shapes, all floating-point numbers."""
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or unexpected:
         raise UserError(f"{where}: {complaint}: missing {_some(missing)}; unexpected {_some(unexpected)}")
@@ -256,10 +301,15 @@ def check_weights(expected: dict, stored: dict, where, complaint: str = "the wei
              for name in expected if stored[name].shape != expected[name].shape]
     if wrong:
         raise UserError(f"{where}: {complaint}: {_some(wrong)}")
+    for name, tensor in stored.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {short(name)} holds {str(tensor.dtype).removeprefix('torch.')} numbers; weights "
+                            "are floating-point numbers (quantized ones are not supported)")
 
 
 def _some(names):
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+    shown = ", ".join(name if len(name) <= 100 else name[:97] + "..." for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
 
 
 def save_model(folder, model: CausalLM, tokenizer):
@@ -283,18 +333,10 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     stops = list(dict.fromkeys([tokenizer.end_id, tokenizer.endoftext_id]))
     save_json(folder / "generation_config.json", {
         "bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
-    draft = folder / "tokenizer.tmp"  # the tokenizer writes plainly; its files are then moved in one by one
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        tokenizer.save(draft, config["max_position_embeddings"])
-        for source in sorted(draft.iterdir()):
-            with atomic_write(folder / source.name) as file:
-                file.write(source.read_bytes())
+        tokenizer.save(folder, config["max_position_embeddings"])
     except OSError as error:
         raise UserError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     save_safetensors(folder / "model.safetensors", weights)
 
 

@@ -212,9 +212,9 @@ def ahead(items, depth: int = 2):
 class Loader:
     """Endless batches, shuffled anew each epoch. `state()` tells the position, and `load_state` returns to it.
 
-    Of every batch_size x processes items each process takes batch_size, so together they train on the batches of one
-    process with a batch_size that much larger. With shared=False a process takes everything. Subclasses define the
-    order of the items (`order`) and how some of them become a batch (`collate`, which may get none).
+    batch_size counts the items of all processes together: each takes its share of them, so the batches do not depend on
+    the number of processes, and neither does the position. With shared=False a process takes everything. Subclasses
+    define the order of the items (`order`) and how some of them become a batch (`collate`, which may get none).
     """
 
     def __init__(self, dataset, batch_size: int, seed: int, shared: bool = True):
@@ -240,21 +240,21 @@ class Loader:
 
     def batches(self, epoch: int) -> int:
         """How many batches an epoch has; every process has the same number."""
-        return -(-sum(1 for _ in self.order(epoch)) // (self.batch_size * self.world))
+        return -(-sum(1 for _ in self.order(epoch)) // self.batch_size)
 
     def steps(self, epochs: int, grad_accum: int = 1) -> int:
         """How many optimizer steps of grad_accum batches these epochs make."""
         return -(-sum(self.batches(epoch) for epoch in range(epochs)) // grad_accum)
 
     def epoch_batches(self, epoch: int, skip: int = 0):
-        """Yield this process's batches of one epoch, without the first `skip`."""
+        """Yield this process's shares of the batches of one epoch, without the first `skip`."""
         items = self.order(epoch)
         for number in itertools.count():
-            group = list(itertools.islice(items, self.batch_size * self.world))
+            group = list(itertools.islice(items, self.batch_size))
             if not group:
                 return
-            if number >= skip:  # at the end of an epoch a process may get no items
-                yield self.collate(group[self.rank * self.batch_size:(self.rank + 1) * self.batch_size])
+            if number >= skip:  # a process may get no items
+                yield self.collate(group[self.rank::self.world])
 
     def __iter__(self):
         def endless(epoch, taken):

@@ -9,7 +9,7 @@ from minillm.errors import UserError
 from minillm.generate import eval_mode, generate
 from minillm.logprobs import linear_cross_entropy
 from minillm.records import check_conversation, check_text, read_records
-from minillm.runtime import autocast, say
+from minillm.runtime import autocast, gather, say, share, sum_over_processes, world_size
 from minillm.verify import check_answer, gold_reward, is_correct
 
 TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
@@ -17,17 +17,21 @@ TOKENS_PER_BATCH = 2**16  # questions and replies in the cache at a time
 
 @torch.no_grad()
 def held_out_loss(model, dataset, row_length: int, device, batch_size: int = 16) -> dict:
-    """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written."""
+    """{"val_loss": nats per trained token}, and for text {"bits_per_byte"} of the documents as they were written.
+
+    The processes share the work; all get the same numbers.
+    """
     total, count = 0.0, 0
     rows = min(batch_size, max(1, 2**14 // row_length))  # few long rows: their masks grow with the square of the length
     with eval_mode(model):
-        for batch in PackedLoader(dataset, rows, row_length, seed=0, shuffle=False, shared=False).epoch_batches(0):
+        for batch in PackedLoader(dataset, rows * world_size(), row_length, seed=0, shuffle=False).epoch_batches(0):
             batch = batch.to(device)
             with autocast(device):
                 hidden = model.hidden(batch.tokens, doc_ids=batch.doc_ids)
             loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1)
             total += loss_sum.item()
             count += batch.n_targets
+    total, count = sum_over_processes(total), int(sum_over_processes(count))
     metrics = {"val_loss": total / max(1, count)}
     if dataset.stats.get("bytes"):
         metrics["bits_per_byte"] = total / math.log(2) / dataset.stats["bytes"]
@@ -87,9 +91,9 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
     """Let the model answer each record's prompt -> (texts, token counts, whether each ended by itself).
 
     Where prompt and reply do not fit the context, the oldest turns are dropped; a prompt whose last turn alone does not
-    fit gets the empty reply. Both are counted and said.
+    fit gets the empty reply. Both are counted and said. The processes share the work, and all get all replies; each
+    record has random numbers of its own, so the replies do not depend on who computes them.
     """
-    generator = torch.Generator(device).manual_seed(seed)
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     prompts, shortened = [], 0
@@ -107,7 +111,11 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
             f"with {max_new_tokens} tokens of reply they do not fit the model's context of {context:,}")
 
     order.sort(key=lambda i: len(prompts[i]))  # little padding
-    texts, counts, stopped = [""] * len(records), [0] * len(records), [False] * len(records)
+    uniforms = None
+    if temperature > 0:
+        generator = torch.Generator(device).manual_seed(seed)
+        uniforms = torch.rand(len(records), max_new_tokens, generator=generator, device=device)
+    order, replies = share(order), []
     while order:
         size = min(batch_size, len(order))
         while size > 1 and size * (len(prompts[order[size - 1]]) + max_new_tokens) > TOKENS_PER_BATCH:
@@ -115,11 +123,13 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
         group, order = order[:size], order[size:]
         with autocast(device):
             rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_id, temperature, top_p,
-                               pad_id=tokenizer.pad_id, generator=generator)
-        for i, response in zip(group, rollout.responses()):
-            stopped[i] = response[-1] == tokenizer.end_id
-            counts[i] = len(response)
-            texts[i] = tokenizer.decode(response[:-1] if stopped[i] else response)
+                               pad_id=tokenizer.pad_id, uniforms=None if uniforms is None else uniforms[group])
+        replies += zip(group, rollout.responses())
+    texts, counts, stopped = [""] * len(records), [0] * len(records), [False] * len(records)
+    for i, response in [reply for replies in gather(replies) for reply in replies]:
+        stopped[i] = response[-1] == tokenizer.end_id
+        counts[i] = len(response)
+        texts[i] = tokenizer.decode(response[:-1] if stopped[i] else response)
     return texts, counts, stopped
 
 

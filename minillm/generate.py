@@ -48,12 +48,13 @@ class Rollout:
         return [row[mask].tolist() for row, mask in zip(self.tokens.cpu(), self.response_mask.cpu())]
 
 
-def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, generator=None):
+def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, generator=None, uniforms=None):
     """Draw one token per row of logits (B, V) -> tokens (B,), logprobs (B,) under that very distribution.
 
     Temperature 0 is argmax (logprob 0: it is certain). top_k > 0 keeps the k likeliest tokens, of equal ones those with
     the smaller ids; top_p < 1 then keeps the fewest of the likeliest whose probabilities reach top_p, and at least one
-    (nucleus sampling, arXiv 1904.09751). Raises ValueError for a negative temperature, top_p or top_k.
+    (nucleus sampling, arXiv 1904.09751). uniforms (B,): a random number in [0, 1) for each row (default: from the
+    generator). Raises ValueError for a negative temperature, top_p or top_k.
     """
     if not temperature >= 0 or not top_p >= 0 or top_k < 0:
         raise ValueError(f"temperature {temperature}, top_p {top_p} and top_k {top_k} must not be negative")
@@ -73,11 +74,16 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
         dropped[:, 0] = False
         ordered = torch.log_softmax(ordered.masked_fill(dropped, -torch.inf), dim=-1)
         logprobs = torch.empty_like(ordered).scatter_(1, order, ordered)
-    # A race between exponential clocks with the probabilities as rates: the first to ring wins. torch.multinomial does
-    # the same, but with checks that wait for the device.
-    clocks = torch.empty_like(logprobs).exponential_(generator=generator).clamp_(min=torch.finfo(logprobs.dtype).tiny)
-    tokens = (logprobs.exp() / clocks).argmax(dim=-1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    # Side by side the probabilities fill [0, 1); the token in whose part the random number lies is drawn. One number
+    # for each row is enough, so a row draws the same token whatever other rows are in its batch.
+    if uniforms is None:
+        uniforms = torch.rand(len(logprobs), generator=generator, device=logprobs.device)
+    ends = logprobs.exp().cumsum(dim=-1)  # (B, V): where each token's part ends
+    tokens = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True).clamp(max=logprobs.shape[-1] - 1)
+    # A sum in parallel may grow by a rounding error where the probability is 0.
+    impossible = logprobs.gather(1, tokens) == -torch.inf
+    tokens = torch.where(impossible, logprobs.argmax(dim=-1, keepdim=True), tokens)  # (B, 1)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
 @contextlib.contextmanager
@@ -141,10 +147,11 @@ def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVC
 
 def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
              top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None,
-             static: bool | None = None) -> Rollout:
+             static: bool | None = None, uniforms=None) -> Rollout:
     """Sample group_size responses to each prompt (a list of token ids); rows of a group stand together.
 
-    A response ends with end_id or after max_new_tokens. static: decode with StaticStep (default: on CUDA).
+    A response ends with end_id or after max_new_tokens. static: decode with StaticStep (default: on CUDA). uniforms
+    (responses, max_new_tokens): the random number in [0, 1) of each token (default: from the generator).
     Raises ValueError for no prompt, an empty prompt or max_new_tokens < 1, UserError where the longest prompt and
     max_new_tokens exceed the model's context.
     """
@@ -155,6 +162,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
     padded = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
     prompt_lengths = prompt_lengths.to(device)
     valid = torch.arange(P, device=device) >= P - prompt_lengths[:, None]
+    if uniforms is None:
+        uniforms = torch.rand(N, max_new_tokens, generator=generator, device=device)
 
     with eval_mode(model), _own_copies(), _decoding(model, N):
         cache = _new_cache(model, len(prompts), P, max_new_tokens)
@@ -171,7 +180,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         static = device.type == "cuda" if static is None else static
         step = StaticStep(model, cache) if static else None
         for t in range(max_new_tokens):
-            tokens, token_logprobs = sample(logits, temperature, top_p, top_k, generator)
+            tokens, token_logprobs = sample(logits, temperature, top_p, top_k, uniforms=uniforms[rows, t])
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # what follows an end is masked out below
             running = running & (tokens != end_id)
             if t + 1 == max_new_tokens:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillm.checkpoint import (ARCHITECTURES, check_weights, checkpoint_folder, config_from_json, config_to_json,
-                                load_model, load_weights, save_folder)
+from minillm.checkpoint import (ARCHITECTURES, architecture_of, check_finite, check_sizes, check_weights,
+                                checkpoint_folder, config_from_json, config_to_json, load_model, load_weights,
+                                save_folder)
 from minillm.errors import UserError
 from minillm.lora import LoRALinear, merge_lora
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
-from minillm.safetensors import load_json
+from minillm.safetensors import load_json, short
 
 
 class _ScalarModel(nn.Module):
@@ -112,7 +113,7 @@ def merge_reward_model(model: RewardModel, base) -> RewardModel:
 def is_reward_model(folder) -> bool:
     """Whether a folder holds a sequence classifier."""
     path = Path(folder) / "config.json"
-    return path.is_file() and "SequenceClassification" in str((load_json(path).get("architectures") or [""])[0])
+    return path.is_file() and "SequenceClassification" in architecture_of(load_json(path), path)
 
 
 def load_reward_model(folder, device="cpu") -> RewardModel:
@@ -123,14 +124,16 @@ def load_reward_model(folder, device="cpu") -> RewardModel:
     folder = checkpoint_folder(Path(folder))
     document = load_json(folder / "config.json")
     if not is_reward_model(folder):
-        raise UserError(f"{folder} is no reward model (it holds {document.get('architectures')}); "
+        raise UserError(f"{folder} is no reward model (it holds {short(document.get('architectures'))}); "
                         "python train_reward.py makes one")
     config = config_from_json(document, folder / "config.json")
     stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    check_sizes(config, stored, folder)
     with torch.device("meta"):
         model = RewardModel(config, Backbone(config))
     check_weights(model.state_dict(), stored, folder)
     weights = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in stored.items()}
+    check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     model.model.rotary = RotaryEmbedding(config).to(device)
     return model

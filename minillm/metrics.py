@@ -3,8 +3,10 @@
     python -m minillm.metrics OUT [OUT ...]      # the curves of one or several runs (curves.py)
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 import unicodedata
@@ -13,7 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillm import curves
-from minillm.safetensors import atomic_write
+from minillm.errors import UserError
+from minillm.safetensors import atomic_write, open_file
 
 
 class Progress:
@@ -34,7 +37,12 @@ class Progress:
     def open_file(self, folder):
         """Go on writing to the metrics.jsonl of this folder."""
         if self.show:
-            self.file = open(Path(folder) / "metrics.jsonl", "a", encoding="utf-8")
+            self.path = Path(folder) / "metrics.jsonl"
+            try:
+                self.file = open_file(self.path, writable=True)
+                self.file.seek(0, os.SEEK_END)
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
 
     def close_file(self):
         """Let go of metrics.jsonl."""
@@ -42,8 +50,14 @@ class Progress:
             self.file.close()
 
     def _write(self, line: dict):
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            self.file.flush()
+        except OSError as error:  # the disk is full, or a file may not be so large
+            with contextlib.suppress(OSError):
+                self.file.close()  # it tries to write once more
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; the last checkpoint is whole: "
+                            "make room and use --resume") from None
 
     def step(self):
         """One step is done."""
@@ -79,13 +93,16 @@ def cut_metrics(path: Path, step: int):
     def step_of(line: bytes) -> float:
         try:
             return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return math.inf
 
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        with atomic_write(path) as file:
+    if not os.path.lexists(path):
+        return
+    try:
+        with open_file(path) as lines, atomic_write(path) as file:
             file.writelines(line for line in lines if step_of(line) <= step)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def numbers(metrics: dict) -> dict:
@@ -111,7 +128,8 @@ def compare(columns: list, results: list) -> str:
     rows = [["", *columns]]
     for name, value in results[-1].items():
         if isinstance(value, dict):
-            rows += [[f"  {key}", *(result.get(name, {}).get(key, "") for result in results)] for key in value]
+            columns = [found if isinstance(found := result.get(name), dict) else {} for result in results]
+            rows += [[f"  {key}", *(column.get(key, "") for column in columns)] for key in value]
         elif value is None or isinstance(value, (int, float)):
             rows.append([name, *(result.get(name, "") for result in results)])
     return table(rows)

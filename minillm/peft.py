@@ -19,7 +19,7 @@ from minillm.checkpoint import check_weights
 from minillm.errors import UserError
 from minillm.lora import DoRALinear, LoRALinear, check_rank, find_targets
 from minillm.prefix import PromptTuning, apply_prefix, apply_prompt
-from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors
+from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors, short
 
 
 def save_adapter(model: nn.Module, folder, base: str | None = None):
@@ -45,7 +45,7 @@ def load_adapter(model: nn.Module, folder) -> nn.Module:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     remove_adapter(model)
     try:
-        _apply(model, settings, folder)
+        _apply(model, settings, stored, folder)
         tensors = _tensors(model)
         check_weights(tensors, stored, folder, "the adapter does not fit this base model")
         with torch.no_grad():
@@ -174,7 +174,7 @@ def _read_folder(folder) -> tuple:
     def refuse(key, must_be):
         value = json.dumps(config.get(key))
         shown = value if len(value) <= 80 else value[:80] + "..."
-        raise UserError(f"{path}: {key} = {shown} is not supported; it must be {must_be}")
+        raise UserError(f"{path}: {key[:80]} = {shown} is not supported; it must be {must_be}")
 
     kind = config.get("peft_type")
     if kind not in list(COMPUTED):
@@ -195,9 +195,13 @@ def _read_folder(folder) -> tuple:
 
 # From settings to a model
 
-def _apply(model, settings, folder):
+def _apply(model, settings, stored, folder):
     """Put an adapter with these settings on a plain model; its tensors are still to be loaded."""
     kind, length = settings["peft_type"], settings.get("num_virtual_tokens")
+    for name, tensor in stored.items() if length else ():  # before room is made for so many
+        if tensor.shape[:1] != (length,):
+            raise UserError(f"{folder}: the adapter does not fit num_virtual_tokens: {short(name)} "
+                            f"{tuple(tensor.shape)} instead of {(length, *tensor.shape[1:])}")
     if kind == "BOTTLENECK":
         apply_bottleneck(model, settings["bottleneck"], settings["placement"])
     elif kind == "PROMPT_TUNING":

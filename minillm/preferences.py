@@ -14,7 +14,7 @@ from minillm.data import Loader, hold_out, say_overlap, to_device
 from minillm.errors import UserError
 from minillm.logprobs import head_logprobs
 from minillm.records import read_pair
-from minillm.runtime import autocast, say
+from minillm.runtime import autocast, say, sum_tensor_over_processes, world_size
 from minillm.token_cache import TokenDataset, load_dataset
 from minillm.tokenizer import Tokenizer
 
@@ -146,8 +146,8 @@ class PairLoader(Loader):
         self.shuffle = shuffle
 
     def order(self, epoch: int):
-        """Yield the indices of the pairs of an epoch; those of one batch, over all processes, have similar lengths."""
-        chance, size = np.random.default_rng([self.seed, epoch]), self.batch_size * self.world
+        """Yield the indices of the pairs of an epoch; those of one batch have similar lengths."""
+        chance, size = np.random.default_rng([self.seed, epoch]), self.batch_size
         lengths = self.dataset.lengths()
         order = chance.permutation(len(lengths)) if self.shuffle else np.arange(len(lengths))
         # Were everything sorted, each epoch would have the same batches.
@@ -199,12 +199,16 @@ def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
 
 @torch.no_grad()
 def score_pairs(score_batch, pairs: PairDataset, batch_size: int, device) -> torch.Tensor:
-    """(N, 2) float32 on the CPU: the scores of both sides of each pair. score_batch(batch) gives (2B,)."""
+    """(N, 2) float32 on the CPU: the scores of both sides of each pair. score_batch(batch) gives (2B,).
+
+    The processes share the work: each takes batch_size pairs at a time, and all get all scores.
+    """
     scores = torch.zeros(len(pairs), 2)
-    for batch in PairLoader(pairs, batch_size, seed=0, shuffle=False, shared=False).epoch_batches(0):
-        with autocast(device):
-            scores[batch.pairs] = score_batch(batch.to(device)).float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
-    return scores
+    for batch in PairLoader(pairs, batch_size * world_size(), seed=0, shuffle=False).epoch_batches(0):
+        if batch.n_pairs:
+            with autocast(device):
+                scores[batch.pairs] = score_batch(batch.to(device)).float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
+    return sum_tensor_over_processes(scores)
 
 
 def pair_logprobs(model, pairs: PairDataset, batch_size: int, device, average: bool = False) -> torch.Tensor:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 
@@ -329,6 +330,8 @@ def content_hash(path) -> str:
     """SHA-256 of a file's content. Within a process an unchanged file is read only once. Raises UserError."""
     try:
         found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(0, "it is no regular file")  # a pipe would be waited for without end
         return _content_hash(os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None

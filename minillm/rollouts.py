@@ -9,11 +9,12 @@ from torch import Tensor
 from minillm.data import Loader, hold_out, to_device
 from minillm.errors import UserError
 from minillm.evaluate import check_question, prompt_messages, sample_answers
+from minillm.generate import Rollout, generate
 from minillm.logprobs import head_entropy, head_logprobs
 from minillm.losses import whiten
 from minillm.records import read_records
 from minillm.rewards import score_answers
-from minillm.runtime import autocast, say, sum_tensor_over_processes
+from minillm.runtime import autocast, gather, say, share, sum_tensor_over_processes, world_size
 
 MOST_SAMPLED = 2_000  # sampled answers in an evaluation; there are at most 4 to each prompt
 
@@ -95,11 +96,17 @@ def select(prompts: list, tasks=(), need_answers: bool = False) -> list:
 
 
 class PromptLoader(Loader):
-    """Batches of prompts (lists of Prompt), all full: the last one of an epoch is filled up with the first prompts."""
+    """Batches of prompts (lists of Prompt), all full: the last one of an epoch is filled up with the first prompts.
+
+    Every process gets the whole batch: sample_rollout and score_rollout share the work.
+    """
+
+    def __init__(self, prompts: list, batch_size: int, seed: int):
+        super().__init__(prompts, batch_size, seed, shared=False)
 
     def order(self, epoch: int):
         """Yield the prompts of an epoch, by number."""
-        size, count = self.batch_size * self.world, len(self.dataset)
+        size, count = self.batch_size, len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(count)
         yield from np.resize(order, -(-count // size) * size).tolist()
 
@@ -108,7 +115,34 @@ class PromptLoader(Loader):
         return [self.dataset[i] for i in numbers]
 
 
-# Scores of sampled answers.
+# Sampled answers, and their scores.
+
+def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id: int, temperature: float, generator,
+                   group_size: int = 1, pad_id: int = 0) -> Rollout:
+    """group_size answers to each Prompt. Each process samples its share, and all get the whole rollout.
+
+    The random numbers of all answers are drawn first, so the answers do not depend on the number of processes.
+    """
+    device = next(policy.parameters()).device
+    uniforms = torch.rand(len(prompts), group_size, max_new_tokens, generator=generator, device=device)
+    mine, rollout = share(prompts), None
+    if mine:
+        with autocast(device):
+            rollout = generate(policy, [prompt.tokens for prompt in mine], max_new_tokens, end_id, temperature,
+                               group_size=group_size, pad_id=pad_id, uniforms=share(uniforms).flatten(0, 1))
+    if world_size() == 1:
+        return rollout
+    parts = gather(rollout and Rollout(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.logprobs.cpu()))
+    width, joined = max(part.tokens.shape[1] for part in parts if part), [None] * len(prompts)
+    for first, part in enumerate(parts):
+        if part:
+            missing = (0, width - part.tokens.shape[1])
+            rows = zip(torch.nn.functional.pad(part.tokens, missing, value=pad_id).split(group_size),
+                       torch.nn.functional.pad(part.response_mask, missing).split(group_size),
+                       torch.nn.functional.pad(part.logprobs, missing).split(group_size))
+            joined[first::world_size()] = rows
+    return Rollout(*(to_device(torch.cat(column), device) for column in zip(*joined)))  # (prompts * group_size, width)
+
 
 def read_answers(rollout, tokenizer) -> tuple:
     """(texts, ended): each answer without its end token, and whether it had one, (B,) bool on the CPU."""
@@ -122,14 +156,19 @@ def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
     """Score G answers to each of N prompts -> (scores (N, G), {name of a reward: its own scores, unweighted, (N, G)}).
 
     rewards: from load_rewards. texts: N * G answers, those to one prompt next to each other. The scores are float32, on
-    the device. Raises UserError if a reward function fails.
+    the device. Each process scores its share, and all get all scores. Raises UserError if a reward function fails.
     """
     size = len(texts) // len(prompts)
     asked = [(prompt.messages, texts[i * size:(i + 1) * size], prompt.record) for i, prompt in enumerate(prompts)]
     with torch.no_grad(), autocast(device):
-        total, parts = score_answers(rewards, asked)
-    parts = {name: to_device(torch.tensor(part), device) for name, part in parts.items()}
-    return to_device(torch.tensor(total), device), parts
+        found = gather(score_answers(rewards, share(asked)) if share(asked) else None)
+    total, parts = torch.zeros(len(prompts), size), {name: torch.zeros(len(prompts), size) for name in found[0][1]}
+    for first, scored in enumerate(found):
+        if scored:
+            total[first::world_size()] = torch.tensor(scored[0])
+            for name, part in parts.items():
+                part[first::world_size()] = torch.tensor(scored[1][name])
+    return to_device(total, device), {name: to_device(part, device) for name, part in parts.items()}
 
 
 def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int,
@@ -176,7 +215,7 @@ class MicroBatch:
 
 @dataclass
 class MiniBatch:
-    """The answers of one optimizer step."""
+    """This process's share of the answers of one optimizer step."""
 
     parts: list  # of MicroBatch
     n_sequences: int  # answers, including those that were not kept
@@ -186,6 +225,8 @@ class MiniBatch:
 def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, scores=None, advantages=None,
                   keep=None) -> list:
     """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches.
+
+    Every process takes its share of each MiniBatch, which may be none.
 
     scores, advantages (B,), optional: one number for each answer, split in the same way. keep (B,) bool, optional: the
     answers that have a gradient; the others are counted in n_sequences, but nothing is computed for them. generator: a
@@ -205,9 +246,9 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
 
     def mini_batch(rows):
         kept = rows[keep[rows]]
-        kept = kept[lengths[kept].argsort()]
+        kept = share(kept[lengths[kept].argsort()])
         parts = [micro_batch(part) for part in kept.tensor_split(grad_accum) if len(part)]
-        return MiniBatch(parts, n_sequences=len(rows), n_tokens=sum(part.n_tokens for part in parts))
+        return MiniBatch(parts, n_sequences=len(share(rows)), n_tokens=sum(part.n_tokens for part in parts))
 
     order = torch.randperm(len(lengths), generator=generator)
     return [mini_batch(rows) for rows in order.tensor_split(num_minibatches)]
@@ -233,26 +274,33 @@ def response_values(value_model, part: MicroBatch) -> Tensor:
         return value_model(part.tokens)[:, :-1]
 
 
-def whiten_advantages(parts: list):
+def whiten_advantages(parts: list, device):
     """Whiten the advantages in place (losses.whiten), over all micro-batches of the rollout and all processes."""
-    advantages = torch.cat([part.advantages.flatten() for part in parts])[None]
-    mask = torch.cat([part.mask.flatten() for part in parts])[None]
-    whitened = whiten(advantages, mask, reduce=sum_tensor_over_processes)[0]
+    advantages, mask = flatten(parts, device, "advantages", "mask")
+    whitened = whiten(advantages[None], mask[None], reduce=sum_tensor_over_processes)[0]
     for part, values in zip(parts, whitened.split([part.mask.numel() for part in parts])):
         part.advantages = values.view(part.mask.shape)
 
 
-def explained_variance(parts: list) -> Tensor:
-    """1 - Var(returns - old_values) / Var(returns) over the tokens of all micro-batches.
+def explained_variance(parts: list, device) -> Tensor:
+    """1 - Var(returns - old_values) / Var(returns) over the tokens of all micro-batches and all processes.
 
     It is 1 for a perfect critic, 0 for one that always expects the same, and below 0 for one that is worse than that.
     """
-    mask = torch.cat([part.mask.flatten() for part in parts])
-    returns = torch.cat([part.returns.flatten() for part in parts])
-    errors = returns - torch.cat([part.old_values.flatten() for part in parts])
+    returns, old_values, mask = flatten(parts, device, "returns", "old_values", "mask")
 
     def variance(x):
-        mean = torch.where(mask, x, 0.0).sum() / mask.sum()
-        return torch.where(mask, (x - mean) ** 2, 0.0).sum() / mask.sum()
+        total, count = sum_tensor_over_processes(torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()]))
+        squares = sum_tensor_over_processes(torch.where(mask, (x - total / count) ** 2, 0.0).sum())
+        return squares / count
 
-    return 1 - variance(errors) / variance(returns).clamp(min=1e-8)
+    return 1 - variance(returns - old_values) / variance(returns).clamp(min=1e-8)
+
+
+def flatten(parts: list, device, *names) -> list:
+    """One long vector of each of these (b, t - 1) tensors, over all micro-batches; without any it is empty."""
+    def joined(name):
+        nothing = torch.zeros(0, dtype=torch.bool if name == "mask" else torch.float32, device=device)
+        return torch.cat([nothing, *(getattr(part, name).flatten() for part in parts)])
+
+    return [joined(name) for name in names]

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from minillm import runtime
-from minillm.checkpoint import check_weights, save_model
+from minillm.checkpoint import save_model
 from minillm.config import flag
 from minillm.errors import UserError
 from minillm.heads import RewardModel, merge_reward_model, save_reward_model
@@ -34,9 +34,8 @@ from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_r
 from minillm.peft import has_adapter, save_adapter
 from minillm.records import content_hash
 from minillm.runtime import say
-from minillm.safetensors import load_json, save_json
-from minillm.training_state import (capture_rng, for_this_device, load_training_state, restore_rng,
-                                    save_training_state, trained_weights)
+from minillm.safetensors import is_temporary, load_json, save_json
+from minillm.training_state import capture_rng, load_training_state, restore, save_training_state, trained_weights
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every")
@@ -77,7 +76,6 @@ class Run:
         check_out(self.out, inputs)
         self.new = self.out.with_name(self.out.name + ".new")
         self.settings = json.loads(json.dumps(asdict(cfg), default=str))
-        self.settings["processes"] = runtime.world_size()
         # A reward function (.py) may be corrected in the middle of a run.
         self.settings["contents"] = {path: fingerprint(path) for path in inputs if not path.endswith(".py")}
         # OUT.new with a checkpoint: a kill came before it could take its place.
@@ -222,12 +220,12 @@ class Run:
         if is_new_run(self.new, self.out, "training_state.pt"):
             take_place(self.new, self.out)
         found = {path.name for path in self.new.iterdir()} if self.new.is_dir() else set()
-        if found <= {"run_config.json.tmp"} or is_new_run(self.new, self.out, "run_config.json"):
+        if all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
             shutil.rmtree(self.new, ignore_errors=True)  # of a run that ended before its first checkpoint
         self.folder = self.out
         if self.state:
             return
-        if any((self.out / name).exists() for name in RUN_FILES):
+        if any((self.out / name).exists() for name in RUN_FILES) and not ended_in_first_save(self.out):
             self.folder = self.new
         if self.folder == self.new and self.new.exists():
             raise UserError(f"{self.new} is in the way: a new run writes there until its first checkpoint; rename it")
@@ -273,9 +271,6 @@ class Run:
             changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
             raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
                             "put back what was there, or start again without --resume")
-        if "processes" in differing:
-            raise UserError(f"--resume: the run in {out} had {saved['processes']} processes, this one has "
-                            f"{self.settings['processes']}; start as many as before")
         notes = {key: f"--{key} {self.settings[key]} (it was {saved[key]})" for key in differing}
         if fixed := [note for key, note in notes.items() if key not in FREE_ON_RESUME]:
             raise UserError(f"--resume: the run in {out} had other settings: {', '.join(fixed)}; give the same ones, "
@@ -284,27 +279,15 @@ class Run:
             say(f"note: {notes[key]}: results may differ in the last bits")
         self.state = load_training_state(self.folder)
         if (self.folder / "summary.json").exists():  # written last of all
-            self.result = load_json(self.folder / "summary.json").get("after", {})
+            self.result = load_json(self.folder / "summary.json").get("after")
+            if not isinstance(self.result, dict):
+                raise UserError(f"{self.folder / 'summary.json'} holds no results; remove it, and --resume makes it "
+                                "again")
             say(f"the run in {out} is finished: nothing to do")
 
     def _restore(self):
-        where = self.out / "training_state.pt"
-        try:
-            for model, saved in zip(self.models, self.state["models"], strict=True):
-                check_weights(trained_weights(model), saved, where, "the weights do not fit the model")
-                model.load_state_dict(saved, strict=False)  # strictly checked above; the frozen ones are not in it
-            for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
-                optimizer.load_state_dict(for_this_device(saved, optimizer))
-            if any(type(self.state["loader"][key]) is not int for key in self.loader.state()):
-                raise TypeError("the position in the data is no number")
-            self.loader.load_state(self.state["loader"])
-            restore_rng(self.state["rng"][runtime.rank()], self.device)
-            self.before = dict(self.state["before"])
-        except UserError:
-            raise
-        except Exception as error:  # whatever is missing or of another type
-            raise UserError(f"{where} is not a state of this run ({type(error).__name__}: {error}); "
-                            "start again without --resume") from None
+        self.before = restore(self.state, self.models, self.optimizers, self.loader, self.total_steps,
+                              self.folder / "training_state.pt", self.device)
         self.state = None
 
     def _close(self):
@@ -333,6 +316,16 @@ def is_new_run(new: Path, out: Path, name: str) -> bool:
     if not (new / "run_config.json").exists() or not (new / name).exists():
         return False
     return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
+
+
+def ended_in_first_save(folder: Path) -> bool:
+    """Whether a folder is what a run left that was killed before it had any weights. Removes its temporary files."""
+    found = [path.name for path in folder.iterdir()]
+    for name in found:
+        if is_temporary(name):
+            (folder / name).unlink(missing_ok=True)
+    kept = [name for name in found if name.endswith(".safetensors") or name in ("training_state.pt", "summary.json")]
+    return "run_config.json" in found and not kept
 
 
 def take_place(new: Path, out: Path):

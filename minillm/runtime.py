@@ -5,9 +5,10 @@
 What is fast is decided by what the hardware can do, never by a timing, so a resumed run computes the same. What cannot
 run falls back with one line. Such lines go to stderr, so stdout holds only what a script was asked for.
 
-One process per GPU with `torchrun --nproc_per_node N train_x.py ...`: every process takes its own batches, and
+One process per GPU with `torchrun --nproc_per_node N train_x.py ...`: every process takes its share of each batch, and
 `sum_gradients` adds the gradients up. Because each loss is divided by the tokens of the whole step, over all
-processes, a sum (not a mean) is exactly the gradient of the one big batch.
+processes, a sum (not a mean) is exactly the gradient of the whole batch. What is drawn at random is drawn for the whole
+batch, in every process alike, so the result does not depend on the number of processes.
 """
 
 import atexit
@@ -135,9 +136,14 @@ def say(*args, file=None):
 
 
 def generator(device, *numbers: int) -> torch.Generator:
-    """A random generator that the numbers (seed, step) and this process's rank decide: the same after a resume."""
-    seed = np.random.SeedSequence([*numbers, rank()]).generate_state(1, np.uint64)[0]
+    """A random generator that the numbers (seed, step) decide: the same after a resume and in every process."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) % 2**63)
+
+
+def share(items: list) -> list:
+    """This process's part of these items: every world_size()-th one, so sorted items give parts of like sizes."""
+    return items[rank()::world_size()]
 
 
 def sum_over_processes(value: float) -> float:

@@ -5,7 +5,8 @@ previous file whole. A safetensors file is
 
     8 bytes: length of the header, little endian | header: JSON {name: {dtype, shape, data_offsets}} | the tensors
 
-It holds only numbers: reading it runs no code, whereas loading a pickle can.
+It holds only numbers: reading it runs no code, whereas loading a pickle can. What is read may be damaged, or made by
+somebody who means harm: sizes are compared with the file's size before anything is allocated.
 """
 
 import contextlib
@@ -13,6 +14,9 @@ import json
 import math
 import mmap
 import os
+import re
+import secrets
+import stat
 import struct
 from pathlib import Path
 
@@ -20,34 +24,109 @@ import torch
 
 from minillm.errors import UserError
 
+MAX_JSON = 1 << 22  # bytes; parsed JSON can take twenty times as much memory
+TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+
 
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file to write to; it becomes `path` only when the block ends without an error.
 
-    Raises UserError when the system refuses (disk full, no permission): an existing `path` is then unchanged.
+    The temporary file has a random name, and must not exist before: nobody can have planted a link there. What a killed
+    process left at such a name is removed. Raises UserError when the system refuses (disk full, no permission): an
+    existing `path` is then unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # a fixed name: what a killed process left is overwritten
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        remove_leftovers(path)
+        with _new_file(path) as file:
+            temporary = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points at them
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the rename must survive a power cut, where folders can be flushed
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        flush_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            if temporary:
+                temporary.unlink()
         # torch.save hides the OSError of a full disk behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(error, (OSError, RuntimeError)) and isinstance(cause, OSError):
-            kept = "the file that was there is unchanged" if path.exists() else "nothing was written"
+            kept = "the file that was there is unchanged" if os.path.exists(path) else "nothing was written"
             raise UserError(f"cannot write {path}: {cause.strerror or cause}; {kept}") from error
+        raise
+
+
+def _new_file(path: Path):
+    while True:
+        file = open(path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp"), "xb")
+        # The lock shows others that this is no leftover; one may have taken it for that in the moment before.
+        if try_lock(file) and os.path.exists(file.name):
+            return file
+        file.close()
+
+
+def remove_leftovers(path: Path):
+    """Remove the temporary files of `path` whose process was killed: those that nobody holds a lock on."""
+    for entry in os.scandir(path.parent):
+        if entry.name.startswith(path.name) and is_temporary(entry.name) and len(entry.name) == len(path.name) + 21:
+            with contextlib.suppress(OSError):
+                if entry.is_symlink() or not entry.is_file():
+                    continue  # not ours
+                with open_file(entry.path) as file:
+                    if not try_lock(file):
+                        continue
+                os.unlink(entry.path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that atomic_write had not finished."""
+    return TEMPORARY.fullmatch(name) is not None
+
+
+def flush_folder(folder):
+    """Make what was renamed in a folder survive a power cut, where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def try_lock(file) -> bool:
+    """Lock an open file until it is closed, at the latest when the process ends; False if another process holds it.
+
+    Windows and some network drives have no such locks: then True.
+    """
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def open_file(path, writable: bool = False):
+    """Open a regular file: binary, to read, or (writable, made where it is missing) to read and write.
+
+    Raises OSError for a pipe or a device, which could be waited for without end; for writing, also for a link.
+    """
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if writable:
+        flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a regular file")
+        return os.fdopen(descriptor, "r+b" if writable else "rb")
+    except BaseException:
+        os.close(descriptor)
         raise
 
 
@@ -57,17 +136,29 @@ def save_json(path, value):
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def load_json(path) -> dict:
-    """Read a JSON object; raises UserError that names the file."""
+def load_json(path, limit: int = MAX_JSON) -> dict:
+    """Read a JSON object from a file of at most `limit` bytes; raises UserError that names the file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise UserError(f"{path} is too large: such a file has at most {limit:,} bytes")
+        value = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+        raise UserError(f"{path} is not valid JSON ({short(error)}); copy or download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def short(value) -> str:
+    """A value from a file as it may stand in a message: in one line, and cut where it is long."""
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return short(value[:8])[:-1] + ", ...]"
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # safetensors
@@ -76,7 +167,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # the limit of the safetensors package
+MAX_DIMENSIONS = 16
 
 
 def save_safetensors(path, tensors: dict, metadata: dict | None = None):
@@ -110,18 +201,18 @@ def load_safetensors(path) -> dict:
     tensor of it is alive. Raises UserError for a missing, truncated or corrupted file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER):
-                raise ValueError(f"{size} bytes, header of {length}")
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+            if not 2 <= length <= min(size - 8, MAX_JSON):
+                raise ValueError(f"{size:,} bytes, a header of {length:,}; at most {MAX_JSON:,} are read")
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return _map_tensors(header, torch.frombuffer(mapped, dtype=torch.uint8)[8 + length:])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RuntimeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{path} is truncated or corrupted ({error}); copy or download it again") from None
+        raise UserError(f"{path} is truncated or corrupted ({str(error)[:200]}); copy or download it again") from None
 
 
 def _no_duplicates(pairs):
@@ -138,20 +229,24 @@ def _map_tensors(header, data) -> dict:
     places = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in list(DTYPES):
-            raise ValueError(f"{name!r}: unknown dtype in {entry}")
+            raise ValueError(f"{short(name)}: unknown dtype in {short(entry)}")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
         for numbers in (shape, offsets):
-            if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-                raise ValueError(f"{name!r}: shape {shape}, data_offsets {offsets}")
+            if (not isinstance(numbers, list) or len(numbers) > MAX_DIMENSIONS
+                    or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)):
+                raise ValueError(f"{short(name)}: shape {short(shape)}, data_offsets {short(offsets)}")
         dtype = DTYPES[entry["dtype"]]
         if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name!r}: data_offsets {offsets} do not fit shape {shape} of {entry['dtype']}")
+            raise ValueError(f"{short(name)}: data_offsets {short(offsets)} do not fit shape {short(shape)} of "
+                             f"{entry['dtype']}")
         places.append((offsets[0], offsets[1], name, dtype, shape))
     tensors, end = {}, 0
     for start, stop, name, dtype, shape in sorted(places, key=lambda place: place[:2]):
         if start != end:
-            raise ValueError(f"{name!r} starts at byte {start}, the tensor before it ends at {end}")
+            raise ValueError(f"{short(name)} starts at byte {start}, the tensor before it ends at {end}")
         end = stop
+        if end > len(data):
+            break
         part = data[start:stop]
         if part.data_ptr() % dtype.itemsize:
             part = part.clone()  # other writers need not align

@@ -1,21 +1,30 @@
 """Data files as token sequences in memory-mapped files. A file far larger than memory is tokenised once, on all cores.
 
-    lines -> encode(record) in several processes -> .cache/KIND-HASH/{tokens.bin, mask.bin, starts.bin, stats.json}
+    lines -> encode(record) in several processes -> .cache/KIND-HASH/{tokens.bin, mask.bin, starts.bin, labels.jsonl}
+
+Beside them stats.json tells what went in, and holds checksums: a damaged cache is discarded and made again. Until it is
+whole, a cache is called KIND-HASH.part. After every PART bytes of data it is flushed to the disk, and progress.json
+tells how far it is: a build that was killed goes on from there.
 
 The encoder decides what a record becomes (encode_text and encode_conversation in data.py, encode_pair in
 preferences.py). encode(record, where, tokenizer, max_seq_len, stats) returns a list of sequences (tokens, loss mask)
 or (tokens, loss mask, label). It counts in `stats` what it drops or cuts, by reason.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import re
+import secrets
 import shutil
 import signal
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,10 +36,13 @@ from tqdm import tqdm
 from minillm.errors import UserError
 from minillm.records import UnknownKeys, check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
 from minillm.runtime import say
+from minillm.safetensors import flush_folder, load_json, open_file, save_json, try_lock
 from minillm.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINILLM_CACHE", ".cache"))
-FORMAT = 3  # increase it when the meaning of a cached file changes
+FORMAT = 4  # increase it when the meaning of a cached file changes
+FILES = ("tokens.bin", "mask.bin", "starts.bin", "labels.jsonl")
+PART = 1 << 23  # bytes of data after which an unfinished cache is flushed
 PARALLEL = 1 << 23  # bytes of data per worker process: a smaller file is not worth starting one
 # Every other key of the stats counts what was lost.
 FACTS = ("documents", "bytes", "tokens", "trained tokens", "dtype", "unknown keys")
@@ -41,7 +53,7 @@ class TokenDataset:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.stats = json.loads((self.folder / "stats.json").read_text(encoding="utf-8"))
+        self.stats = load_json(self.folder / "stats.json")["stats"]
         self.reopen()
 
     def reopen(self):
@@ -65,7 +77,8 @@ class TokenDataset:
 
     def labels(self) -> list:
         """The encoder's labels, in order."""
-        return json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
+        with open(self.folder / "labels.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
 
 class Subset:
@@ -94,26 +107,16 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     paths = [str(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     for path in paths:
         check_file(path)
+    sources = {path: identity(path) for path in paths}
     contents = [[os.path.basename(path), content_hash(path)] for path in paths]
     kind = encode.__name__.removeprefix("encode_")
     key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.bos_id,
                       tokenizer.endoftext_id], sort_keys=True)
     folder = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
-    done = folder / "stats.json"
-    while int(os.environ.get("LOCAL_RANK", 0)) and not done.exists():
+    while int(os.environ.get("LOCAL_RANK", 0)) and damage(folder):
         time.sleep(0.2)  # under torchrun one process of each machine tokenises; if it fails, torchrun ends the others
-    if not done.exists():
-        temporary = Path(f"{folder}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            _build(encode, paths, tokenizer, max_seq_len, temporary)
-            os.replace(temporary, folder)
-        except OSError as error:
-            if not done.exists():  # otherwise another run has made it in the meantime
-                raise UserError(f"{folder}: the token cache cannot be written ({error}); "
-                                "set MINILLM_CACHE to a folder with room") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if damage(folder):
+        _make(encode, paths, sources, tokenizer, max_seq_len, folder)
     dataset = TokenDataset(folder)
     lost = "".join(f"; {count:,} {reason}" for reason, count in dataset.stats.items() if reason not in FACTS)
     say(f"{', '.join(paths)}: {dataset.stats['documents']:,} documents, {dataset.stats['tokens']:,} tokens{lost}")
@@ -122,39 +125,194 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     return dataset
 
 
-def _build(encode, paths, tokenizer, max_seq_len, folder):
+# Which files a cache was made from, and whether it is still what was written.
+
+def identity(path) -> tuple:
+    """What changes when a file does: its size, times and number. None for one that is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def check_unchanged(sources: dict):
+    """Raise UserError if one of the files is not what it was when reading began."""
+    for path, before in sources.items():
+        if identity(path) != before:
+            raise UserError(f"{path}: changed while it was read; run the command again once nothing writes to it")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a cache; "" if it is whole."""
+    if not os.path.lexists(folder):
+        return "missing"
+    try:
+        _read_summary(folder, "stats.json")
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+        return str(error)
+    return ""
+
+
+def _save_summary(folder: Path, name: str, content: dict):
+    """A JSON file with a checksum of its own. content["files"] has the size and the checksum of each file."""
+    save_json(folder / name, {**content, "checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())})
+
+
+def _read_summary(folder: Path, name: str) -> dict:
+    """What _save_summary wrote. Raises UserError, OSError, ValueError, TypeError or KeyError for any change."""
+    content = load_json(folder / name)
+    if content.pop("checksum") != zlib.crc32(json.dumps(content, sort_keys=True).encode()):
+        raise ValueError(f"{name} has another checksum")
+    for file_name in FILES:
+        size, checksum = content["files"][file_name]
+        with open_file(folder / file_name) as file:
+            found = 0
+            while size > 0 and (block := file.read(min(size, 1 << 20))):
+                found, size = zlib.crc32(block, found), size - len(block)
+            if size or found != checksum or name == "stats.json" and file.read(1):
+                raise ValueError(f"{file_name} has another checksum or size")
+    return content
+
+
+# Making one.
+
+def _make(encode, paths, sources: dict, tokenizer, max_seq_len, folder: Path):
+    """Build the cache in a folder of another name, or go on with what a killed run left there; then rename it."""
+    part = Path(f"{folder}.part")
+    try:
+        with contextlib.ExitStack() as opened:
+            tokens_file = opened.enter_context(_claim(part, sources))
+            if reason := damage(folder):  # otherwise another run has made it in the meantime
+                if reason != "missing":
+                    say(f"{folder}: the token cache is damaged ({reason}); it is made again")
+                    _discard(folder)
+                _discard_leftovers(part)
+                files = {"tokens.bin": tokens_file}
+                for name in FILES[1:]:
+                    files[name] = opened.enter_context(open_file(part / name, writable=True))
+                _build(encode, paths, sources, tokenizer, max_seq_len, part, files)
+                if os.name == "nt":  # Windows renames no folder that holds an open file
+                    opened.close()
+                os.replace(part, folder)
+                flush_folder(CACHE)
+                return
+        _discard(part)
+    except BrokenProcessPool:
+        raise UserError("a tokenising process was killed, perhaps because memory ran out; "
+                        "run the command again, it goes on where this one was") from None
+    except (UserError, OSError) as error:
+        _discard(part)
+        if isinstance(error, UserError):
+            check_unchanged(sources)  # a line that was being written is no mistake in the data
+            raise
+        raise UserError(f"{folder}: the token cache cannot be written ({error}); "
+                        "set MINILLM_CACHE to a folder with room") from None
+    finally:
+        if not (part / "progress.json").exists():
+            _discard(part)
+
+
+def _claim(part: Path, sources: dict):
+    """tokens.bin of an unfinished cache, locked: whoever has the lock is the one that works in this folder."""
+    waiting = False
+    while True:
+        if part.is_symlink() or part.exists() and not part.is_dir():  # not ours
+            _discard(part)
+        part.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished and renamed the folder
+            file = open_file(part / "tokens.bin", writable=True)
+            if try_lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(part / "tokens.bin")):
+                return file
+            file.close()
+        if not waiting:
+            say(f"another run is tokenising {', '.join(sources)}: waiting for it")
+            waiting = True
+        time.sleep(0.2)
+
+
+def _discard(folder: Path):
+    """Remove a folder, and never half of it: it is renamed first."""
+    gone = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
+    with contextlib.suppress(OSError):  # it is gone already; or Windows, where another process works in it
+        os.replace(folder, gone)
+        if gone.is_dir() and not gone.is_symlink():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            gone.unlink()
+
+
+def _discard_leftovers(ours: Path):
+    """Remove what killed runs left of other caches."""
+    for folder in list(ours.parent.iterdir()):
+        if folder != ours and re.fullmatch(r"\w+-[0-9a-f]{20}(\.\w+)*\.(part|tmp)", folder.name):
+            with contextlib.suppress(FileNotFoundError), open_file(folder / "tokens.bin") as file:
+                if not try_lock(file):
+                    continue
+            _discard(folder)
+
+
+def _build(encode, paths, sources, tokenizer, max_seq_len, part, files):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    size = sum(os.path.getsize(p) for p in paths)
+    size = sum(os.path.getsize(path) for path in paths)
     workers = min(os.cpu_count() or 1, 1 + size // PARALLEL)
     if workers > 1:
         say(f"tokenising {size / 1e6:,.0f} MB in {workers} processes, once")
-    total = None if any(is_gzipped(p) for p in paths) else size
-    stats, labels, count, trained = Counter(), [], 0, 0
-    unknown = {path: UnknownKeys() for path in paths}
+    done = {"files": {name: [0, 0] for name in FILES}, "chunks": 0, "bytes": 0, "stats": {}, "trained": 0,
+            "unknown": [{} for _ in sources]}
+    with contextlib.suppress(UserError, OSError, ValueError, TypeError, KeyError):
+        done = _read_summary(part, "progress.json")
+        say(f"{done['bytes'] / 1e6:,.0f} MB of them were tokenised before a run was ended: going on from there")
+    for name, file in files.items():
+        file.truncate(done["files"][name][0])
+        file.seek(0, os.SEEK_END)
+
+    def write(name, data: bytes):
+        files[name].write(data)
+        before, checksum = done["files"][name]
+        done["files"][name] = [before + len(data), zlib.crc32(data, checksum)]
+
+    def flush():
+        check_unchanged(sources)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    if not done["chunks"]:
+        write("starts.bin", np.zeros(1, np.int64).tobytes())
+    stats, flushed = Counter(done["stats"]), done["bytes"]
+    unknown = {path: UnknownKeys(lines) for path, lines in zip(sources, done["unknown"])}
     jobs = ((encode, path, lines, max_seq_len) for path in paths for lines in chunks(path))
-    with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "mask.bin", "wb") as mask_file, \
-            open(folder / "starts.bin", "wb") as starts_file, \
-            tqdm(total=total, desc="tokenising", unit="B", unit_scale=True,
-                 disable=workers == 1 or not sys.stderr.isatty()) as bar:
-        starts_file.write(np.zeros(1, np.int64).tobytes())
-        for tokens, mask, lengths, new_labels, new_stats, (path, keys), done in encode_all(jobs, tokenizer, workers):
-            tokens_file.write(tokens.astype(dtype).tobytes())
-            mask_file.write(mask.tobytes())
-            starts_file.write((count + np.cumsum(lengths)).astype(np.int64).tobytes())
-            count += len(tokens)
-            trained += int(mask.sum())
-            labels += new_labels
+    jobs = itertools.islice(jobs, done["chunks"], None)
+    total = None if any(is_gzipped(p) for p in paths) else size
+    with tqdm(total=total, initial=done["bytes"], desc="tokenising", unit="B", unit_scale=True,
+              disable=workers == 1 or not sys.stderr.isatty()) as bar:
+        for tokens, mask, lengths, labels, new_stats, (path, keys), read in encode_all(jobs, tokenizer, workers):
+            count = done["files"]["mask.bin"][0]
+            write("tokens.bin", tokens.astype(dtype).tobytes())
+            write("mask.bin", mask.tobytes())
+            write("starts.bin", (count + np.cumsum(lengths)).astype(np.int64).tobytes())
+            write("labels.jsonl", "".join(json.dumps(label) + "\n" for label in labels).encode())
+            done["trained"] += int(mask.sum())
             stats = stats + new_stats
             unknown[path].merge(keys)
-            bar.update(done)
+            done.update(chunks=done["chunks"] + 1, bytes=done["bytes"] + read, stats=dict(stats),
+                        unknown=[{key[:100]: line for key, line in keys.lines.items()} for keys in unknown.values()])
+            bar.update(read)
+            if done["bytes"] - flushed >= PART:
+                flush()
+                _save_summary(part, "progress.json", done)
+                flushed = done["bytes"]
+    count = done["files"]["mask.bin"][0]
     if not count:
         lost = "; ".join(f"{number:,} {reason}" for reason, number in stats.items() if reason not in FACTS)
         raise UserError(f"{', '.join(paths)}: nothing to train on ({lost})")
-    (folder / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
-    stats = {**stats, "tokens": count, "trained tokens": trained, "dtype": np.dtype(dtype).name}
-    if any(keys.lines for keys in unknown.values()):
-        stats["unknown keys"] = [keys.lines for keys in unknown.values()]
-    (folder / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
+    flush()
+    stats = {**stats, "tokens": count, "trained tokens": done["trained"], "dtype": np.dtype(dtype).name}
+    if any(done["unknown"]):
+        stats["unknown keys"] = done["unknown"]
+    _save_summary(part, "stats.json", {"stats": stats, "files": done["files"]})
+    (part / "progress.json").unlink(missing_ok=True)
 
 
 # Chunks of lines, encoded in several processes.
@@ -218,9 +376,6 @@ def encode_all(jobs, tokenizer: Tokenizer, workers: int):
                 yield waiting.pop(0).result()
         for result in waiting:
             yield result.result()
-    except BrokenProcessPool:
-        raise UserError("a tokenising process was killed, perhaps because memory ran out; nothing was cached, "
-                        "run the command again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

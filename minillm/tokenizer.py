@@ -26,7 +26,7 @@ from tqdm import tqdm
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import ROLES, read_texts
-from minillm.safetensors import save_json
+from minillm.safetensors import load_json, open_file, save_json, short
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -176,6 +176,7 @@ def make_document(tokens: list, merges: list) -> dict:
 
 # -------------------------------------------------- the tokenizer ---------------------------------------------------
 
+MAX_FILE = 1 << 26  # bytes of a tokenizer.json; Qwen3's has 11 million
 CACHE_SIZE = 1 << 16  # entries of a cache; a full one is emptied, so memory stays bounded
 LONG = 100  # bytes of a word from which on `merge_long` is faster than `merge`
 NEVER = 1 << 60  # the rank of a pair that does not merge
@@ -393,19 +394,22 @@ class Tokenizer:
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         try:
-            with open(path, encoding="utf-8") as file:
-                document = json.load(file)
+            with open_file(path) as file:
+                text = file.read(MAX_FILE + 1)
+            if len(text) > MAX_FILE:
+                raise ValueError(f"it has more than {MAX_FILE:,} bytes")
+            document = json.loads(text.decode("utf-8"))
             # Newer files have each merge as a list. A string is smaller, and nothing for the garbage collector.
             merges = document["model"]["merges"]
             document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
             return cls(document, named)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except KeyError as error:
             raise UserError(f"{path}: not a usable tokenizer.json ({error} is missing)") from None
         except (TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a usable tokenizer.json (a part is of the wrong kind: {error})") from None
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, LookupError, OverflowError) as error:
             raise UserError(f"{path}: not a usable tokenizer.json ({error})") from None
 
     def save(self, path, max_length: int = 32768):
@@ -441,12 +445,11 @@ def named_tokens(folder) -> dict:
     named = {"bos": [], "eos": [], "pad": []}
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
         try:
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                config = json.load(file)
-        except (OSError, ValueError):
+            config = load_json(os.path.join(folder, name))
+        except UserError:
             continue  # we can do without it; whoever needs the file complains
         for kind, key in ((kind, kind + end) for kind in named for end in ("_token", "_token_id")):
-            value = config.get(key) if isinstance(config, dict) else None
+            value = config.get(key)
             for value in value if isinstance(value, list) else [value]:
                 value = value.get("content") if isinstance(value, dict) else value
                 if isinstance(value, (str, int)):
@@ -476,6 +479,8 @@ def check_document(document: dict) -> tuple:
     ids = dict(model["vocab"])
     if not all(type(i) is int and i >= 0 for i in ids.values()) or len({*ids.values()}) < len(ids):
         raise ValueError("an id must be a whole number, and no two tokens may share one")
+    if max(ids.values(), default=0) > 2 * len(ids) + 1000:  # a model of that size would be made
+        raise ValueError(f"the id {short(max(ids.values()))} is far beyond the number of tokens, {len(ids):,}")
     missing = {byte for byte, char in CHAR_OF_BYTE.items() if char not in ids}
     if missing - RARE_BYTES or missing and model.get("unk_token"):
         raise ValueError(f"the vocabulary lacks the bytes {', '.join(map(hex, sorted(missing)))}")

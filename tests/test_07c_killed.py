@@ -293,7 +293,7 @@ def interrupting_body(step, run):
     if step == 4 and rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
 
-cfg = tests.replace(tests.together(), batch_size=2)
+cfg = tests.together()
 for changes in ({}, {"out": "older", "max_steps": 1}, {"out": "older", "max_steps": 1, "seed": 5}):
     train_sft.main(tests.replace(cfg, **changes))
 train_sft.schedule = interrupting
@@ -301,9 +301,9 @@ terminated(train_sft.main, tests.replace(cfg, out="stopped"))
 train_sft.schedule = tests.schedule
 train_sft.main(tests.replace(cfg, out="stopped", resume=True))
 
-tests.main(tests.Config(out="toys"), body)
-terminated(tests.main, tests.Config(out="stopped toys"), interrupting_body)
-tests.main(tests.Config(out="stopped toys", resume=True), body)
+tests.main(tests.Config(out="toys", batch_size=4), body)
+terminated(tests.main, tests.Config(out="stopped toys", batch_size=4), interrupting_body)
+tests.main(tests.Config(out="stopped toys", batch_size=4, resume=True), body)
 
 # Of three parameters the first has a gradient in the first process, the second in both, the third in none.
 model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])

@@ -375,10 +375,12 @@ def test_the_static_step_stops_where_the_plain_one_stops(monkeypatch):
     assert len(ended) >= 4  # the test is about rows that end early
 
 
-def test_a_draw_is_that_of_multinomial():
-    logits = torch.randn(64, 12, generator=seeded())
-    tokens, _ = sample(logits, generator=seeded(1))
-    assert tokens.equal(torch.multinomial(logits.softmax(-1), 1, generator=seeded(1))[:, 0])
+def test_a_random_number_falls_into_the_part_of_its_token():
+    """Probabilities 0.2, 0.5, 0.3: their parts of [0, 1) end at 0.2, 0.7 and 1. A token of probability 0 has none."""
+    logits = torch.tensor([0.2, 0.5, 0.0, 0.3]).log().expand(7, 4)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.99, 1 - 2**-24])
+    tokens, logprobs = sample(logits, uniforms=uniforms)
+    assert tokens.tolist() == [0, 0, 1, 1, 3, 3, 3] and close(logprobs[2].exp(), 0.5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

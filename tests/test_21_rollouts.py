@@ -163,17 +163,18 @@ def test_batches_of_prompts_are_full_and_go_on_where_they_were(monkeypatch):
     assert next(iter(again)) == second[1]
 
 
-def test_two_processes_take_different_prompts(monkeypatch):
-    """9 prompts, 2 in each batch of two processes: an epoch has 3 batches, 12 places in all, so three come twice."""
+def test_each_of_two_processes_gets_the_whole_batch_of_prompts(monkeypatch):
+    """9 prompts in batches of 4: an epoch has 3 batches, 12 places in all, so three come twice. Who samples the answers
+    to which prompt is decided later."""
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     seen = Counter()
     for rank in (0, 1):
         monkeypatch.setattr(runtime, "rank", lambda: rank)
-        loader = PromptLoader(list(range(9)), 2, seed=0)
+        loader = PromptLoader(list(range(9)), 4, seed=0)
         batches = list(loader.epoch_batches(0))
-        assert loader.batches(0) == 3 and [len(batch) for batch in batches] == [2, 2, 2]
+        assert loader.batches(0) == 3 and [len(batch) for batch in batches] == [4, 4, 4]
         seen.update(number for batch in batches for number in batch)
-    assert sorted(seen.values()) == [1, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert sorted(seen.values()) == [2, 2, 2, 2, 2, 2, 4, 4, 4]
 
 
 # ---------------------------------------------------------------- scores of sampled answers
@@ -428,7 +429,7 @@ def test_advantages_are_whitened_over_the_whole_rollout(values, expected):
     Whitened one by one, the micro-batches of the last example would all be 0.
     """
     parts = micro_batches(*values)
-    whiten_advantages(parts)
+    whiten_advantages(parts, CPU)
     for part, numbers in zip(parts, expected, strict=True):
         close(part.advantages, numbers)
 
@@ -445,7 +446,7 @@ def test_advantages_are_whitened_over_all_processes(monkeypatch):
 
     monkeypatch.setattr(rollouts, "sum_tensor_over_processes", reduce)
     parts = micro_batches([[2.0, NAN]], [[4.0]])
-    whiten_advantages(parts)
+    whiten_advantages(parts, CPU)
     assert sums == [[6.0, 2.0], [4.0]]
     close(parts[0].advantages, [[-1.2247449, 0.0]])
     close(parts[1].advantages, [[0.0]])
@@ -461,9 +462,9 @@ def test_advantages_are_whitened_over_all_processes(monkeypatch):
 def test_explained_variance_by_hand(old_values, expected):
     """Returns 1, 2 (and padding) in one micro-batch and 3 in the other: mean 2, variance (1 + 0 + 1) / 3 = 2/3."""
     parts = micro_batches([[0.0, 0.0, NAN]], [[0.0]], returns=[[[1.0, 2.0, 100.0]], [[3.0]]], old_values=old_values)
-    close(explained_variance(parts), expected)
+    close(explained_variance(parts, CPU), expected)
 
 
 def test_explained_variance_of_equal_returns_is_no_nan():
     parts = micro_batches([[0.0, 0.0]], returns=[[[1.0, 1.0]]], old_values=[[[1.0, 1.0]]])
-    close(explained_variance(parts), 1.0)
+    close(explained_variance(parts, CPU), 1.0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_grpo
+from minillm import rollouts as rollouts_file
 from minillm import runtime
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
@@ -139,7 +140,7 @@ def never_ending(monkeypatch, module):
     def sample(model, prompts, max_new_tokens, end_id, *args, **options):
         return generate(model, prompts, max_new_tokens, -1, *args, **options)
 
-    monkeypatch.setattr(module, "generate", sample)
+    monkeypatch.setattr(rollouts_file, "generate", sample)
 
 
 def ragged(monkeypatch, module):
@@ -150,7 +151,7 @@ def ragged(monkeypatch, module):
         mask = whole.response_mask & (place <= 1 + torch.arange(len(place))[:, None] % 6)
         return Rollout(whole.tokens.masked_fill((place > 0) & ~mask, 0), mask, whole.logprobs.masked_fill(~mask, 0))
 
-    monkeypatch.setattr(module, "generate", sample)
+    monkeypatch.setattr(rollouts_file, "generate", sample)
 
 
 # ---------------------------------------------------------------- does it learn
@@ -221,7 +222,7 @@ def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, float32, temperature):
     ragged(monkeypatch, train_grpo)
-    rollouts, calls = spy(monkeypatch, train_grpo, "generate"), spy(monkeypatch, train_grpo, "grpo_loss")
+    rollouts, calls = spy(monkeypatch, train_grpo, "sample_rollout"), spy(monkeypatch, train_grpo, "grpo_loss")
     run("grpo", "--max_steps", 1, "--beta", 0.04, "--grad_accum", 2, "--temperature", temperature)
     rollout = rollouts[0][1]
     old = torch.cat([args[1][args[4]] for args, _ in calls])  # of all micro-batches, in whatever order
@@ -427,7 +428,7 @@ def interrupt_after(monkeypatch, steps):
 
 def crash_in(monkeypatch, module, step):
     """The rollout of this step, counted from 1, raises."""
-    sample, calls = module.generate, []
+    sample, calls = rollouts_file.generate, []
 
     def fail(*args, **options):
         calls.append(1)
@@ -435,7 +436,7 @@ def crash_in(monkeypatch, module, step):
             raise Crash
         return sample(*args, **options)
 
-    monkeypatch.setattr(module, "generate", fail)
+    monkeypatch.setattr(rollouts_file, "generate", fail)
 
 
 def same_runs(folder, one, other):

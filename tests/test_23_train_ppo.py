@@ -126,7 +126,7 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, float32, temperature):  # noqa: F811
     ragged(monkeypatch, train_ppo)
-    rollouts, calls = spy(monkeypatch, train_ppo, "generate"), spy(monkeypatch, train_ppo, "ppo_policy_loss")
+    rollouts, calls = spy(monkeypatch, train_ppo, "sample_rollout"), spy(monkeypatch, train_ppo, "ppo_policy_loss")
     kls = spy(monkeypatch, train_ppo, "kl_k1")
     run("ppo", "--max_steps", 1, "--update_epochs", 1, "--grad_accum", 2, "--temperature", temperature)
     rollout = rollouts[0][1]

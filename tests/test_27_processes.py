@@ -1,0 +1,152 @@
+"""Chapter 27. Several processes: the same command gives the same result, however many processes share the work.
+
+One torchrun job runs all stages one after the other; then this process runs them alone. The batches do not divide by
+the number of processes: 5 rows, 3 pairs or 3 prompts for two processes, and at the end of an epoch a single one.
+
+    pytest tests/test_27_processes.py --processes 3 -s      prints the table of differences for 3 processes
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_grpo
+import train_lora
+import train_ppo
+import train_pretrain
+import train_reward
+import train_sft
+from minillm import runtime, token_cache
+from minillm.checkpoint import save_model
+from minillm.config import parse_config
+from minillm.heads import RewardModel, save_reward_model
+from minillm.tokenizer import train_tokenizer
+from minillm.training_state import load_training_state
+from tests.helpers import close
+from tests.test_22_train_grpo import ask, small_model, turn, write
+
+ROOT = Path(__file__).parent.parent
+TEXT = ["--model", "model", "--data", "text.jsonl", "--eval_data", "text.jsonl", "--batch_size", 5, "--epochs", 2]
+CHATS = ["--model", "model", "--data", "chats.jsonl", "--eval_data", "chats.jsonl", "--batch_size", 3, "--epochs", 2]
+PAIRS = ["--model", "model", "--data", "pairs.jsonl", "--eval_data", "pairs.jsonl", "--batch_size", 3, "--epochs", 2]
+PROMPTS = ["--model", "model", "--data", "prompts.jsonl", "--eval_data", "asked.jsonl", "--max_new_tokens", 5,
+           "--max_steps", 3, "--warmup_steps", 0, "--lr", 1e-3, "--grad_accum", 2]
+GROUPS = [*PROMPTS, "--reward", "mine.py:letters", "--batch_size", 3, "--group_size", 4, "--num_minibatches", 2]
+COMMON = ["--device", "cpu", "--max_seq_len", 64, "--log_every", 1, "--no-compile"]
+STAGES = {
+    "pretrain": (train_pretrain, [*TEXT, "--grad_accum", 2]),
+    "pretrain adamw": (train_pretrain, [*TEXT, "--optimizer", "adamw"]),
+    "sft": (train_sft, CHATS),
+    "lora": (train_lora, CHATS),
+    "reward": (train_reward, PAIRS),
+    "dpo": (train_dpo, [*PAIRS, "--beta", 0.1]),
+    "ipo": (train_dpo, [*PAIRS, "--loss", "ipo"]),
+    "grpo": (train_grpo, [*GROUPS, "--beta", 0.1, "--update_epochs", 2]),
+    "dr_grpo": (train_grpo, [*GROUPS, "--loss", "dr_grpo"]),
+    "dapo": (train_grpo, [*GROUPS, "--loss", "dapo"]),
+    "grpo, one prompt": (train_grpo, [*GROUPS, "--batch_size", 1, "--group_size", 2]),  # the second has none
+    "ppo": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 7, "--critic_steps", 1,
+                        "--value_lr", 1e-3, "--num_minibatches", 3]),
+}
+LETTERS = '''
+def letters(messages, answers, example):
+    return [answer.count("e") + 0.1 * len(answer) for answer in answers]
+'''
+
+
+def make_inputs():
+    """Models and data, in the working directory."""
+    tokenizer = train_tokenizer(["It is red. It is blue."] * 3, 280)
+    save_model("model", small_model(tokenizer), tokenizer)
+    save_reward_model("scorer", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
+    write(Path("text.jsonl"), [{"text": "It is red. " * n} for n in range(2, 23)])
+    chats = [[turn("user", "Is it " + "blue " * n), turn("assistant", "It is " + "red " * (n % 5))]
+             for n in range(1, 8)]
+    write(Path("chats.jsonl"), [{"conversations": chat} for chat in chats])
+    write(Path("pairs.jsonl"), [{"chosen": chat, "rejected": [chat[0], turn("assistant", "blue" * (n % 3 + 1))]}
+                                for n, chat in enumerate(chats)])
+    write(Path("prompts.jsonl"), [ask(letter * (i % 3 + 1) + "?", answer="red")
+                                  for i, letter in enumerate("abcdefghi")])
+    write(Path("asked.jsonl"), [ask(letter + "!", answer="red") for letter in "abcde"])
+    Path("mine.py").write_text(LETTERS, encoding="utf-8")
+
+
+def run_stage(name, out, *more):
+    """A stage with its flags, in float32; it writes the folder out/name."""
+    module, flags = STAGES[name]
+    argv = [str(x) for x in (*COMMON, *flags, "--out", f"{out}/{name}", *more)]
+    module.main(parse_config(module.Config, "", argv))
+
+
+def run_all(out, names=STAGES):
+    """Every stage."""
+    for name in names:
+        run_stage(name, out)
+
+
+def torchrun(processes, *argv):
+    """Run this file's main with so many processes."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           str(processes), "-m", "tests.test_27_processes", os.getcwd(), *argv], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:6000]
+    return done.stdout
+
+
+def logged(folder):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def largest_difference(one, many):
+    """(of the logged values, of the weights): max |a - b| / (1 + |b|) between two runs."""
+    numbers, tensors = [0.0], [0.0]
+    for a, b in zip(logged(one), logged(many), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"tokens_per_s"}:
+            if isinstance(a[key], (int, float)):
+                numbers.append(abs(a[key] - b[key]) / (1 + abs(b[key])))
+    first, second = load_training_state(one), load_training_state(many)
+    assert first["loader"] == second["loader"] and first["step"] == second["step"]
+    for a, b in zip(first["models"], second["models"], strict=True):
+        for name, weight in a.items():
+            tensors.append(((weight - b[name]).abs() / (1 + weight.abs())).max().item())
+    return max(numbers), max(tensors)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    make_inputs()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+def test_every_stage_gives_what_one_process_gives(place, request):
+    """Losses, everything else that is logged, and weights, to 1e-5."""
+    processes = request.config.getoption("--processes")
+    torchrun(processes, "many")
+    print(f"\n{'stage':<20}{'steps':>6}{'logged values':>16}{'weights':>16}   one process against {processes}")
+    run_all("one")
+    for name in STAGES:
+        numbers, tensors = largest_difference(f"one/{name}", f"many/{name}")
+        steps = load_training_state(f"one/{name}")["step"]
+        print(f"{name:<20}{steps:>6}{numbers:>16.1e}{tensors:>16.1e}")
+        # Muon orthogonalises in bf16, whose rounding turns the last bit of a gradient into more.
+        assert numbers <= 1e-5 and tensors <= (1e-4 if name in ("pretrain", "sft") else 1e-5), name
+        before, after = (json.loads(Path(folder, name, "summary.json").read_text()) for folder in ("one", "many"))
+        assert before["tokens"] == after["tokens"]
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    torch.set_num_threads(1)
+    runtime.cpu_has_bf16 = lambda: False
+    token_cache.CACHE = Path("cache")
+    run_all(*sys.argv[2:3], sys.argv[3:] or STAGES)

@@ -1,0 +1,343 @@
+"""Chapter 29. Files that are damaged, or made by somebody who means harm.
+
+A seeded mutator changes a good file: bits, missing and doubled pieces, JSON values of another type, absurd numbers, deep
+nesting, keys that appear twice. Whoever reads the result works, or raises a UserError: one line of at most 500
+characters, within seconds, with little memory. `pytest tests/test_29_fuzz.py --fuzz 2000` tries that many files.
+"""
+
+import json
+import math
+import random
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillm import token_cache
+from minillm.checkpoint import load_model, require_stage, save_model
+from minillm.data import PackedLoader, encode_conversation, encode_text
+from minillm.errors import UserError
+from minillm.heads import RewardModel, load_reward_model, save_reward_model
+from minillm.lora import apply_lora
+from minillm.metrics import cut_metrics
+from minillm.model import CausalLM, ModelConfig
+from minillm.optim import make_optimizers, update
+from minillm.peft import load_adapter, save_adapter
+from minillm.preferences import encode_pair, load_pairs
+from minillm.prefix import apply_prefix
+from minillm.run import fingerprint
+from minillm.safetensors import load_json, save_safetensors
+from minillm.token_cache import load_dataset
+from minillm.tokenizer import Tokenizer, train_tokenizer
+from minillm.training_state import (capture_rng, load_training_state, restore, restore_rng, save_training_state,
+                                    trained_weights)
+
+resource = pytest.importorskip("resource")  # Windows cannot tell how much memory a process took
+SECONDS, MEGABYTES = 10, 400  # for one file; parsed JSON takes some twenty times its size
+BYTES = train_tokenizer(["abc"], 259)
+SIZES = dict(vocab_size=259, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+             head_dim=4, intermediate_size=8)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+
+
+def one_line(read, *arguments) -> str:
+    """The message of the UserError."""
+    with pytest.raises(UserError) as error:
+        read(*arguments)
+    message = str(error.value)
+    assert message.isprintable() and len(message) <= 500
+    return message
+
+
+# ------------------------------------------------------------------------------------ the mutator
+
+ABSURD = [None, True, False, 0, 1, -1, 2**31, 2**62, -2**63, 10**21, 10**400, 1e308, math.inf, math.nan, 0.5, "", "x",
+          "\0\n\x1b[31m", "\ud800", "a" * 100_000, "(a+)+$", "(", "../../etc/passwd", [], {}, [[]], [None], {"a": {}},
+          [2**62] * 40]
+
+
+def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
+    """Flip bits, cut the end off, leave a piece out, double one, overwrite one."""
+    data, kind = bytearray(data), chance.randrange(6)
+    at, length = chance.randrange(len(data)), chance.randrange(1, 1 + min(64, len(data)))
+    if kind == 0:
+        for _ in range(chance.choice([1, 1, 8])):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del data[at:]
+    elif kind == 2:
+        del data[at:at + length]
+    elif kind == 3:
+        data[at:at] = data[at:at + length]
+    elif kind == 4:
+        data[at:at + length] = chance.randbytes(length)
+    else:
+        data += chance.randbytes(length)
+    return bytes(data)
+
+
+def mutate_json(value, chance: random.Random):
+    """Replace, remove or add one value somewhere inside, or wrap it."""
+    if isinstance(value, (dict, list)) and value and chance.random() < 0.7:
+        value = dict(value) if isinstance(value, dict) else list(value)
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        kind = chance.randrange(6)
+        if kind == 0:
+            del value[key]
+        elif kind == 1 and isinstance(value, dict):
+            value[chance.choice(["x", "a" * 1000, "\n", ""])] = chance.choice(ABSURD)
+        else:
+            value[key] = mutate_json(value[key], chance)
+        return value
+    return chance.choice([*ABSURD, [value], {"x": value}, str(value), -value if type(value) in (int, float) else 3])
+
+
+def to_json(value, chance: random.Random) -> bytes:
+    """As bytes; now and then with a key twice, nested beyond all bounds, or damaged as text."""
+    text = json.dumps(value).encode()
+    kind = chance.randrange(12)
+    if kind == 0 and text.startswith(b'{"'):
+        text = b'{"' + text[2:].split(b'"')[0] + b'": 7, ' + text[1:]
+    elif kind == 1:
+        text = text[:-1] + b', "deep": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    elif kind == 2:
+        text = mutate_bytes(text, chance)
+    return text
+
+
+def mutate_file(path: Path, chance: random.Random):
+    """Change a file in place, in a way that suits its kind."""
+    data = path.read_bytes()
+    if not data:
+        path.write_bytes(b"x")
+    elif path.suffix == ".json":
+        path.write_bytes(to_json(mutate_json(json.loads(data), chance), chance))
+    elif path.suffix == ".jsonl":
+        lines = data.splitlines()
+        at = chance.randrange(len(lines))
+        lines[at] = to_json(mutate_json(json.loads(lines[at]), chance), chance)
+        path.write_bytes(b"\n".join(lines) + b"\n")
+    elif path.suffix == ".safetensors" and chance.random() < 0.6:
+        length = struct.unpack("<Q", data[:8])[0]
+        header = to_json(mutate_json(json.loads(data[8:8 + length]), chance), chance)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length:])
+    elif path.suffix == ".pt" and chance.random() < 0.6:
+        state = torch.load(path, weights_only=True)
+        torch.save(mutate_state(state, chance), path)
+    else:
+        path.write_bytes(mutate_bytes(data, chance))
+
+
+def mutate_state(value, chance: random.Random):
+    """Like mutate_json, for what a training state holds: tensors too."""
+    if isinstance(value, (dict, list, tuple)) and value and chance.random() < 0.9:
+        value = dict(value) if isinstance(value, dict) else list(value)
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if chance.random() < 0.25:
+            del value[key]
+        else:
+            value[key] = mutate_state(value[key], chance)
+        return value
+    if isinstance(value, torch.Tensor) and chance.random() < 0.8:
+        return chance.choice([value[..., :-1] if value.ndim else value[None], value.to(torch.int8), value * math.nan,
+                              value.double(), torch.zeros(1).expand(2**40), value.tolist(), value.flatten()])
+    return chance.choice([*ABSURD, torch.zeros(3), [value]])
+
+
+# ------------------------------------------------------------------------------------ what is read
+
+def tiny_model():
+    torch.manual_seed(0)
+    return CausalLM(ModelConfig(**SIZES))
+
+
+def model_folder():
+    save_model("model", tiny_model(), BYTES)
+
+
+def read_model():
+    require_stage("model", max_seq_len=16)
+    fingerprint("model")
+    model, tokenizer = load_model("model"), Tokenizer.load("model")
+    if tokenizer.vocab_size <= 259:
+        with torch.no_grad():
+            model(torch.tensor([tokenizer.encode("hello") or [1]]) % 259)
+
+
+def sharded_folder():
+    save_model("model", tiny_model(), BYTES)
+    weights = tiny_model().state_dict()
+    weights.pop("lm_head.weight")
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
+    for file in set(places.values()):
+        save_safetensors(Path("model", file), {name: weights[name] for name in weights if places[name] == file})
+    Path("model", "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    Path("model", "model.safetensors").unlink()
+
+
+def reward_folder():
+    save_reward_model("model", RewardModel.from_lm(tiny_model()), BYTES)
+
+
+def lora_folder():
+    save_adapter(apply_lora(tiny_model(), 2, 4, ["q_proj", "down_proj"]), "adapter", "model")
+
+
+def prefix_folder():
+    save_adapter(apply_prefix(tiny_model(), 3, [1]), "adapter", "model")
+
+
+def read_adapter():
+    load_adapter(tiny_model(), "adapter")
+
+
+class Position:
+    """A loader, as far as a state knows it."""
+
+    at = {"epoch": 0, "taken": 1}
+
+    def state(self):
+        return self.at
+
+    def load_state(self, state):
+        self.at = state
+
+
+def training():
+    torch.manual_seed(0)
+    model = tiny_model()
+    optimizers = make_optimizers(model, 1e-3, muon=True)
+    model(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    update(model, optimizers, 1.0)
+    return model, optimizers
+
+
+def state_folder():
+    model, optimizers = training()
+    Path("run").mkdir()
+    save_training_state("run", {
+        "step": 1, "models": [trained_weights(model)], "optimizers": [o.state_dict() for o in optimizers],
+        "loader": {"epoch": 0, "taken": 1}, "rng": [capture_rng()],
+        "before": {"val_loss": 5.5, "accuracy_by_task": {"add": 0.5}, "replies": [["1 + 1?", "2"]]}})
+
+
+def read_state():
+    state = load_training_state("run")
+    model, optimizers = training()
+    generators = capture_rng()
+    try:
+        restore(state, [model], optimizers, Position(), 8, "run/training_state.pt", torch.device("cpu"))
+        model(torch.tensor([[1, 2, 3]])).square().mean().backward()
+        update(model, optimizers, 1.0)  # whatever is accepted can be trained on
+        torch.rand(1), random.gauss(0, 1)
+    finally:
+        restore_rng(generators)
+
+
+def log_folder():
+    Path("run").mkdir()
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 6)]
+    Path("run", "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    Path("run", "summary.json").write_text('{"steps": 5, "after": {"val_loss": 1.0}}')
+
+
+def read_log():
+    cut_metrics(Path("run", "metrics.jsonl"), 3)
+    load_json(Path("run", "summary.json"))
+
+
+def write_records(name, records):
+    Path("data").mkdir()
+    Path("data", name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def cache_folder():
+    write_records("text.jsonl", [{"text": f"number {i}"} for i in range(20)])
+    load_dataset(encode_text, "data/text.jsonl", BYTES, 64)
+
+
+def read_cache():
+    dataset = load_dataset(encode_text, "data/text.jsonl", BYTES, 64)
+    assert len(dataset) == 20 and dataset.stats["documents"] == 20  # a damaged one is made again
+    assert sum(batch.n_tokens for batch in PackedLoader(dataset, 4, 64, seed=0).epoch_batches(0)) == 20 * 10 + 10
+
+
+TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+def conversation_file():
+    write_records("chats.jsonl", [{"conversations": TURNS}] * 3)
+
+
+def read_conversations():
+    dataset = load_dataset(encode_conversation, "data/chats.jsonl", BYTES, 64)
+    assert len(dataset) <= 3
+
+
+def pair_file():
+    other = [TURNS[0], {"role": "assistant", "content": "3"}]
+    write_records("pairs.jsonl", [{"chosen": TURNS, "rejected": other, "margin": 1.5, "kind": "sum"}] * 3)
+
+
+def read_pairs():
+    load_pairs(["data/pairs.jsonl"], "", BYTES, 64, seed=0)
+    load_dataset(encode_pair, ["data/pairs.jsonl"], BYTES, 64).labels()
+
+
+# {kind: (make it, the files that are changed, read it)}
+KINDS = {
+    "config": (model_folder, "model/config.json", read_model),
+    "tokenizer": (model_folder, "model/tokenizer.json", read_model),
+    "tokenizer's config": (model_folder, "model/[tg]*_config.json", read_model),
+    "weights": (model_folder, "model/model.safetensors", read_model),
+    "index": (sharded_folder, "model/*.index.json", read_model),
+    "reward model": (reward_folder, "model/[cm]*", lambda: load_reward_model("model")),
+    "LoRA": (lora_folder, "adapter/*", read_adapter),
+    "prefix": (prefix_folder, "adapter/*", read_adapter),
+    "state": (state_folder, "run/training_state.pt", read_state),
+    "log": (log_folder, "run/*", read_log),
+    "cache": (cache_folder, "cache/*/*", read_cache),
+    "conversations": (conversation_file, "data/*", read_conversations),
+    "pairs": (pair_file, "data/*", read_pairs),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_file_is_read_or_refused_in_one_line(kind, request):
+    """Seeded: the same files each time. At the end the good file is read, so the refusals are those of the changes."""
+    count = -(-max(request.config.getoption("--fuzz"), 100) // len(KINDS))
+    make, pattern, read = KINDS[kind]
+    make()
+    read()
+    for folder in [path for path in Path().iterdir() if path.is_dir()]:
+        shutil.copytree(folder, Path("good", folder))
+    found = {"read": 0, "refused": 0}
+    for number in range(count):
+        chance = random.Random(f"{kind} {number}")
+        path = chance.choice(sorted(path for path in Path().glob(pattern) if path.is_file()))
+        mutate_file(path, chance)
+        began, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            read()
+            found["read"] += 1
+        except UserError as error:
+            found["refused"] += 1
+            assert str(error).isprintable() and len(str(error)) <= 500, (kind, number)
+        except BaseException as error:
+            raise AssertionError(f"{kind}, file {number}: {type(error).__name__}: {str(error)[:500]}") from error
+        assert time.process_time() - began < SECONDS, (kind, number)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < MEGABYTES << 10, (kind, number)
+        for folder in Path("good").iterdir():
+            shutil.rmtree(folder.name, ignore_errors=True)
+            shutil.copytree(folder, folder.name)
+    read()
+    print(f"fuzz {kind}: {count} files, {found['read']} read, {found['refused']} refused")
+    assert found["refused"] or kind in ("log", "cache", "tokenizer's config")
