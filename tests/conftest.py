@@ -7,5 +7,5 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=0, help="chapter 29: damaged files to try (default: about 100)")
+    parser.addoption("--fuzz", type=int, default=0, help="chapter 29: damaged files to try (default: about 40)")
     parser.addoption("--kills", type=int, default=0, help="chapter 28: times to kill a run (default: a few)")

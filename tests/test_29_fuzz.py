@@ -317,7 +317,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_file_is_read_or_refused_in_one_line(kind, request):
     """Seeded: the same files each time. At the end the good file is read, so the refusals are those of the changes."""
-    count = -(-max(request.config.getoption("--fuzz"), 100) // len(KINDS))
+    count = -(-max(request.config.getoption("--fuzz"), 40) // len(KINDS))
     make, pattern, read = KINDS[kind]
     make()
     read()
