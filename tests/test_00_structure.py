@@ -18,7 +18,7 @@ SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 # What a module of minillm may import from minillm; errors may be imported by all. A cycle cannot be written down here:
 # every module stands after those that it imports.
 IMPORTS = {
-    "errors": "", "unicode_ranges": "",
+    "errors": "", "unicode_ranges": "", "chat": "",
     "attention": "", "logprobs": "", "runtime": "", "safetensors": "", "verify": "",
     "records": "runtime",
     "config": "runtime",
@@ -29,7 +29,7 @@ IMPORTS = {
     "model": "attention runtime",
     "cuda_graph": "model",
     "generate": "cuda_graph model",
-    "tokenizer": "config records safetensors unicode_ranges",
+    "tokenizer": "chat config records runtime safetensors unicode_ranges",
     "token_cache": "records runtime tokenizer",
     "data": "records runtime token_cache tokenizer",
     "checkpoint": "model records safetensors",
