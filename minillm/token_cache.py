@@ -30,7 +30,7 @@ from minillm.runtime import say
 from minillm.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINILLM_CACHE", ".cache"))
-FORMAT = 3  # increase it when the meaning of a cached file changes
+FORMAT = 4  # increase it when the meaning of a cached file changes
 PARALLEL = 1 << 23  # bytes of data per worker process: a smaller file is not worth starting one
 # Every other key of the stats counts what was lost.
 FACTS = ("documents", "bytes", "tokens", "trained tokens", "dtype", "unknown keys")
@@ -96,8 +96,8 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
         check_file(path)
     contents = [[os.path.basename(path), content_hash(path)] for path in paths]
     kind = encode.__name__.removeprefix("encode_")
-    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.bos_id,
-                      tokenizer.endoftext_id], sort_keys=True)
+    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.chat_format,
+                      tokenizer.bos_id, tokenizer.endoftext_id], sort_keys=True)
     folder = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     done = folder / "stats.json"
     while int(os.environ.get("LOCAL_RANK", 0)) and not done.exists():

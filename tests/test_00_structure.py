@@ -20,7 +20,8 @@ SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 IMPORTS = {
     "errors": "", "unicode_ranges": "", "chat": "",
     "attention": "", "logprobs": "", "runtime": "", "safetensors": "", "verify": "",
-    "records": "runtime",
+    "forms": "verify",
+    "records": "chat forms runtime",
     "config": "runtime",
     "losses": "logprobs",
     "optim": "runtime",
@@ -31,7 +32,7 @@ IMPORTS = {
     "generate": "cuda_graph model",
     "tokenizer": "chat config records runtime safetensors unicode_ranges",
     "token_cache": "records runtime tokenizer",
-    "data": "records runtime token_cache tokenizer",
+    "data": "chat records runtime token_cache tokenizer",
     "checkpoint": "model records safetensors",
     "heads": "checkpoint model safetensors",
     "lora": "", "adapter": "", "prefix": "model",
@@ -39,7 +40,7 @@ IMPORTS = {
     "run": "checkpoint config heads metrics peft records runtime safetensors training_state",
     "rewards": "checkpoint generate heads tokenizer verify",
     "evaluate": "data generate logprobs records runtime verify",
-    "preferences": "data evaluate logprobs records runtime token_cache tokenizer",
+    "preferences": "chat data evaluate logprobs records runtime token_cache tokenizer",
     "rollouts": "data evaluate generate logprobs losses records rewards runtime",
 }
 RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
