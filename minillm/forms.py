@@ -34,7 +34,9 @@ def normalise(record: dict, where: str) -> dict:
     for side in ("chosen", "rejected"):
         if f"{side}_response" in record and side not in record:
             record[side] = record.pop(f"{side}_response")
-    if "chosen" in record:
+    if type(record.get("answer")) in (int, float):
+        record["answer"] = str(record["answer"])
+    if "chosen" in record or "rejected" in record:
         pair_of(record, where)
         names = ("prompt", "chosen", "rejected")
     else:
@@ -78,23 +80,21 @@ def conversation_of(record: dict, where: str):
     question = next((name for name in QUESTIONS if name in record), None)
     # Beside a "prompt" an "answer" is what a reply is checked against.
     names = ANSWERS[:3] if question == "prompt" else ANSWERS
-    answer = next((name for name in names if record.get(name) is not None or name == "output" and name in record), None)
-    if question is None or question != "prompt" and answer is None or "text" in record and answer is None:
+    answer = next((name for name in names if record.get(name) is not None), "output" if "output" in record else None)
+    if question is None or answer is None and (question == "input" or "text" in record):
         return
     if answer == "answer" and "solution" in record:
         answer = "solution"
     reply = record[answer] if answer else None
     if answer == "answer":
-        if isinstance(record.get("choices", record.get("options")), (list, dict)) and not isinstance(reply, str):
+        if record.get("choices", record.get("options")) and str(reply).isdecimal():
             raise UserError(f'{where}: "answer" is the number of a choice; write the words of the right answer')
-        if not is_verifiable(reply):
+        if not isinstance(reply, str) or not is_verifiable(reply):
             del record["answer"]  # prose, which no reply can be checked against
     elif answer:
         del record[answer]
     messages = question_of(record, question, where)
     if answer:
-        if not isinstance(reply, (str, list)) and answer == "answer":
-            reply = str(reply)
         messages = messages + as_messages(reply, "assistant", where, answer)
     record["conversations"] = messages
 
@@ -123,7 +123,9 @@ def as_messages(value, role: str, where: str, name: str) -> list:
             roles, texts = HH_TURN.split(value)[1::2], HH_TURN.split(value)[2::2]
             messages = [{"role": "user" if role == "Human" else "assistant", "content": text.strip()}
                         for role, text in zip(roles, texts)]
-            return messages[:-1] if role == "user" and messages[-1] == {"role": "assistant", "content": ""} else messages
+            if messages[-1] == {"role": "assistant", "content": ""}:  # the place of the answer
+                messages.pop()
+            return messages
         return [{"role": role, "content": value}]
     if isinstance(value, dict):
         return [value]
@@ -143,7 +145,7 @@ def pair_of(record: dict, where: str):
         if isinstance(record[side], str) and not whole and not named:
             raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
         record[side] = as_messages(record[side], "assistant", where, side)
-    first = record["chosen"][0] if record["chosen"] else {}
+    first = (record.get("chosen") or [{}])[0]
     role = first.get("role", first.get("from")) if isinstance(first, dict) else None
     if "prompt" not in record and named and not (role in ("system", "user", "human", "developer")):
         if named in CONVERSATIONS:

@@ -39,12 +39,15 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         stats[reason] += 1
         return []
 
+    def said(messages):
+        return [[m.get(key) for key in ("role", "content", "reasoning_content", "tool_calls")] for m in messages]
+
     sides = read_pair(record, where)
     check_margin(record.get("margin", 0), where)
     prompts, answers = [side[:-1] for side in sides], [side[-1] for side in sides]
     if not answers[0]["role"] == answers[1]["role"] == "assistant":
         return drop("pairs without an assistant's answer at the end, dropped")
-    if prompts[0] != prompts[1]:
+    if said(prompts[0]) != said(prompts[1]):
         return drop("pairs with different prompts, dropped")
     if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         return drop("pairs with an empty answer, dropped")
