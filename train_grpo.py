@@ -123,7 +123,7 @@ def main(cfg: Config) -> dict:
         # Rollout: group_size answers to each prompt, with a random generator of this step's own
         prompts = next(batches)
         with runtime.autocast(device):
-            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_id,
+            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_ids,
                                cfg.temperature, group_size=cfg.group_size, pad_id=tokenizer.pad_id,
                                generator=run.generator(step))
         answers, ended = read_answers(rollout, tokenizer)

@@ -143,7 +143,7 @@ def main(cfg: Config) -> dict:
         # Rollout: an answer to each prompt, with a random generator of this step's own
         prompts = next(batches)
         with runtime.autocast(device):
-            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_id,
+            rollout = generate(policy, [prompt.tokens for prompt in prompts], cfg.max_new_tokens, tokenizer.end_ids,
                                cfg.temperature, pad_id=tokenizer.pad_id, generator=run.generator(step))
         answers, ended = read_answers(rollout, tokenizer)
 

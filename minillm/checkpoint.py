@@ -280,9 +280,8 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     """Write config.json, the tokenizer's files, generation_config.json and, last, model.safetensors."""
     folder = Path(folder)
     save_json(folder / "config.json", config)
-    stops = list(dict.fromkeys([tokenizer.end_id, tokenizer.endoftext_id]))
     save_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id})
     draft = folder / "tokenizer.tmp"  # the tokenizer writes plainly; its files are then moved in one by one
     try:
         shutil.rmtree(draft, ignore_errors=True)

@@ -42,7 +42,7 @@ def check_prompt(record: dict, where: str):
 def make_prompt(record: dict, tokenizer) -> Prompt:
     """A line of a data file as a Prompt."""
     messages = prompt_messages(record)
-    return Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record)
+    return Prompt(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0], messages, record)
 
 
 def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, tasks=(),
@@ -113,7 +113,7 @@ class PromptLoader(Loader):
 def read_answers(rollout, tokenizer) -> tuple:
     """(texts, ended): each answer without its end token, and whether it had one, (B,) bool on the CPU."""
     responses = rollout.responses()
-    ended = [response[-1] == tokenizer.end_id for response in responses]
+    ended = [response[-1] in tokenizer.end_ids for response in responses]
     texts = [tokenizer.decode(response[:-1] if end else response) for response, end in zip(responses, ended)]
     return texts, torch.tensor(ended)
 

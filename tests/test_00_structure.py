@@ -39,7 +39,7 @@ IMPORTS = {
     "peft": "adapter checkpoint lora prefix safetensors",
     "run": "checkpoint config heads metrics peft records runtime safetensors training_state",
     "rewards": "checkpoint generate heads tokenizer verify",
-    "evaluate": "data generate logprobs records runtime verify",
+    "evaluate": "chat data generate logprobs metrics records runtime verify",
     "preferences": "chat data evaluate logprobs records runtime token_cache tokenizer",
     "rollouts": "data evaluate generate logprobs losses records rewards runtime",
 }
