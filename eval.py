@@ -147,8 +147,9 @@ def load(folder: str, device) -> tuple:
                             "give its base with --model and this with --adapter")
         folder, adapter = base, folder
     checkpoint.require_stage(folder)
-    model, tokenizer = checkpoint.load_model(folder, device), Tokenizer.load(folder)
-    checkpoint.check_tokenizer(model, tokenizer, folder)
+    tokenizer = Tokenizer.load(folder)
+    checkpoint.check_tokenizer(checkpoint.load_config(folder), tokenizer, folder)
+    model = checkpoint.load_model(folder, device)
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 
@@ -219,7 +220,7 @@ def measure_reward_model(cfg: Config, device) -> dict:
         raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
                         "leave out --chat, --prompt, --adapter and --ref")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
-    checkpoint.check_tokenizer(model, tokenizer, cfg.model)
+    checkpoint.check_tokenizer(model.config, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))
     scores = score_pairs(lambda batch: model(batch.tokens, batch.lengths), pairs, PAIRS_PER_BATCH, device)
     chosen_rewards, rejected_rewards = scores.mean(0).tolist()

@@ -91,13 +91,14 @@ def main(cfg: Config) -> dict:
     if "model" in sources:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
     files = [source.rpartition(":")[0] for source in sources]
-    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, cfg.eval_data, cfg.reward_model if "model" in sources else ""])
+    tokenizer = Tokenizer.load(cfg.model)
+    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     room, need_answers = cfg.max_seq_len - cfg.max_new_tokens, "answer" in sources
     train_prompts, eval_prompts, stats = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed, (), need_answers)
     scored_prompts = select(eval_prompts, (), need_answers)
@@ -105,7 +106,6 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
-    checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
     ref_model = checkpoint.load_model(cfg.model, device)  # frozen: no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model too
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):

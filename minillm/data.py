@@ -91,9 +91,10 @@ def load_split(encode, paths: list, eval_path: str, tokenizer: Tokenizer, max_se
     def hashes(sequences):
         return [hash(sequences[i][0].tobytes()) for i in range(len(sequences))]
 
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        eval_data = load_dataset(encode, [eval_path], tokenizer, max_seq_len)
     dataset = load_dataset(encode, paths, tokenizer, max_seq_len)
     if eval_path:
-        eval_data = load_dataset(encode, [eval_path], tokenizer, max_seq_len)
         say_overlap(hashes(dataset), hashes(eval_data), eval_path, "sequences")
         return dataset, eval_data
     held_out = hold_out(hashes(dataset), seed)

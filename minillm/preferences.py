@@ -99,9 +99,10 @@ def load_pairs(paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: i
         hashes = [hash(dataset[i][0].tobytes() + b"|" + dataset[i + 1][0].tobytes()) for i in range(0, len(dataset), 2)]
         return dataset, PairDataset(dataset, np.arange(len(dataset) // 2)), hashes
 
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        _, eval_pairs, eval_hashes = load([eval_path])
     dataset, pairs, hashes = load(paths)
     if eval_path:
-        _, eval_pairs, eval_hashes = load([eval_path])
         say_overlap(hashes, eval_hashes, eval_path, "pairs")
         return pairs, eval_pairs
     held_out = hold_out(hashes, seed)

@@ -64,7 +64,7 @@ def model_reward(folder, device="cpu"):
     Raises UserError for a folder without a reward model.
     """
     model, tokenizer = load_reward_model(folder, device), Tokenizer.load(folder)
-    check_tokenizer(model, tokenizer, folder)
+    check_tokenizer(model.config, tokenizer, folder)
 
     def source(batch):
         sequences = []
@@ -104,7 +104,7 @@ class Judge:
 
     def __init__(self, folder, device="cpu"):
         self.model, self.tokenizer, self.device = load_model(folder, device), Tokenizer.load(folder), device
-        check_tokenizer(self.model, self.tokenizer, folder)
+        check_tokenizer(self.model.config, self.tokenizer, folder)
         self.verdicts = [self.tokenizer.encode(letter)[0] for letter in "AB"]
 
     def ask(self, prompts, batch_size=128):

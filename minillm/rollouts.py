@@ -55,10 +55,11 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
     no prompt is left to train on.
     """
     files = ", ".join(map(str, paths))
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
     everything = [make_prompt(record, tokenizer) for record in read_records(paths, check_prompt)]
     fitting = [prompt for prompt in everything if len(prompt.tokens) <= room]
     if eval_path:
-        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
         held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
         hidden = {tuple(prompt.tokens) for prompt in held_out}
     else:

@@ -614,13 +614,13 @@ def talkative(tmp_path, tokenizer):
 
 
 def test_ai_feedback_becomes_ordinary_pairs(tmp_path, tokenizer, talkative, lm_folder):
-    prompts = [{"conversations": [turn("user", f"question {i}?")], "task": "talk", "lang": "en"} for i in range(40)]
+    prompts = [{"conversations": [turn("user", f"question {i}?")], "task": "talk", "lang": "en"} for i in range(80)]
     out = tmp_path / "made" / "preference.jsonl"
     report = label("--policy", talkative, "--judge", lm_folder, "--out", out, "--max_new_tokens", 40,
                    "--prompts", write(tmp_path / "prompts.jsonl", prompts))
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == report["pairs"] > 0
-    assert report["pairs"] + sum(report["dropped"].values()) == report["prompts"] == 40
+    assert report["pairs"] + sum(report["dropped"].values()) == report["prompts"] == 80
     assert 0 <= report["first_answer_preferred"] <= 1 and all(0.5 <= line["confidence"] <= 1 for line in lines)
     pairs, _ = load_pairs([str(out)], str(out), tokenizer, 256, 0)
     assert len(pairs) == len(lines)
