@@ -7,7 +7,9 @@ file and line; any other key is named once. Folders that hold no model get a lin
 import gzip
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -358,6 +360,36 @@ def test_folders_that_are_no_model_each_get_their_own_line(tmp_path):
             assert one_line(script.main, script.Config(model=folder, data=["typo.jsonl"], device="cpu")) == message
         if folder != "adapter":
             assert one_line(evaluation.main, evaluation.Config(model=folder, device="cpu")) == message
+
+
+def rewrite(path, change):
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    change(content)
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_sft, train_dpo])
+def test_a_model_is_looked_at_in_the_order_config_weights_tokenizer_chat_tokens(script):
+    """Each repaired, the next one is named; the data file comes last, and nothing of it has been read by then."""
+    config = script.Config(model="model", data=["typo.jsonl"], max_seq_len=64, device="cpu")
+    save_model("model")
+    tokenizer, weights = Path("model/tokenizer.json").read_bytes(), Path("model/model.safetensors").read_bytes()
+    Path("model/tokenizer.json").unlink()
+    write("model/vocab.json", {})
+    os.rename("model/model.safetensors", "model/model-of-another-name.safetensors")
+    rewrite("model/config.json", lambda content: content.update(model_type="mistral9"))
+
+    assert 'model_type = "mistral9" is not supported' in one_line(script.main, config)
+    rewrite("model/config.json", lambda content: content.update(model_type="qwen3", num_hidden_layers=2))
+    assert one_line(script.main, config) == "model: model.safetensors is missing"
+    Path("model/model.safetensors").write_bytes(weights)
+    assert "the weights do not fit config.json: missing model.layers.1." in one_line(script.main, config)
+    rewrite("model/config.json", lambda content: content.update(num_hidden_layers=1))
+    assert "model has vocab.json but no tokenizer.json" in one_line(script.main, config)
+    Path("model/tokenizer.json").write_bytes(tokenizer.replace(b"<|im_end|>", b"<|im_END|>"))
+    assert one_line(script.main, config).startswith("model: the tokenizer has no token <|im_end|>")
+    Path("model/tokenizer.json").write_bytes(tokenizer)
+    assert one_line(script.main, config) == "typo.jsonl: no such data file"
 
 
 def test_a_reference_that_is_no_model_is_seen_before_the_data():
