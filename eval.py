@@ -33,13 +33,14 @@ from dataclasses import dataclass
 import torch
 
 from minillm import checkpoint, runtime
+from minillm.chat import without_think
 from minillm.config import flag, parse_config
 from minillm.data import encode_conversation, encode_text
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions
 from minillm.generate import stream
 from minillm.heads import is_reward_model, load_reward_model
-from minillm.metrics import compare, evenly_spaced, numbers, show_replies
+from minillm.metrics import compare, numbers, show_replies
 from minillm.peft import load_adapter
 from minillm.preferences import (PairDataset, check_same_tokenizer, encode_pair, pair_logprobs, rank_pairs,
                                  score_pairs)
@@ -70,9 +71,11 @@ class Config:
     system: str = flag("", "system message for --chat and --prompt")
     temperature: float = flag(0.0, "0 takes the likeliest token, 1 samples from the model's distribution", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability", low=0, high=1)
-    max_new_tokens: int = flag(0, "longest reply (default: 64 in an evaluation, 512 in --chat and --prompt)", low=0)
+    max_new_tokens: int = flag(0, "longest reply (default: 64 in an evaluation, 512 in --chat and --prompt; with "
+                               "--thinking 1024 and 2048)", low=0)
     max_seq_len: int = flag(256, "tokens per row for val_loss; longer conversations are cut", low=8)
-    max_questions: int = flag(1000, "of a larger file this many questions are asked, evenly spaced", low=1)
+    max_questions: int = flag(200, "of a larger file this many questions are asked, evenly spaced", low=1)
+    thinking: bool = flag(False, "let a model that can think do so before it answers (Qwen3)")
     device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
     seed: int = flag(0, "seed of the sampling", low=0)
 
@@ -94,6 +97,10 @@ def main(cfg: Config) -> dict:
     model, tokenizer = load(columns[0], device)
     if cfg.adapter:
         load_adapter(model, cfg.adapter[0])
+
+    if cfg.thinking and not tokenizer.chat_format.think:
+        raise UserError(f"--thinking: {columns[0] or MODEL} has no think blocks in its chat format "
+                        f"({tokenizer.chat_format.name}); leave it out")
 
     # 3. Talk
     if cfg.chat:
@@ -140,8 +147,9 @@ def load(folder: str, device) -> tuple:
                             "give its base with --model and this with --adapter")
         folder, adapter = base, folder
     checkpoint.require_stage(folder)
-    model, tokenizer = checkpoint.load_model(folder, device), Tokenizer.load(folder)
-    checkpoint.check_tokenizer(model, tokenizer, folder)
+    tokenizer = Tokenizer.load(folder)
+    checkpoint.check_tokenizer(checkpoint.load_config(folder), tokenizer, folder)
+    model = checkpoint.load_model(folder, device)
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
 
@@ -163,10 +171,7 @@ def questions_of(path: str, count: int) -> list:
     """At most `count` records of a file of conversations, evenly spaced; of texts or pairs none."""
     if kind_of(path) != "conversations":
         return []
-    records = read_questions(path)
-    if len(records) > count:
-        runtime.say(f"asking {count:,} of the {len(records):,} questions in {path} (--max_questions)")
-    return evenly_spaced(records, count)
+    return read_questions(path, count)
 
 
 def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -> dict:
@@ -185,7 +190,8 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
             loss = held_out_loss(model, load_dataset(encode, [path], tokenizer, row_length), row_length, device)
             metrics = {**loss, **metrics}  # val_loss is that of the conversations
         if kind == "conversations":
-            metrics |= answer_questions(model, tokenizer, records, device, max_new_tokens=cfg.max_new_tokens or 64,
+            limit = cfg.max_new_tokens or (1024 if cfg.thinking else 64)
+            metrics |= answer_questions(model, tokenizer, records, device, max_new_tokens=limit, thinking=cfg.thinking,
                                         temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
     if cfg.reward_model and records:
         asked = [(prompt_messages(record), [reply], record) for record, (_, reply) in zip(records, metrics["replies"])]
@@ -214,7 +220,7 @@ def measure_reward_model(cfg: Config, device) -> dict:
         raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
                         "leave out --chat, --prompt, --adapter and --ref")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
-    checkpoint.check_tokenizer(model, tokenizer, cfg.model)
+    checkpoint.check_tokenizer(model.config, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))
     scores = score_pairs(lambda batch: model(batch.tokens, batch.lengths), pairs, PAIRS_PER_BATCH, device)
     chosen_rewards, rejected_rewards = scores.mean(0).tolist()
@@ -229,6 +235,11 @@ def measure_reward_model(cfg: Config, device) -> dict:
 
 # Talking
 
+def longest_reply(cfg: Config) -> int:
+    """Tokens of a reply in --chat and --prompt."""
+    return cfg.max_new_tokens or (2048 if cfg.thinking else 512)
+
+
 def note(text: str):
     """A remark beside the conversation: on stderr, so that stdout holds nothing but replies."""
     print(f"({text})", file=sys.stderr, flush=True)
@@ -236,14 +247,12 @@ def note(text: str):
 
 def speak(model, tokenizer, prompt: list, cfg: Config, generator, device) -> tuple:
     """Print a reply while it is sampled -> (its text, whether Ctrl-C stopped it)."""
-    limit = min(cfg.max_new_tokens or 512, model.config.max_position_embeddings - len(prompt))
+    limit = min(longest_reply(cfg), model.config.max_position_embeddings - len(prompt))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character's bytes may be spread over several tokens
     tokens = []
     try:
         with runtime.autocast(device):  # as in the evaluation
-            for token in stream(model, prompt, limit, tokenizer.end_id, cfg.temperature, cfg.top_p, generator):
-                if token == tokenizer.endoftext_id:  # a model that was only pretrained ends this way
-                    break
+            for token in stream(model, prompt, limit, tokenizer.end_ids, cfg.temperature, cfg.top_p, generator):
                 tokens.append(token)
                 print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
     except KeyboardInterrupt:
@@ -258,8 +267,8 @@ def speak(model, tokenizer, prompt: list, cfg: Config, generator, device) -> tup
 def prepare(model, tokenizer, messages: list, cfg: Config) -> tuple:
     """(prompt, messages kept) with room for the reply; UserError where the newest message alone is too long."""
     context = model.config.max_position_embeddings
-    limit = context - min(cfg.max_new_tokens or 512, context // 2)
-    prompt, kept = fit_context(tokenizer, messages, limit)
+    limit = context - min(longest_reply(cfg), context // 2)
+    prompt, kept = fit_context(tokenizer, messages, limit, cfg.thinking)
     if len(prompt) > limit:
         raise UserError(f"the message is too long: {len(prompt):,} tokens, and beside the reply there is room for "
                         f"{limit:,} in the model's context of {context:,}; shorten it")
@@ -332,7 +341,7 @@ def chat(model, tokenizer, cfg: Config, device) -> dict:
                 note(f"the context of {model.config.max_position_embeddings:,} tokens is full: "
                      f"the oldest {len(messages) - len(kept)} messages are forgotten")
             text, _ = speak(model, tokenizer, prompt, cfg, generator, device)
-            history = kept + [{"role": "assistant", "content": text}]
+            history = kept + [{"role": "assistant", "content": without_think(text)}]
             turns += 1
     return {"turns": turns}
 

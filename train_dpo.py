@@ -54,6 +54,8 @@ class Config(RunConfig):
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)
+    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(200, "steps between evaluations", low=1)
 
 
@@ -65,20 +67,20 @@ def main(cfg: Config) -> dict:
         checkpoint.require_stage(cfg.ref_model, option="--ref_model", max_seq_len=cfg.max_seq_len)
     if cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(f"--label_smoothing {cfg.label_smoothing} belongs to --loss dpo; leave it out with ipo")
-    run = Run(cfg, inputs=[cfg.model, cfg.ref_model, *cfg.data, cfg.eval_data])
+    tokenizer = Tokenizer.load(cfg.model)
+    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model, cfg.ref_model, *cfg.data, eval_path])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_pairs(cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
-    questions = read_questions(QUESTIONS if eval_path == EVAL_DATA else "")
+    questions = read_questions(QUESTIONS if eval_path == EVAL_DATA else "", cfg.max_questions)
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
-    checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
         ref_model = checkpoint.load_model(cfg.ref_model, device)
@@ -97,10 +99,10 @@ def main(cfg: Config) -> dict:
     def evaluate() -> dict:
         rewards = cfg.beta * (pair_logprobs(policy, eval_data, cfg.batch_size, device, average) - ref_eval_logprobs)
         chosen_rewards, rejected_rewards = rewards.mean(0).tolist()
-        sampled, _ = sample_answers(policy, tokenizer, questions, device, times=2)
+        sampled, _ = sample_answers(policy, tokenizer, questions, device, 2, cfg.max_new_tokens)
         return {**rank_pairs(rewards, eval_data.kinds),
                 "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards,
-                **sampled, **answer_questions(policy, tokenizer, questions, device)}
+                **sampled, **answer_questions(policy, tokenizer, questions, device, max_new_tokens=cfg.max_new_tokens)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs, cfg.grad_accum)

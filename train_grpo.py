@@ -89,13 +89,14 @@ def main(cfg: Config) -> dict:
     if "model" in sources:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
     files = [source.rpartition(":")[0] for source in sources]
-    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, cfg.eval_data, cfg.reward_model if "model" in sources else ""])
+    tokenizer = Tokenizer.load(cfg.model)
+    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     room, need_answers = cfg.max_seq_len - cfg.max_new_tokens, "answer" in sources
     train_prompts, eval_prompts, stats = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed,
                                                       cfg.tasks, need_answers)
@@ -104,7 +105,6 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
-    checkpoint.check_tokenizer(policy, tokenizer, cfg.model)
     if cfg.peft == "lora":
         apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
         ref_model = policy  # with the LoRA switched off
@@ -132,7 +132,7 @@ def main(cfg: Config) -> dict:
 
         # Rollout: group_size answers to each prompt, with a random generator of this step's own
         prompts = next(batches)
-        rollout = sample_rollout(policy, prompts, cfg.max_new_tokens, tokenizer.end_id, cfg.temperature,
+        rollout = sample_rollout(policy, prompts, cfg.max_new_tokens, tokenizer.end_ids, cfg.temperature,
                                  run.generator(step), cfg.group_size, tokenizer.pad_id)
         answers, ended = read_answers(rollout, tokenizer)
 

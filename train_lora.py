@@ -71,6 +71,8 @@ class Config(RunConfig):
     batch_size: int = flag(8, "rows per micro-batch", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
     epochs: int = flag(0, "passes over the data (default: 20, prompt 90)", low=0)
+    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
@@ -83,21 +85,21 @@ def main(cfg: Config) -> dict:
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.merge and cfg.peft not in ("lora", "dora"):
         raise UserError(f"--merge: {cfg.peft} is no change of the weights; only lora and dora can be merged")
-    run = Run(cfg, inputs=[cfg.model, *cfg.data, cfg.eval_data])
+    tokenizer = Tokenizer.load(cfg.model)
+    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model, *cfg.data, eval_path])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_split(encode_conversation, cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
-    questions = read_questions(eval_path)
+    questions = read_questions(eval_path, cfg.max_questions)
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device, dtype))
-    checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):
@@ -120,7 +122,7 @@ def main(cfg: Config) -> dict:
 
     def evaluate() -> dict:
         return {**held_out_loss(model, eval_data, cfg.max_seq_len, device),
-                **answer_questions(model, tokenizer, questions, device)}
+                **answer_questions(model, tokenizer, questions, device, max_new_tokens=cfg.max_new_tokens)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs or EPOCHS[cfg.peft], cfg.grad_accum)

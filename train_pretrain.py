@@ -53,20 +53,21 @@ def main(cfg: Config) -> dict:
     if cfg.model:
         checkpoint.require_stage(cfg.model, max_seq_len=cfg.max_seq_len)
     checkpoint.check_tokenizer_file(cfg.model or cfg.tokenizer)
-    run = Run(cfg, inputs=[cfg.model or cfg.tokenizer, *cfg.data, cfg.eval_data])
+    tokenizer = Tokenizer.load(cfg.model or cfg.tokenizer)
+    if cfg.model:
+        checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model or cfg.tokenizer, *cfg.data, eval_path])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model or cfg.tokenizer)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_split(encode_text, cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models
     if cfg.model:
         model = checkpoint.load_model(cfg.model, device)
-        checkpoint.check_tokenizer(model, tokenizer, cfg.model)
     else:
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
     model.model.recompute = cfg.recompute

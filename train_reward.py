@@ -61,19 +61,19 @@ def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
-    run = Run(cfg, inputs=[cfg.model, *cfg.data, cfg.eval_data])
+    tokenizer = Tokenizer.load(cfg.model)
+    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[cfg.model, *cfg.data, eval_path])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(cfg.model)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_pairs(cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
     lm = checkpoint.load_model(cfg.model, device)
-    checkpoint.check_tokenizer(lm, tokenizer, cfg.model)
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
     tied = lm.config.tie_word_embeddings
     lm_head = lm.lm_head.weight if tied else lm.lm_head.weight.detach()  # for the SFT loss

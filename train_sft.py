@@ -46,6 +46,8 @@ class Config(RunConfig):
     lr: float = flag(2e-3, "peak learning rate", low=0)
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
 
@@ -59,21 +61,22 @@ def main(cfg: Config) -> dict:
     elif os.path.exists(f"{PRETRAINED}.bak"):
         runtime.say(f"there is no {PRETRAINED}, but an older run in {PRETRAINED}.bak; --model {PRETRAINED}.bak uses it")
     checkpoint.check_tokenizer_file(source or cfg.tokenizer)
-    run = Run(cfg, inputs=[source or cfg.tokenizer, *cfg.data, cfg.eval_data])
+    tokenizer = Tokenizer.load(source or cfg.tokenizer)
+    if source:
+        checkpoint.check_tokenizer(checkpoint.load_config(source), tokenizer, source)
+    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
+    run = Run(cfg, inputs=[source or cfg.tokenizer, *cfg.data, eval_path])
     if run.finished:
         return run.result
 
     # 2. Data
-    tokenizer = Tokenizer.load(source or cfg.tokenizer)
-    eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     train_data, eval_data = load_split(encode_conversation, cfg.data, eval_path, tokenizer, cfg.max_seq_len, cfg.seed)
-    questions = read_questions(eval_path)
+    questions = read_questions(eval_path, cfg.max_questions)
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models
     if source:
         model = checkpoint.load_model(source, device)
-        checkpoint.check_tokenizer(model, tokenizer, source)
     else:
         runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
@@ -85,7 +88,7 @@ def main(cfg: Config) -> dict:
 
     def evaluate() -> dict:
         return {**held_out_loss(model, eval_data, cfg.max_seq_len, device),
-                **answer_questions(model, tokenizer, questions, device)}
+                **answer_questions(model, tokenizer, questions, device, max_new_tokens=cfg.max_new_tokens)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs, cfg.grad_accum)

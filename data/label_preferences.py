@@ -55,7 +55,7 @@ def main(cfg: Config) -> dict:
     checkpoint.require_stage(cfg.policy, "out/sft", "train_sft.py", "--policy")
     checkpoint.require_stage(cfg.judge, "out/judge", "train_sft.py with data/judge.jsonl (see --help)", "--judge")
     policy, tokenizer = checkpoint.load_model(cfg.policy, device), Tokenizer.load(cfg.policy)
-    checkpoint.check_tokenizer(policy, tokenizer, cfg.policy)
+    checkpoint.check_tokenizer(policy.config, tokenizer, cfg.policy)
     judge = Judge(cfg.judge, device)
     records = [record for path in cfg.prompts for record in read_questions(path)]
     records = (records[:cfg.max_prompts] if cfg.max_prompts else records) * cfg.rounds

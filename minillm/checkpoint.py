@@ -172,16 +172,34 @@ def require_stage(folder, default: str = "", script: str = "", option: str = "--
         raise UserError(f"{default} is not there yet: run python {script} first, or give another {option}{older}"
                         + advice_on_folder(folder))
     config = load_config(folder)
+    check_model(folder, config)
     check_tokenizer_file(folder)
     if max_seq_len > config.max_position_embeddings:
         raise UserError(f"--max_seq_len {max_seq_len} is longer than the context of {folder}, which is "
                         f"{config.max_position_embeddings} tokens (max_position_embeddings); give at most that")
 
 
+def check_model(folder, config: ModelConfig):
+    """Raise UserError unless the files of a language model hold its tensors. Only their headers are read."""
+    architectures = load_json(Path(folder) / "config.json").get("architectures") or [""]
+    if "SequenceClassification" in str(architectures[0]):
+        return  # its head is checked where it is loaded
+    with torch.device("meta"):
+        expected = weights_of(CausalLM(config))
+    stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    check_weights(expected, stored, folder)
+
+
 def check_tokenizer_file(path):
     """Raise UserError unless path is a tokenizer.json or a folder with one."""
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").is_file():
+        older = [name for name in ("vocab.json", "tokenizer.model") if (path / name).is_file()]
+        if older:
+            raise UserError(f"{path} has {older[0]} but no tokenizer.json; save_pretrained of transformers' "
+                            "AutoTokenizer (a recent version) writes one beside it")
         raise UserError(f"{path} has no tokenizer.json; copy it from the model that this one was made of, or make it "
                         "with save_pretrained of transformers' AutoTokenizer")
     if not path.exists():
@@ -330,9 +348,8 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     """Write config.json, the tokenizer's files, generation_config.json and, last, model.safetensors."""
     folder = Path(folder)
     save_json(folder / "config.json", config)
-    stops = list(dict.fromkeys([tokenizer.end_id, tokenizer.endoftext_id]))
     save_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id})
     try:
         tokenizer.save(folder, config["max_position_embeddings"])
     except OSError as error:
@@ -340,12 +357,15 @@ def save_folder(folder, config: dict, weights: dict, tokenizer):
     save_safetensors(folder / "model.safetensors", weights)
 
 
-def check_tokenizer(model: CausalLM, tokenizer, where):
-    """Raise UserError when the tokenizer has ids beyond the model's vocabulary, or lacks the ChatML tokens.
+def check_tokenizer(config: ModelConfig, tokenizer, where):
+    """Raise UserError when the tokenizer has ids beyond the model's vocabulary, or lacks the tokens of a chat.
 
     A model may have more ids than its tokenizer: Qwen rounds up.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-                        f"{model.config.vocab_size}; use the tokenizer that the model was trained with")
-    _ = tokenizer.end_id, tokenizer.pad_id  # a tokenizer without them raises now, not after training
+                        f"{config.vocab_size}; use the tokenizer that the model was trained with")
+    try:
+        _ = tokenizer.start_id, tokenizer.end_ids, tokenizer.pad_id  # what is missing raises now, not after training
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minillm import runtime
+from minillm.chat import lost_think
 from minillm.records import check_conversation, check_text, require
 from minillm.runtime import say
 from minillm.token_cache import Subset, load_dataset
@@ -45,12 +46,15 @@ def encode_text(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
 
 
 def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:
-    """{"conversations"} -> ChatML tokens, with a loss mask that is True on what the assistant says.
+    """{"conversations"} -> tokens in the tokenizer's chat format; the loss mask is True on what the assistant says.
 
-    One that is too long is cut at the end; one with nothing left to learn is dropped. Both are counted.
+    One that is too long is cut at the end; one with nothing left to learn is dropped. Both are counted, and so is think
+    text that no format writes because a later question follows.
     """
     check_conversation(record, where)
     tokens, mask = tokenizer.render(record["conversations"])
+    if lost := lost_think(record["conversations"]):
+        stats["replies without their think text, because another question follows"] += lost
     if not any(mask):
         stats["without an assistant turn, dropped"] += 1
         return []
@@ -87,9 +91,10 @@ def load_split(encode, paths: list, eval_path: str, tokenizer: Tokenizer, max_se
     def hashes(sequences):
         return [hash(sequences[i][0].tobytes()) for i in range(len(sequences))]
 
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        eval_data = load_dataset(encode, [eval_path], tokenizer, max_seq_len)
     dataset = load_dataset(encode, paths, tokenizer, max_seq_len)
     if eval_path:
-        eval_data = load_dataset(encode, [eval_path], tokenizer, max_seq_len)
         say_overlap(hashes(dataset), hashes(eval_data), eval_path, "sequences")
         return dataset, eval_data
     held_out = hold_out(hashes(dataset), seed)

@@ -1,13 +1,18 @@
 """Measuring a model on held-out data: loss, bits per byte, and what it answers."""
 
 import math
+import sys
 
 import torch
+from tqdm import tqdm
 
+from minillm import runtime
+from minillm.chat import without_think
 from minillm.data import PackedLoader
 from minillm.errors import UserError
 from minillm.generate import eval_mode, generate
 from minillm.logprobs import linear_cross_entropy
+from minillm.metrics import evenly_spaced
 from minillm.records import check_conversation, check_text, read_records
 from minillm.runtime import autocast, gather, say, share, sum_over_processes, world_size
 from minillm.verify import check_answer, gold_reward, is_correct
@@ -40,10 +45,15 @@ def held_out_loss(model, dataset, row_length: int, device, batch_size: int = 16)
 
 # Questions: a conversation is asked up to its last assistant turn, and the model's reply is compared with "answer".
 
-def read_questions(path) -> list:
-    """The checked lines of a file of conversations or prompts; [] without a file. Raises UserError with file and line.
+def read_questions(path, count: int = 0) -> list:
+    """The checked lines of a file of conversations or prompts; [] without a file. Of more than `count` (0: no limit)
+    that many are taken, evenly spaced, which is said. Raises UserError with file and line.
     """
-    return list(read_records(path, check_question)) if path else []
+    records = list(read_records(path, check_question)) if path else []
+    if not 0 < count < len(records):
+        return records
+    say(f"asking {count:,} of the {len(records):,} questions in {path} (--max_questions)")
+    return evenly_spaced(records, count)
 
 
 def check_question(record: dict, where: str):
@@ -70,16 +80,16 @@ def prompt_messages(record: dict) -> list:
     return messages
 
 
-def fit_context(tokenizer, messages: list, limit: int) -> tuple:
+def fit_context(tokenizer, messages: list, limit: int, thinking: bool = False) -> tuple:
     """Drop the oldest turns until the prompt has at most `limit` tokens -> (tokens of the prompt, messages kept).
 
     A turn is a user's message and what follows it; system messages at the start always stay. Where the last turn alone
     is longer than `limit`, the tokens are still too many: that is for the caller to say.
     """
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    first = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "tools")), len(messages))
     system, rest = messages[:first], messages[first:]
     while True:
-        tokens = tokenizer.render(system + rest, add_generation_prompt=True)[0]
+        tokens = tokenizer.render(system + rest, add_generation_prompt=True, thinking=thinking)[0]
         second_turn = next((i for i, m in enumerate(rest) if i > 0 and m["role"] == "user"), None)
         if len(tokens) <= limit or second_turn is None:
             return tokens, system + rest
@@ -87,8 +97,10 @@ def fit_context(tokenizer, messages: list, limit: int) -> tuple:
 
 
 def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, temperature: float = 0.0,
-             top_p: float = 1.0, seed: int = 0, batch_size: int = 128) -> tuple:
+             top_p: float = 1.0, seed: int = 0, batch_size: int = 128, thinking: bool = False) -> tuple:
     """Let the model answer each record's prompt -> (texts, token counts, whether each ended by itself).
+
+    thinking: in formats with think blocks the model may think first; otherwise its prompt has an empty block.
 
     Where prompt and reply do not fit the context, the oldest turns are dropped; a prompt whose last turn alone does not
     fit gets the empty reply. Both are counted and said. The processes share the work, and all get all replies; each
@@ -99,7 +111,7 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
     prompts, shortened = [], 0
     for record in records:
         messages = prompt_messages(record)
-        tokens, kept = fit_context(tokenizer, messages, context - max_new_tokens)
+        tokens, kept = fit_context(tokenizer, messages, context - max_new_tokens, thinking)
         prompts.append(tokens)
         shortened += len(kept) < len(messages) and len(tokens) <= context - max_new_tokens
     order = [i for i in range(len(prompts)) if len(prompts[i]) <= context - max_new_tokens]
@@ -116,18 +128,22 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
         generator = torch.Generator(device).manual_seed(seed)
         uniforms = torch.rand(len(records), max_new_tokens, generator=generator, device=device)
     order, replies = share(order), []
+    bar = tqdm(total=len(order), desc="answering", unit=" questions", delay=5, leave=False, disable=runtime.rank() > 0,
+               mininterval=1 if sys.stderr.isatty() else 10)  # on stderr, and only where it takes long
     while order:
         size = min(batch_size, len(order))
         while size > 1 and size * (len(prompts[order[size - 1]]) + max_new_tokens) > TOKENS_PER_BATCH:
             size -= 1
         group, order = order[:size], order[size:]
         with autocast(device):
-            rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_id, temperature, top_p,
-                               pad_id=tokenizer.pad_id, uniforms=None if uniforms is None else uniforms[group])
+            rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_ids, temperature,
+                               top_p, pad_id=tokenizer.pad_id, uniforms=None if uniforms is None else uniforms[group])
         replies += zip(group, rollout.responses())
+        bar.update(len(group))
+    bar.close()
     texts, counts, stopped = [""] * len(records), [0] * len(records), [False] * len(records)
     for i, response in [reply for replies in gather(replies) for reply in replies]:
-        stopped[i] = response[-1] == tokenizer.end_id
+        stopped[i] = response[-1] in tokenizer.end_ids
         counts[i] = len(response)
         texts[i] = tokenizer.decode(response[:-1] if stopped[i] else response)
     return texts, counts, stopped
@@ -137,8 +153,9 @@ def score(records: list, texts: list, counts: list, stopped: list) -> dict:
     """accuracy (exact match over questions with one answer), accuracy_by_task, stopped, reply_tokens, gold_reward.
 
     Where questions have a "level" of difficulty, accuracy_by_level too. Where no question has an answer, accuracy is
-    None and accuracy_by_task is empty.
+    None and accuracy_by_task is empty. Think text is not scored.
     """
+    texts = [without_think(text) for text in texts]
     right, by_task, by_level = [], {}, {}
     for record, text in zip(records, texts):
         if record.get("answer") is not None:

@@ -145,13 +145,14 @@ def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVC
     return KVCache(model.config, rows, prompt_length + max_new_tokens, weight.device, dtype)
 
 
-def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
+def generate(model, prompts: list, max_new_tokens: int, end_id, temperature: float = 1.0, top_p: float = 1.0,
              top_k: int = 0, group_size: int = 1, pad_id: int = 0, generator=None,
              static: bool | None = None, uniforms=None) -> Rollout:
     """Sample group_size responses to each prompt (a list of token ids); rows of a group stand together.
 
-    A response ends with end_id or after max_new_tokens. static: decode with StaticStep (default: on CUDA). uniforms
-    (responses, max_new_tokens): the random number in [0, 1) of each token (default: from the generator).
+    A response ends with end_id (one id, or a list of them) or after max_new_tokens. static: decode with StaticStep
+    (default: on CUDA). uniforms (responses, max_new_tokens): the random number in [0, 1) of each token (default: from
+    the generator).
     Raises ValueError for no prompt, an empty prompt or max_new_tokens < 1, UserError where the longest prompt and
     max_new_tokens exceed the model's context.
     """
@@ -177,12 +178,13 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
         logprobs = torch.zeros(N, max_new_tokens, device=device)
         rows = torch.arange(N, device=device)  # which sample each row of the cache is
         running = torch.ones(N, dtype=torch.bool, device=device)
+        ends = torch.tensor([end_id] if isinstance(end_id, int) else end_id, device=device)
         static = device.type == "cuda" if static is None else static
         step = StaticStep(model, cache) if static else None
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, uniforms=uniforms[rows, t])
             responses[rows, t], logprobs[rows, t] = tokens, token_logprobs  # what follows an end is masked out below
-            running = running & (tokens != end_id)
+            running = running & (tokens[:, None] != ends).all(dim=1)
             if t + 1 == max_new_tokens:
                 break
             if not static or t % CHECK_EVERY == CHECK_EVERY - 1:
@@ -196,20 +198,20 @@ def generate(model, prompts: list, max_new_tokens: int, end_id: int, temperature
                     step = StaticStep(model, cache) if static else None
             logits = step(tokens) if static else model(tokens[:, None], cache=cache)[:, -1]
 
-    ended = responses == end_id
+    ended = (responses[:, :, None] == ends).any(dim=2)
     lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, max_new_tokens)  # up to its first end token
     # From left to right padding: column c of the result is column c + padding of [padding, prompt, response].
     prompt_lengths = prompt_lengths.repeat_interleave(group_size)[:, None]  # (N, 1)
-    ends = prompt_lengths + lengths[:, None]
-    column = torch.arange(int(ends.max()), device=device)
+    last = prompt_lengths + lengths[:, None]
+    column = torch.arange(int(last.max()), device=device)
     source = (column + P - prompt_lengths).clamp(max=P + max_new_tokens - 1)
     tokens = torch.cat([padded.repeat_interleave(group_size, dim=0), responses], dim=1).gather(1, source)
     logprobs = torch.cat([torch.zeros(N, P, device=device), logprobs], dim=1).gather(1, source)
-    response_mask = (column >= prompt_lengths) & (column < ends)
-    return Rollout(tokens.masked_fill(column >= ends, pad_id), response_mask, logprobs.masked_fill(~response_mask, 0.0))
+    response_mask = (column >= prompt_lengths) & (column < last)
+    return Rollout(tokens.masked_fill(column >= last, pad_id), response_mask, logprobs.masked_fill(~response_mask, 0.0))
 
 
-def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: float = 1.0, top_p: float = 1.0,
+def stream(model, prompt: list, max_new_tokens: int, end_id, temperature: float = 1.0, top_p: float = 1.0,
            generator=None):
     """Yield the tokens of one response as they are sampled; the end token is not yielded. Raises as generate does."""
     if not prompt:
@@ -223,6 +225,6 @@ def stream(model, prompt: list, max_new_tokens: int, end_id: int, temperature: f
                 logits = model.lm_head(model.hidden(tokens, cache=cache)[:, -1])
                 tokens = sample(logits, temperature, top_p, generator=generator)[0][:, None]
             token = tokens.item()
-            if token == end_id:
+            if token == end_id or isinstance(end_id, list) and token in end_id:
                 return
             yield token

@@ -190,7 +190,11 @@ def _read_folder(folder) -> tuple:
     for key in config:  # what is not in the tables
         if config[key] and key not in settings and key not in IGNORED:
             refuse(key, "empty")
-    return settings, load_safetensors(Path(folder) / "adapter_model.safetensors")
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file() and path.with_suffix(".bin").is_file():
+        raise UserError(f"{folder} holds only adapter_model.bin, a pickle, which can run code when loaded and is never "
+                        "opened here; save the adapter again with a recent PEFT (save_pretrained)")
+    return settings, load_safetensors(path)
 
 
 # From settings to a model

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minillm.chat import split_think
 from minillm.data import Loader, hold_out, say_overlap, to_device
 from minillm.errors import UserError
 from minillm.logprobs import head_logprobs
@@ -30,26 +31,34 @@ def check_margin(margin, where: str):
 def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:
     """A pair (see read_pair) -> [(tokens, mask, [kind, margin]) of the chosen, (tokens, mask) of the rejected side].
 
-    The prompt is encoded once, for both sides. A side that is too long loses the end of its answer, never a part of its
-    prompt. A pair that cannot teach anything becomes [] and is counted.
+    Both sides begin with the tokens of the prompt. A side that is too long loses the end of its answer, never a part of
+    its prompt. Where no answer has think text, an empty think block belongs to the prompt, in formats that have one. A
+    pair that cannot teach anything becomes [] and is counted.
     """
     def drop(reason):
         stats[reason] += 1
         return []
 
-    conversations = read_pair(record, where)
+    def said(messages):
+        return [[m.get(key) for key in ("role", "content", "reasoning_content", "tool_calls")] for m in messages]
+
+    sides = read_pair(record, where)
     check_margin(record.get("margin", 0), where)
-    chosen, rejected = ([(m["role"], m["content"]) for m in messages] for messages in conversations)
-    if not chosen[-1][0] == rejected[-1][0] == "assistant":
+    prompts, answers = [side[:-1] for side in sides], [side[-1] for side in sides]
+    if not answers[0]["role"] == answers[1]["role"] == "assistant":
         return drop("pairs without an assistant's answer at the end, dropped")
-    if chosen[:-1] != rejected[:-1]:
+    if said(prompts[0]) != said(prompts[1]):
         return drop("pairs with different prompts, dropped")
-    if not (chosen[-1][1].strip() and rejected[-1][1].strip()):
+    if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         return drop("pairs with an empty answer, dropped")
-    prompt, _ = tokenizer.render(conversations[0][:-1], add_generation_prompt=True)
+    thinking = any(split_think(answer)[0] for answer in answers)
+    prompt, _ = tokenizer.render(prompts[0], add_generation_prompt=True, thinking=thinking)
     if len(prompt) >= max_seq_len:
         return drop("pairs whose prompt leaves no room for an answer, dropped")
-    chosen, rejected = (prompt + tokenizer.encode(side[-1][1]) + [tokenizer.end_id] for side in (chosen, rejected))
+    chosen, rejected = (tokenizer.render(side, thinking=thinking)[0] for side in sides)
+    for tokens in (chosen, rejected):
+        while tokens[-1] != tokenizer.end_id:  # a score is read at the end of the turn
+            tokens.pop()
     if chosen[:max_seq_len] == rejected[:max_seq_len]:  # perhaps only once they are cut
         return drop("pairs with equal answers, dropped")
     if max(len(chosen), len(rejected)) > max_seq_len:
@@ -90,9 +99,10 @@ def load_pairs(paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: i
         hashes = [hash(dataset[i][0].tobytes() + b"|" + dataset[i + 1][0].tobytes()) for i in range(0, len(dataset), 2)]
         return dataset, PairDataset(dataset, np.arange(len(dataset) // 2)), hashes
 
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        _, eval_pairs, eval_hashes = load([eval_path])
     dataset, pairs, hashes = load(paths)
     if eval_path:
-        _, eval_pairs, eval_hashes = load([eval_path])
         say_overlap(hashes, eval_hashes, eval_path, "pairs")
         return pairs, eval_pairs
     held_out = hold_out(hashes, seed)

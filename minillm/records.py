@@ -1,27 +1,30 @@
 """Reading data files: one line, one object, and for every mistake the file and the line."""
 
+import codecs
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
 import zlib
 from pathlib import Path
 
+from minillm.chat import ROLES, write_calls
 from minillm.errors import UserError
+from minillm.forms import normalise, tools_message
 from minillm.runtime import say
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # By the key that shows what a record is: all keys that training reads.
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin")}
 # Keys that change nothing in training. Any other key is named once (see UnknownKeys).
-IGNORED = set("id idx index uuid source dataset subset split score lang language kind task level answer choices "
-              "category topic tags url title author date timestamp license meta metadata".split())
-UNREAD = ("system", "tools", "history", "images")  # beside the messages; must be empty
-UNREAD_IN_MESSAGE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tools", "images")
-KNOWN_IN_MESSAGE = {"role", "content", "id", "weight", "loss", "train"}
+IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
+              "topic tags url title author date timestamp license meta metadata label level difficulty type model "
+              "generator num_turns prompt_id conversation_id score_chosen score_rejected chosen_score rejected_score "
+              "chosen_rating rejected_rating chosen_model rejected_model parallel_tool_calls weight loss train".split())
+KNOWN_IN_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "train", "id", "name", "tool_call_id"}
 PROJECT = Path(__file__).parent.parent
 
 
@@ -53,119 +56,92 @@ def advice_on_folder(path) -> str:
 def read_lines(path, blank: bool = False):
     """Yield (line number, text with its line ending) of a UTF-8 file, gzipped or not. Blank lines only if asked for.
 
-    A byte-order mark at the start of any line is dropped: joined files have one in the middle. Raises UserError with
-    file and line.
+    A JSON array gives its items, each with the number of the line where it begins. A byte-order mark at the start of
+    any line is dropped: joined files have one in the middle. Raises UserError with file and line.
     """
     check_file(path)
     try:
         with (gzip.open if is_gzipped(path) else open)(path, "rb") as file:
+            start = file.read(4096)
+            check_encoding(path, start)
+            file.seek(0)
+            if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[" and not is_text(path):
+                yield from array_items(path, "".join(text_of_line(path, *line, start) for line in enumerate(file, 1)))
+                return
             for number, line in enumerate(file, 1):
-                if b"\0" in line:
-                    raise UserError(f"{path}:{number}: holds NUL bytes, as UTF-16 does; "
-                                    "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
-                try:
-                    text = line.decode("utf-8").removeprefix("\ufeff")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); "
-                                    "convert the file to UTF-8") from None
+                text = text_of_line(path, number, line, start)
                 if blank or text.strip():
                     yield number, text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
+def check_encoding(path, start: bytes):
+    """Raise UserError if a file that begins like this is UTF-16 or UTF-32, which a byte-order mark shows."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+             codecs.BOM_UTF16_BE: "UTF-16"}
+    name = next((name for mark, name in marks.items() if start.startswith(mark)), None)
+    if name:
+        raise UserError(f"{path}:1: is {name}, not UTF-8; iconv -f {name} -t UTF-8 OLD > NEW converts such a file")
+
+
+def text_of_line(path, number: int, line: bytes, start: bytes) -> str:
+    """A line of a file that begins with the bytes `start`, as text without a byte-order mark. Raises UserError."""
+    try:
+        text = line.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if b"\0" in start:
+            line = b"\0"
+        else:
+            raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); convert the file "
+                            "to UTF-8, a Chinese one perhaps with iconv -f GB18030 -t UTF-8 OLD > NEW") from None
+    if b"\0" in line:
+        raise UserError(f"{path}:{number}: holds NUL bytes, as UTF-16 does; "
+                        "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
+    return text
+
+
+def array_items(path, text: str):
+    """Yield (line number, JSON text) of the items of a JSON array, which is a whole file. Raises UserError."""
+    def refuse(what):
+        raise UserError(f"{path}:{line + text.count(chr(10), done, at)}: {what}")
+
+    def skip(start):
+        return re.compile(r"\s*").match(text, start).end()
+
+    decoder, line, done = json.JSONDecoder(), 1, 0
+    at = skip(skip(0) + 1)
+    while text[at:at + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            refuse(f"not JSON ({error})")
+        line, done = line + text.count("\n", done, at), at
+        yield line, text[at:end]
+        at = skip(end)
+        if text[at:at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at:at + 1] != "]":
+            refuse("not JSON (the items of an array need commas between them, and a ] after the last one)")
+    at = skip(at + 1)
+    if at < len(text):
+        refuse("text after the end of the array; a file is one array, or has one object per line")
+
+
 def parse_line(text: str, where: str) -> dict:
     """One JSON object, normalised; `where` ("file:line") begins the message of the UserError."""
-    advice = "each line must be an object"
-    if text.lstrip().startswith("["):
-        advice += "; jq -c '.[]' OLD > NEW converts a JSON array"
+    advice = "each line must be an object, or the file one array of objects"
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:  # its own message counts lines from the start of this one
-        found = "Lines but an array" if text.lstrip().startswith("[") else f"({error.msg}, column {error.colno})"
-        raise UserError(f"{where}: not JSON {found}; {advice}") from None
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); {advice}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); {advice}") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be a JSON object like {{...}}, not a {type(record).__name__}; {advice}")
     return normalise(record, where)
-
-
-def normalise(record: dict, where: str) -> dict:
-    """The record with {"conversations": [{"role", "content"}, ...]} in place of the other usual forms.
-
-    These are OpenAI's "messages", ShareGPT's "from" and "value", Alpaca's instruction, input and output, and a prompt
-    with or without a completion, each as text or as messages. A "system" beside the conversation becomes its first
-    turn. The prompt of a pair is left, or put, under "prompt". Raises UserError.
-    """
-    record = dict(record)
-    if "chosen" in record:
-        find_prompt(record, where)
-    elif "conversations" in record or "text" in record:
-        pass
-    elif "messages" in record:
-        record["conversations"] = record.pop("messages")
-    elif "instruction" in record and "output" in record:
-        question, answer = instruction_of(record, where), record.pop("output")
-        record["conversations"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    elif "prompt" in record:
-        prompt, completion = as_messages(record.pop("prompt"), "user"), record.pop("completion", [])
-        completion = as_messages(completion, "assistant")
-        for name, messages in (("prompt", prompt), ("completion", completion)):
-            if not isinstance(messages, list):
-                raise UserError(f'{where}: "{name}" must be text or a list of messages')
-        record["conversations"] = prompt + completion
-    for key in ("conversations", "prompt", "chosen", "rejected"):
-        if isinstance(record.get(key), list):
-            record[key] = [from_sharegpt(message) for message in record[key]]
-    system, messages = record.get("system"), record.get("conversations")
-    if system and isinstance(system, str) and isinstance(messages, list) and not has_system_turn(messages):
-        record["conversations"] = [{"role": "system", "content": record.pop("system")}, *messages]
-    return record
-
-
-def instruction_of(record: dict, where: str) -> str:
-    """Alpaca's question, taken out of the record: the instruction, and the input, if there is one, on a new line."""
-    parts = record.pop("instruction"), record.pop("input", None) or ""
-    for part in parts:
-        check_text(part, where, "each of instruction and input")
-    return "\n".join(part for part in parts if part)
-
-
-def find_prompt(record: dict, where: str):
-    """In a pair whose sides are answers alone, move what stands for the prompt under "prompt"."""
-    for side in ("chosen", "rejected"):
-        if isinstance(record.get(side), dict):
-            record[side] = [record[side]]  # a single message
-    chosen = record["chosen"]
-    first = from_sharegpt(chosen[0]) if isinstance(chosen, list) and chosen else {}
-    if "prompt" in record or (isinstance(first, dict) and first.get("role") in ("system", "user")):
-        return
-    for key in ("conversations", "messages"):
-        if key in record and "prompt" not in record:
-            record["prompt"] = record.pop(key)
-    if "instruction" in record and "prompt" not in record:
-        record["prompt"] = instruction_of(record, where)
-
-
-def has_system_turn(messages: list) -> bool:
-    """Whether one of the messages is a system message."""
-    return any(isinstance(message, dict) and message.get("role") == "system" for message in messages)
-
-
-def as_messages(value, role: str):
-    """Text as a single message of this role; anything else as it is."""
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def from_sharegpt(message):
-    """{"from", "value"} as {"role", "content"}; anything else as it is."""
-    if not isinstance(message, dict) or not {"from", "value"} <= set(message) or "role" in message:
-        return message
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    role = message["from"]
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    return {"role": role, "content": message["value"], **rest}
 
 
 class UnknownKeys:
@@ -176,8 +152,8 @@ class UnknownKeys:
 
     def add(self, record: dict, line: int):
         """Note the unknown keys of a record and of its messages."""
-        kind = next((kind for kind in READ if kind in record), None)
-        read = READ.get(kind, ())
+        kinds = [kind for kind in READ if kind in record]
+        read = [key for kind in kinds for key in READ[kind]]
         self._add(record, {*read, *IGNORED}, "", line)
         for name in read:
             for message in record[name] if isinstance(record.get(name), list) else ():
@@ -236,8 +212,9 @@ def read_texts(paths: list):
                     conversations = [record["conversations"]]
                 else:
                     conversations = read_pair(record, where)
-                for messages in conversations:
-                    yield from (message["content"] for message in messages)
+                for message in itertools.chain(*conversations):
+                    calls = write_calls(message.get("tool_calls") or [], after_content=False)
+                    yield from filter(None, (message.get("reasoning_content"), message["content"], calls))
             else:
                 raise UserError(f'{where}: must be {{"text": ...}}, {{"conversations": [...]}} or '
                                 '{"chosen": [...], "rejected": [...]}')
@@ -263,61 +240,47 @@ def check_messages(messages, where: str, key: str = "conversations"):
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f'{where}: message {i} of "{key}" needs "role" and "content"')
-        check_unread(message, UNREAD_IN_MESSAGE, f'{where}: message {i} of "{key}"')
-        trained = message["role"] == "assistant"
-        for name in ("weight", "loss", "train") if trained else ("loss", "train"):
-            if message.get(name) not in (None, int(trained)):  # True is 1
-                raise UserError(f'{where}: message {i} of "{key}" has "{name}": {json.dumps(message[name])[:80]}; not '
-                                "supported: every assistant message is trained on, and no other; remove the "
-                                "conversation, or the key")
-        if message["role"] not in ROLES:
+        if message["role"] not in ROLES and not (message["role"] == "tools" and i == 1):
             raise UserError(f'{where}: message {i} of "{key}" has the unknown role {message["role"]!r}; '
                             f'known: {", ".join(ROLES)}')
-        check_text(message["content"], where, f'"content" of message {i} of "{key}"')
-
-
-def check_unread(found: dict, keys: tuple, where: str):
-    """Raise UserError if one of these keys is filled: nothing reads them, so their content would be lost silently."""
-    for key in keys:
-        if found.get(key):
-            raise UserError(f'{where}: "{key}" is not supported; write it into the content of a message, or remove it')
+        for name in ("content", "reasoning_content"):
+            check_text(message.get(name, ""), where, f'"{name}" of message {i} of "{key}"')
+        if message["role"] == "tools":
+            tools_message(message["content"], f'{where}: message {i} of "{key}"')
 
 
 def require(record: dict, key: str, where: str):
     """record[key]. Raises a UserError that lists the keys found."""
     if key not in record:
-        raise UserError(f'{where}: no key "{key}"; found: {", ".join(map(repr, record)) or "nothing"}')
+        raise UserError(f'{where}: no key "{key}"; found: {", ".join(map(repr, record)) or "nothing"} '
+                        "(data/README.md lists the forms that are understood)")
     return record[key]
 
 
 def check_conversation(record: dict, where: str):
     """Raise UserError unless record has a list of messages under "conversations" (SFT data and prompts)."""
     check_messages(require(record, "conversations", where), where)
-    check_unread(record, UNREAD, where)
 
 
 def read_pair(record: dict, where: str) -> tuple:
     """(chosen, rejected): both sides of a preference pair as whole conversations, lists of messages.
 
-    Either each side begins with the prompt, or the prompt stands once, under "prompt". With "prompt", plain text is
-    accepted for messages: the user's in the prompt, the assistant's in a side. Raises UserError.
+    Either each side begins with the prompt, or the prompt stands once, under "prompt". Raises UserError.
     """
     def turns(messages):
         return {(message["role"], message["content"]) for message in messages}
 
-    check_unread(record, UNREAD, where)
     prompt = record.get("prompt", [])
-    prompt = as_messages(prompt, "user")
     if "prompt" in record:
         check_messages(prompt, where, "prompt")
     sides = []
     for side in ("chosen", "rejected"):
         messages = require(record, side, where)
-        if prompt:
-            messages = as_messages(messages, "assistant")
         check_messages(messages, where, side)
         if not prompt and messages[0]["role"] == "assistant":
             raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
+        if messages[-1].get("train") is False:
+            raise UserError(f'{where}: the answer in "{side}" is marked as not to be trained on; remove the pair')
         if prompt and messages[0]["role"] == "assistant":
             messages = prompt + messages
         elif not turns(prompt) <= turns(messages):

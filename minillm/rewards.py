@@ -64,12 +64,12 @@ def model_reward(folder, device="cpu"):
     Raises UserError for a folder without a reward model.
     """
     model, tokenizer = load_reward_model(folder, device), Tokenizer.load(folder)
-    check_tokenizer(model, tokenizer, folder)
+    check_tokenizer(model.config, tokenizer, folder)
 
     def source(batch):
         sequences = []
         for messages, answers, _ in batch:
-            prompt = tokenizer.render(messages, add_generation_prompt=True)[0]
+            prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0]
             sequences += [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
         return _in_batches(model, sequences, device)
 
@@ -104,7 +104,7 @@ class Judge:
 
     def __init__(self, folder, device="cpu"):
         self.model, self.tokenizer, self.device = load_model(folder, device), Tokenizer.load(folder), device
-        check_tokenizer(self.model, self.tokenizer, folder)
+        check_tokenizer(self.model.config, self.tokenizer, folder)
         self.verdicts = [self.tokenizer.encode(letter)[0] for letter in "AB"]
 
     def ask(self, prompts, batch_size=128):
@@ -114,7 +114,7 @@ class Judge:
             return self.model.lm_head(last)[:, self.verdicts].float().softmax(dim=-1)[:, 0]
 
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        sequences = [self.tokenizer.render(m, add_generation_prompt=True)[0] for m in messages]
+        sequences = [self.tokenizer.render(m, add_generation_prompt=True, thinking=False)[0] for m in messages]
         return _in_batches(probability_of_a, sequences, self.device, batch_size)
 
     def compare(self, questions, batch_size=128):
@@ -139,11 +139,12 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
     tokenizer = judge.tokenizer
 
     def source(batch):
-        prompts = [tuple(tokenizer.render(messages, add_generation_prompt=True)[0]) for messages, _, _ in batch]
+        prompts = [tuple(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0])
+                   for messages, _, _ in batch]
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in own]:
-            rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_id, temperature=0.0)
+            rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_ids, temperature=0.0)
             for prompt, response in zip(new, rollout.responses()):
-                own[prompt] = tokenizer.decode(response[:-1] if response[-1] == tokenizer.end_id else response)
+                own[prompt] = tokenizer.decode(response[:-1] if response[-1] in tokenizer.end_ids else response)
         pairs = [(messages, answer, own[prompt], example)
                  for prompt, (messages, answers, example) in zip(prompts, batch) for answer in answers]
         return [(first + second) / 2 for first, second in judge.compare(pairs)]

@@ -43,7 +43,7 @@ def check_prompt(record: dict, where: str):
 def make_prompt(record: dict, tokenizer) -> Prompt:
     """A line of a data file as a Prompt."""
     messages = prompt_messages(record)
-    return Prompt(tokenizer.render(messages, add_generation_prompt=True)[0], messages, record)
+    return Prompt(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0], messages, record)
 
 
 def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, tasks=(),
@@ -56,10 +56,11 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
     no prompt is left to train on.
     """
     files = ", ".join(map(str, paths))
+    if eval_path:  # first, because it is the smaller one and may have a mistake
+        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
     everything = [make_prompt(record, tokenizer) for record in read_records(paths, check_prompt)]
     fitting = [prompt for prompt in everything if len(prompt.tokens) <= room]
     if eval_path:
-        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
         held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
         hidden = {tuple(prompt.tokens) for prompt in held_out}
     else:
@@ -147,7 +148,7 @@ def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id: int, temp
 def read_answers(rollout, tokenizer) -> tuple:
     """(texts, ended): each answer without its end token, and whether it had one, (B,) bool on the CPU."""
     responses = rollout.responses()
-    ended = [response[-1] == tokenizer.end_id for response in responses]
+    ended = [response[-1] in tokenizer.end_ids for response in responses]
     texts = [tokenizer.decode(response[:-1] if end else response) for response, end in zip(responses, ended)]
     return texts, torch.tensor(ended)
 

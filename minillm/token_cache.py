@@ -110,8 +110,8 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     sources = {path: identity(path) for path in paths}
     contents = [[os.path.basename(path), content_hash(path)] for path in paths]
     kind = encode.__name__.removeprefix("encode_")
-    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.bos_id,
-                      tokenizer.endoftext_id], sort_keys=True)
+    key = json.dumps([FORMAT, kind, max_seq_len, contents, tokenizer.document, tokenizer.chat_format,
+                      tokenizer.bos_id, tokenizer.endoftext_id], sort_keys=True)
     folder = CACHE / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     while int(os.environ.get("LOCAL_RANK", 0)) and damage(folder):
         time.sleep(0.2)  # under torchrun one process of each machine tokenises; if it fails, torchrun ends the others

@@ -13,23 +13,26 @@ The file format is Hugging Face's tokenizer.json, and the ids equal those of the
 """
 
 import codecs
+import contextlib
+import functools
 import heapq
 import json
 import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tqdm import tqdm
 
+from minillm import chat
+from minillm.chat import ENDOFTEXT, IM_END, IM_START
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
-from minillm.records import ROLES, read_texts
+from minillm.records import read_texts
+from minillm.runtime import say
 from minillm.safetensors import load_json, open_file, save_json, short
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
-ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
 
 # ------------------------------------------------------ bytes --------------------------------------------------------
@@ -182,31 +185,10 @@ LONG = 100  # bytes of a word from which on `merge_long` is faster than `merge`
 NEVER = 1 << 60  # the rank of a pair that does not merge
 
 
-class ChatFormat(NamedTuple):
-    """A conversation is `first`, then for each message: start, role, header_end, content, end, after."""
-
-    first: str
-    start: str
-    header_end: str
-    end: str
-    after: str
-
-    def template(self) -> str:
-        """What `render` does, in the language of transformers' apply_chat_template."""
-        first, start, header_end, end, after = (text.replace("\n", r"\n") for text in self)
-        turn = f"{{{{ '{start}' + message['role'] + '{header_end}' + message['content'] + '{end}{after}' }}}}"
-        prompt = f"{{% if add_generation_prompt %}}{{{{ '{start}assistant{header_end}' }}}}{{% endif %}}"
-        return first + "{% for message in messages %}" + turn + "{% endfor %}" + prompt
-
-
-CHATML = ChatFormat("", IM_START, "\n", IM_END, "\n")
-LLAMA3 = ChatFormat("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "")
-
-
 class Tokenizer:
     """Made from the content of a tokenizer.json; what raises ValueError here is a UserError in `load`.
 
-    named: the special tokens that the other files of a model's folder name, as `named_tokens` returns them.
+    named: what the other files of a model's folder say about it, as `read_folder` returns it.
     """
 
     def __init__(self, document: dict, named: dict = None):
@@ -241,7 +223,8 @@ class Tokenizer:
         self.find_added = any_of(verbatim), any_of(normalized)
         self.find_added_text = any_of({*verbatim} - special), any_of({*normalized} - special)
         self.vocab_size = max(self.bytes_of) + 1
-        self.chat_format = LLAMA3 if LLAMA3.end in self.added and IM_END not in self.added else CHATML
+        self.chat_template = self.named.get("template", "")
+        self.chat_format, self.knows_template = chat.choose_format(self.added, self.chat_template)
         self._words, self._pieces = {}, {}  # caches: ids of words and of pieces of words
 
     def __reduce__(self):
@@ -332,36 +315,23 @@ class Tokenizer:
 
     # conversations
 
-    def render(self, messages: list, add_generation_prompt: bool = False) -> tuple:
-        r"""A conversation as (tokens, loss_mask). In ChatML each turn is <|im_start|>role\ncontent<|im_end|>\n.
+    def render(self, messages: list, add_generation_prompt: bool = False, thinking: bool = True) -> tuple:
+        """A conversation as (tokens, loss_mask), in the tokenizer's chat format (see chat.py).
 
-        A tokenizer with <|eot_id|> and no <|im_end|> gets the format of Llama 3 instead.
-        The mask is True on an assistant's content and on the token that ends the turn; it is built here, turn by turn,
-        never found in the ids afterwards. The header is encoded apart from the content, so the prompt for a reply is a
-        prefix of the conversation with that reply. (So content that starts with white space gets other ids than in
-        transformers, which encodes "\n" and the white space together; they decode to the same text.)
+        The mask is True on what an assistant writes and on the token that ends its turn; it is built here, turn by
+        turn, never found in the ids afterwards. A message's text is encoded without special tokens. The header of an
+        assistant's turn is encoded apart from its content, so the prompt for a reply is a prefix of the conversation
+        with that reply. (So a reply that starts with white space may get other ids than in transformers, which encodes
+        it together with the header's line end; they decode to the same text.) thinking: see chat.render.
         Raises UserError for an unknown role and for content that is not text.
         """
         if not isinstance(messages, (list, tuple)):
             raise UserError(f"a conversation must be a list of messages, not {type(messages).__name__}")
-        chat, start_id, end_id = self.chat_format, self.start_id, self.end_id
         tokens, loss_mask = [], []
-
-        def add(ids, trained=False):
-            tokens.extend(ids)
-            loss_mask.extend([trained] * len(ids))
-
-        def add_header(role):
-            add([start_id, *self.encode(role + chat.header_end, allow_special=True)])
-
-        add(self.encode(chat.first, allow_special=True))
-        for number, message in enumerate(messages, 1):
-            role, content = check_message(message, number)
-            add_header(role)
-            add([*self.encode(content), end_id], trained=role == "assistant")
-            add(self.encode(chat.after))
-        if add_generation_prompt:
-            add_header("assistant")
+        for piece in chat.render(self.chat_format, messages, add_generation_prompt, thinking):
+            ids = [self._id(piece.text)] if piece.special else self.encode(piece.text)
+            tokens += ids
+            loss_mask += [piece.trained] * len(ids)
         return tokens, loss_mask
 
     def _special_id(self, kind: str, *texts: str) -> int:
@@ -378,11 +348,18 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no token {token}: take one that has it, or add it to tokenizer.json")
         return self.added[token]
 
-    bos_id = property(lambda self: self._special_id("bos", LLAMA3.first, ENDOFTEXT), doc="begins a document")
+    bos_id = property(lambda self: self._special_id("bos", chat.LLAMA3.first, ENDOFTEXT), doc="begins a document")
     endoftext_id = property(lambda self: self._special_id("eos", ENDOFTEXT, "<|end_of_text|>"), doc="ends a document")
     pad_id = property(lambda self: self._special_id("pad", ENDOFTEXT), doc="pads: never the end of a turn")
     start_id = property(lambda self: self._id(self.chat_format.start), doc="<|im_start|>, the start of a turn")
     end_id = property(lambda self: self._id(self.chat_format.end), doc="<|im_end|>, the end of a turn")
+
+    @property
+    def end_ids(self) -> list:
+        """All tokens that end a reply: the end of a turn, the end of a document, and what the folder names."""
+        named = [self.added.get(name, name) for name in self.named.get("eos", ())]
+        ends = [self.end_id, self.endoftext_id, *(i for i in named if i in self.bytes_of)]
+        return list(dict.fromkeys(ends))
 
     # files
 
@@ -390,7 +367,7 @@ class Tokenizer:
     def load(cls, path) -> "Tokenizer":
         """Read a tokenizer.json, given as a file or by its folder. Raises UserError, also for what is not supported."""
         path = os.fspath(path)
-        named = named_tokens(path)
+        named = read_folder(path)
         if os.path.isdir(path):
             path = os.path.join(path, "tokenizer.json")
         try:
@@ -402,7 +379,11 @@ class Tokenizer:
             # Newer files have each merge as a list. A string is smaller, and nothing for the garbage collector.
             merges = document["model"]["merges"]
             document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-            return cls(document, named)
+            tokenizer = cls(document, named)
+            if not tokenizer.knows_template:
+                say_once(f"{path}: minillm does not know the chat template beside it, and does not run it; "
+                         f"conversations are written as {tokenizer.chat_format.name} (minillm/chat.py)")
+            return tokenizer
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except KeyError as error:
@@ -424,7 +405,7 @@ class Tokenizer:
             "pad_token": self.decode([self.pad_id]),
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
-            "chat_template": self.chat_format.template(),
+            "chat_template": self.chat_template or chat.template_of(self.chat_format),
         }
         if self.chat_format.first:
             config["bos_token"] = self.chat_format.first
@@ -440,33 +421,38 @@ def remember(cache: dict, text: str, ids: list) -> list:
     return ids
 
 
-def named_tokens(folder) -> dict:
-    """What the files of a model's folder call "bos", "eos" and "pad": lists of texts and ids, preferred ones first."""
-    named = {"bos": [], "eos": [], "pad": []}
+say_once = functools.cache(say)
+
+
+def read_folder(folder) -> dict:
+    """What the files of a model's folder say about its tokenizer.
+
+    "bos", "eos" and "pad" are lists of texts and ids, preferred ones first. "template" is the chat template, or "".
+    """
+    named = {"bos": [], "eos": [], "pad": [], "template": ""}
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
         try:
             config = load_json(os.path.join(folder, name))
         except UserError:
             continue  # we can do without it; whoever needs the file complains
-        for kind, key in ((kind, kind + end) for kind in named for end in ("_token", "_token_id")):
+        if not isinstance(config, dict):
+            continue
+        for kind, key in ((kind, kind + end) for kind in ("bos", "eos", "pad") for end in ("_token", "_token_id")):
             value = config.get(key)
             for value in value if isinstance(value, list) else [value]:
                 value = value.get("content") if isinstance(value, dict) else value
                 if isinstance(value, (str, int)):
                     named[kind].append(value)
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, each with a name
+            template = next((one.get("template") for one in template
+                             if isinstance(one, dict) and one.get("name") == "default"), "")
+        if isinstance(template, str):
+            named["template"] = template
+    with contextlib.suppress(OSError, ValueError):  # where newer versions of transformers write it
+        with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as file:
+            named["template"] = file.read()
     return named
-
-
-def check_message(message, number: int) -> tuple:
-    """(role, content) of the message with this number (from 1). Raises UserError."""
-    if not isinstance(message, dict):
-        raise UserError(f"message {number} must have a role and content, but is a {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise UserError(f"message {number} has content that is not text, but {type(content).__name__}")
-    return role, content
 
 
 def check_document(document: dict) -> tuple:

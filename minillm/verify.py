@@ -242,9 +242,14 @@ def is_correct(reply, example, question=None):
     return extract_answer(reply, example, question) == _expected(example["answer"], question)[1]
 
 
+def is_verifiable(answer):
+    """True if a reply can be right: at least the answer itself is."""
+    return is_correct(_final(answer), {"answer": answer}, "")
+
+
 def check_answer(answer, where):
-    """Raise UserError, beginning with `where`, if no reply can be right: not even the answer itself would be."""
-    if not is_correct(_final(answer), {"answer": answer}, ""):
+    """Raise UserError, beginning with `where`, if no reply can be right."""
+    if not is_verifiable(answer):
         raise UserError(f'{where}: "answer" is {answer!r:.80}, which no reply can match; give a number, a list of '
                         "numbers or words, or leave the key out where no single answer is right")
 

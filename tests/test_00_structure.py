@@ -18,9 +18,10 @@ SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
 # What a module of minillm may import from minillm; errors may be imported by all. A cycle cannot be written down here:
 # every module stands after those that it imports.
 IMPORTS = {
-    "errors": "", "unicode_ranges": "",
+    "errors": "", "unicode_ranges": "", "chat": "",
     "attention": "", "logprobs": "", "runtime": "", "safetensors": "", "verify": "",
-    "records": "runtime",
+    "forms": "verify",
+    "records": "chat forms runtime",
     "config": "runtime",
     "losses": "logprobs",
     "optim": "runtime",
@@ -29,9 +30,9 @@ IMPORTS = {
     "model": "attention runtime",
     "cuda_graph": "model",
     "generate": "cuda_graph model",
-    "tokenizer": "config records safetensors unicode_ranges",
+    "tokenizer": "chat config records runtime safetensors unicode_ranges",
     "token_cache": "records runtime safetensors tokenizer",
-    "data": "records runtime token_cache tokenizer",
+    "data": "chat records runtime token_cache tokenizer",
     "checkpoint": "model records safetensors",
     "lora": "",
     "heads": "checkpoint lora model safetensors",
@@ -40,8 +41,8 @@ IMPORTS = {
     "peft": "adapter checkpoint lora prefix safetensors",
     "run": "checkpoint config heads metrics peft records runtime safetensors training_state",
     "rewards": "checkpoint generate heads runtime tokenizer verify",
-    "evaluate": "data generate logprobs records runtime verify",
-    "preferences": "data evaluate logprobs records runtime token_cache tokenizer",
+    "evaluate": "chat data generate logprobs metrics records runtime verify",
+    "preferences": "chat data evaluate logprobs records runtime token_cache tokenizer",
     "rollouts": "data evaluate generate logprobs losses records rewards runtime",
 }
 RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm import chat
 from minillm import tokenizer as tokenizer_module
 from minillm import unicode_ranges
 from minillm.config import parse_config
@@ -584,6 +585,189 @@ def test_a_folder_of_llama_3_says_how_it_talks(tokenizer, tmp_path):
         for ask in (False, True):
             text = jinja2.Template(config["chat_template"]).render(messages=messages, add_generation_prompt=ask)
             assert text == ours.decode(ours.render(messages, ask)[0])
+
+
+# ------------------------------------------------------ chat formats -------------------------------------------------
+
+WEATHER = {"name": "weather", "parameters": {"city": "string"}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "北京"}}]}
+TOOLS = {"role": "tools", "content": json.dumps([WEATHER])}
+TOOLS_TEXT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"name": "weather", "parameters": {"city": "string"}}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+CALL_TEXT = """<tool_call>
+{"name": "weather", "arguments": {"city": "北京"}}
+</tool_call>"""
+
+
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+def thinks(reasoning, content, **more):
+    return {"role": "assistant", "content": content, "reasoning_content": reasoning, **more}
+
+
+def with_tokens(tokenizer, *added, template=""):
+    return Tokenizer(foreign(tokenizer.document, added=added), {"template": template})
+
+
+@pytest.fixture(scope="module")
+def qwen3(tokenizer):
+    return with_tokens(tokenizer, "<tool_call>", "</tool_call>", "<think>", "</think>")
+
+
+def text_and_trained(tokenizer, messages, **options):
+    tokens, mask = tokenizer.render(messages, **options)
+    return tokenizer.decode(tokens), tokenizer.decode([token for token, trained in zip(tokens, mask) if trained])
+
+
+def test_the_format_is_chosen_by_the_special_tokens(tokenizer):
+    assert tokenizer.chat_format == chat.CHATML
+    assert with_tokens(tokenizer, "<repo_name>").chat_format == chat.SMOLLM2
+    assert with_tokens(tokenizer, "<tool_call>").chat_format == chat.QWEN25
+    assert with_tokens(tokenizer, "<tool_call>", "<think>").chat_format == chat.QWEN3
+    assert llama_3(tokenizer.document).chat_format == chat.LLAMA3
+
+
+def test_qwen_3_writes_a_think_block_before_its_last_answer_and_drops_earlier_ones(qwen3):
+    """Also where there is nothing to think: the block is then empty, and belongs to the prompt without thinking."""
+    messages = [user("a"), thinks("Hm.", "b"), user("c"), thinks("Well,\nwell.\n", "d")]
+    text, trained = text_and_trained(qwen3, messages)
+    assert text == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+                    "<|im_start|>user\nc<|im_end|>\n"
+                    "<|im_start|>assistant\n<think>\nWell,\nwell.\n</think>\n\nd<|im_end|>\n")
+    assert trained == "b<|im_end|><think>\nWell,\nwell.\n</think>\n\nd<|im_end|>"
+    assert chat.lost_think(messages) == 1
+    # think text within the content means the same
+    within = [user("a"), assistant("<think>\nHm.\n</think>\n\nb"), user("c"),
+              assistant("<think>\nWell,\nwell.\n</think>\n\nd")]
+    assert text_and_trained(qwen3, within) == (text, trained)
+
+    plain = [user("a"), assistant("b")]
+    block = "<think>\n\n</think>\n\n"
+    assert text_and_trained(qwen3, plain)[1] == block + "b<|im_end|>"
+    assert text_and_trained(qwen3, plain, thinking=False)[1] == "b<|im_end|>"
+    whole = qwen3.render(plain)[0]
+    for thinking, end in ((True, ""), (False, block)):
+        prompt, mask = qwen3.render(plain[:1], add_generation_prompt=True, thinking=thinking)
+        assert qwen3.decode(prompt) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n" + end
+        assert prompt == whole[:len(prompt)] and not any(mask)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "ours"])
+def test_tools_as_qwen_writes_them(qwen3, tokenizer, name):
+    """For Qwen the answers of tools are a turn of the user. In plain ChatML they have a role of their own."""
+    ours = qwen3 if name == "qwen3" else tokenizer
+    messages = [TOOLS, {"role": "system", "content": "Be brief."}, user("Sun?"),
+                {**CALL, "content": "Let me see.", "tool_calls": CALL["tool_calls"] * 2}, tool("yes"), tool("no"),
+                assistant("Both.")]
+    answers = ("<|im_start|>user\n<tool_response>\nyes\n</tool_response>\n<tool_response>\nno\n</tool_response>"
+               "<|im_end|>\n" if name == "qwen3" else
+               "<|im_start|>tool\nyes<|im_end|>\n<|im_start|>tool\nno<|im_end|>\n")
+    block = "<think>\n\n</think>\n\n" if name == "qwen3" else ""
+    text, trained = text_and_trained(ours, messages)
+    assert text == (f"<|im_start|>system\nBe brief.\n\n{TOOLS_TEXT}<|im_end|>\n<|im_start|>user\nSun?<|im_end|>\n"
+                    f"<|im_start|>assistant\nLet me see.\n{CALL_TEXT}\n{CALL_TEXT}<|im_end|>\n{answers}"
+                    f"<|im_start|>assistant\n{block}Both.<|im_end|>\n")
+    assert trained == f"Let me see.\n{CALL_TEXT}\n{CALL_TEXT}<|im_end|>{block}Both.<|im_end|>"
+    assert text_and_trained(ours, [TOOLS, user("Sun?")])[0].startswith(f"<|im_start|>system\n{TOOLS_TEXT}<|im_end|>\n")
+
+
+def test_think_text_in_plain_chatml(tokenizer):
+    """It has no empty blocks, and content is verbatim."""
+    assert text_and_trained(tokenizer, [user("a"), thinks("Hm.", "b")])[1] == "<think>\nHm.\n</think>\n\nb<|im_end|>"
+    assert text_and_trained(tokenizer, [user("a"), thinks("", "b")])[1] == "b<|im_end|>"
+    assert text_and_trained(tokenizer, [user("a"), thinks("Hm.", "b"), user("c")])[1] == "b<|im_end|>"
+    assert text_and_trained(tokenizer, [user("a"), assistant("x</think>b"), user("c")])[1] == "x</think>b<|im_end|>"
+
+
+def test_a_message_that_is_not_to_be_trained_on(qwen3, tokenizer):
+    for ours in (qwen3, tokenizer):
+        messages = [user("a"), {**assistant("b"), "train": False}, user("c"), {**thinks("Hm.", "d"), "train": False}]
+        assert not any(ours.render(messages)[1])
+        assert ours.render(messages)[0] == ours.render([{**message, "train": True} for message in messages])[0]
+
+
+def test_a_default_system_message(tokenizer):
+    """SmolLM2's, or the one that stands in the folder's template."""
+    smol = with_tokens(tokenizer, "<repo_name>")
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert smol.decode(smol.render([user("a")])[0]) == system + "<|im_start|>user\na<|im_end|>\n"
+    own = [{"role": "system", "content": "Hm"}, user("a")]
+    assert smol.decode(smol.render(own)[0]) == tokenizer.decode(tokenizer.render(own)[0])
+    template = "{{ '<|im_start|>system\\nYou are Bo.<|im_end|>\\n' }} and so on"
+    bo = with_tokens(tokenizer, template=template)
+    assert bo.decode(bo.render([user("a")])[0]).startswith("<|im_start|>system\nYou are Bo.<|im_end|>\n<|im_start|>u")
+    assert bo.knows_template is False
+
+
+def test_all_formats_do_what_their_templates_say(tokenizer, qwen3):
+    """The template in tokenizer_config.json is what transformers, vLLM and llama.cpp run."""
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as in transformers
+    conversations = [messages for messages, _ in CONVERSATIONS.values()] + [
+        [user("a"), thinks("Hm.", "b"), user("c"), thinks("Well.\n", "\nd")],
+        [user("a"), CALL, tool("x"), tool("y"), {**CALL, "content": "And", "reasoning_content": "So."}, tool("z"),
+         assistant("b")],
+        [user("<tool_response>\nx\n</tool_response>"), assistant("<think>\nHm.</think>b")],
+        [{"role": "system", "content": "Be brief."}, user("a"), CALL, tool("x")],
+    ]
+    formats = {"ours": tokenizer, "SmolLM2": with_tokens(tokenizer, "<repo_name>"), "Qwen3": qwen3,
+               "Qwen2.5": with_tokens(tokenizer, "<tool_call>")}
+    for name, ours in formats.items():
+        text_of = environment.from_string(chat.template_of(ours.chat_format)).render
+        for messages, tools, ask, thinking in itertools.product(conversations, ([], [WEATHER]), (0, 1), (True, False)):
+            if ask or thinking:
+                said = [{"role": "tools", "content": json.dumps(tools)}, *messages] if tools else messages
+                text = text_of(messages=messages, tools=tools, add_generation_prompt=ask, enable_thinking=thinking)
+                assert text == ours.decode(ours.render(said, bool(ask), thinking)[0]), name
+
+
+def test_the_template_of_a_folder_is_kept_and_one_that_is_not_known_is_named(tokenizer, tmp_path, capsys):
+    """It is read as text, never run. The line comes once, however often the folder is loaded."""
+    chat_template = "{# mine #}{{ raise_exception('never run') }}"
+    in_folder(tmp_path, tokenizer.document, tokenizer_config={"chat_template": chat_template})
+    ours = Tokenizer.load(tmp_path)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'tokenizer.json'}: minillm does not know the chat template beside it, and does not run it; "
+        "conversations are written as ChatML (minillm/chat.py)\n")
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").chat_template == chat_template
+    (tmp_path / "chat_template.jinja").write_text("another", encoding="utf-8")  # newer folders have it here
+    assert Tokenizer.load(tmp_path).chat_template == "another"
+    # what we write ourselves is known, and so is one with a default system message of its own
+    tokenizer.save(tmp_path / "saved")
+    capsys.readouterr()
+    assert Tokenizer.load(tmp_path / "saved").chat_format == chat.CHATML and capsys.readouterr().out == ""
+    bo = chat.CHATML._replace(default_system='Say "Bo"\nand 你好')
+    assert chat.choose_format({}, chat.template_of(bo)) == (bo, True)
+
+
+def test_all_ends_of_a_reply(tokenizer, tmp_path):
+    """The end of a turn, the end of a document (a base model ends with it), and what the folder's files name."""
+    assert tokenizer.end_ids == [2, 0]
+    document = foreign(tokenizer.document, added=["<|eom_id|>"])
+    ours = in_folder(tmp_path, document, generation_config={"eos_token_id": [400, 399]}, config={"eos_token_id": 9999})
+    assert ours.end_ids == [399, 397, 400]
+
+
+def test_the_history_of_a_chat_has_no_think_text():
+    assert chat.without_think("<think>\nHm.\n</think>\n\nYes <think>") == "Yes <think>"
+    assert chat.without_think("<think>\nnever done") == ""
+    assert chat.without_think("Yes") == "Yes"
 
 
 def test_transformers_opens_the_folder(tokenizer, tmp_path):

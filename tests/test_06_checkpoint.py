@@ -40,6 +40,7 @@ class SmallTokenizer:
     """What checkpoint.py needs of a tokenizer."""
 
     vocab_size, bos_id, endoftext_id, pad_id, end_id = 20, 0, 0, 0, 2
+    start_id, end_ids = 1, [2, 0]
 
     def save(self, folder, max_length):
         (folder / "tokenizer.json").write_text("{}")
@@ -481,10 +482,10 @@ def test_a_model_with_other_tensors_is_not_saved_as_if_it_were_plain(tmp_path):
 
 def test_a_tokenizer_must_fit_the_model():
     tokenizer = SmallTokenizer()
-    check_tokenizer(small_model(), tokenizer, "here")  # 20 tokens, 24 rows: Qwen rounds up, too
+    check_tokenizer(small_model().config, tokenizer, "here")  # 20 tokens, 24 rows: Qwen rounds up, too
     tokenizer.vocab_size = 25
     with pytest.raises(UserError, match="here: the tokenizer has 25 tokens, the model only 24"):
-        check_tokenizer(small_model(), tokenizer, "here")
+        check_tokenizer(small_model().config, tokenizer, "here")
 
 
 # ---------------------------------------------------------------------------------------------- config

@@ -75,7 +75,8 @@ def sft(**changes):
 
 
 def pretrain(**changes):
-    return train_pretrain.Config(**{**vars(sft()), "data": ["text.jsonl"], **changes})
+    shared = {name: value for name, value in vars(sft()).items() if name in vars(train_pretrain.Config())}
+    return train_pretrain.Config(**{**shared, "data": ["text.jsonl"], **changes})
 
 
 def log(out="out"):

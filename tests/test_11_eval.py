@@ -363,8 +363,8 @@ def test_chat_forgets_the_oldest_turn_when_the_context_is_full(folder, monkeypat
                                  max_new_tokens=16)
     assert turns == 4 and "forgotten" not in notes
     seen = []
-    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages,
-                        limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
+    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages, *rest:
+                        seen.append(messages) or fit_context(tokenizer, messages, *rest))
     turns, replies, notes = talk(monkeypatch, capsys, "I am Bo", "Name?", "Name?", "Name?", "Hi", model=folder,
                                  max_new_tokens=16)
     assert turns == 5 and replies[:2] == ["Hi Bo", "Bo"]
@@ -382,8 +382,8 @@ def test_a_message_longer_than_the_context_gets_one_line_and_is_not_remembered(f
 
 def test_system_message_temperature_and_seed(folder, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages,
-                        limit: seen.append(messages) or fit_context(tokenizer, messages, limit))
+    monkeypatch.setattr(evaluation, "fit_context", lambda tokenizer, messages, *rest:
+                        seen.append(messages) or fit_context(tokenizer, messages, *rest))
     talk(monkeypatch, capsys, "Hi", "/reset", "Sky?", model=folder, system="Be nice.")
     assert [[m["content"] for m in messages] for messages in seen] == [["Be nice.", "Hi"], ["Be nice.", "Sky?"]]
     first, again, other, greedy = (talk(monkeypatch, capsys, "Sky?", model=folder, max_new_tokens=20, **options)[1]
@@ -451,7 +451,7 @@ def test_impossible_wishes(folder, options, message):
 @pytest.mark.parametrize("line, message", [
     ('{"pairs": []}', ':1: neither "conversations" nor "text" nor "chosen" is there; found: \'pairs\''),
     ("{}", "found: nothing"),
-    ('{"conversations": [{"role": "user", "content": "?"}], "answer": 7}', ':1: "answer" must be text, not int'),
+    ('{"conversations": [{"role": "user", "content": "?"}], "answer": [7]}', ':1: "answer" must be text, not list'),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": " "}', ":1: \"answer\" is ' '"),
     ('{"conversations": [{"role": "user", "content": "?"}], "answer": "a", "choices": "b"}',
      '"choices" must be a list'),

@@ -113,8 +113,8 @@ def test_minimind_style_prompts_are_read_unchanged(tmp_path, tokenizer):
 @pytest.mark.parametrize("line, message", [
     ({"conversations": [turn("assistant", "hi")]}, r"p.jsonl:2: a prompt must end with a user message .* with nothing"),
     ({"conversations": [turn("system", "hi")]}, r"p.jsonl:2: .* ends with role 'system'"),
-    ({"question": "hi"}, r'p.jsonl:2: no key "conversations"; found: \'question\''),
-    ({"conversations": [turn("user", "x")], "answer": 7}, r'p.jsonl:2: "answer" must be text'),
+    ({"words": "hi"}, r'p.jsonl:2: no key "conversations"; found: \'words\''),
+    ({"conversations": [turn("user", "x")], "answer": [7]}, r'p.jsonl:2: "answer" must be text'),
 ])
 def test_bad_prompts_are_one_line_with_their_place(tmp_path, tokenizer, line, message):
     path = write_lines(tmp_path / "p.jsonl", [*questions(1), line])
@@ -181,7 +181,7 @@ def test_each_of_two_processes_gets_the_whole_batch_of_prompts(monkeypatch):
 
 def test_answers_are_read_without_their_end():
     class Spelling:
-        end_id = 1
+        end_ids = [0, 1]
 
         def decode(self, ids):
             return "".join("..abc"[i] for i in ids)

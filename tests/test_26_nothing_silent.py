@@ -4,9 +4,12 @@ Data files come in many forms. A form that is known is read; a key that would ch
 file and line; any other key is named once. Folders that hold no model get a line that says what to do.
 """
 
+import gzip
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +69,12 @@ FORMS = {
     "Alpaca without input": {"instruction": "Hi", "input": None, "output": "Yo", "history": []},
     "prompt and completion": {"prompt": "Hi", "completion": "Yo"},
     "prompt and completion as messages": {"prompt": HI_YO[:1], "completion": HI_YO[1:]},
+    "input and output": {"input": "Hi", "output": "Yo"},
+    "question and response": {"question": "Hi", "response": "Yo"},
+    "problem and solution": {"problem": "Hi", "solution": "Yo", "level": 5},
+    "parts of content": {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"},
+                                                                   {"type": "text", "text": "i"}]}, HI_YO[1]]},
+    "a good example of KTO": {"prompt": "Hi", "completion": "Yo", "label": True},
 }
 
 
@@ -96,12 +105,37 @@ def test_a_system_message_beside_the_conversation_is_its_first_turn(record):
     assert BYTES.decode(dataset[0][0]) == "<|im_start|>system\nBe brief.<|im_end|>\n" + RENDERED
 
 
-def test_a_json_array_is_called_one():
-    with open("a.json", "w", encoding="utf-8") as file:
-        file.write("[\n  {\"text\": \"a\"}\n]\n")
-    assert one_line(load_dataset, encode_text, ["a.json"], BYTES, 64) == (
-        "a.json:1: not JSON Lines but an array; each line must be an object; "
-        "jq -c '.[]' OLD > NEW converts a JSON array")
+def write_text(name, text, encoding="utf-8") -> str:
+    with open(name, "w", encoding=encoding) as file:
+        file.write(text)
+    return name
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "A.JSON.GZ"])
+def test_a_json_array_is_read_like_lines(name):
+    """Whatever the file is called; also compressed, and after a byte-order mark."""
+    text = '\ufeff\n[ {"text": "one"},\n\n{\n"text": "two"} ,{"text": "three"}]\n'
+    if name.endswith("GZ"):
+        with gzip.open(name, "wt", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_text(name, text)
+    assert [record["text"] for record in read_records(name)] == ["one", "two", "three"]
+    assert list(read_texts([name])) == ["one", "two", "three"]
+    assert load_dataset(encode_text, [name], BYTES, 64).stats["documents"] == 3
+
+
+@pytest.mark.parametrize("text, message", [
+    ('[{"text": "a"},\n{"txt": "b"}]', 'a.json:2: no key "text"; found: \'txt\''),
+    ('[{"text": "a"},\n{"text": b}]', "a.json:2: not JSON (Expecting value, column 10)"),
+    ('[{"text": "a"}\n{"text": "b"}]', "a.json:2: not JSON (the items of an array need commas between them"),
+    ('[{"text": "a"}', "a.json:1: not JSON (the items of an array need commas between them, and a ] after the last"),
+    ('[{"text": "a"}]\n[{"text": "b"}]', "a.json:2: text after the end of the array; a file is one array, or has"),
+    ('["a"]', "a.json:1: must be a JSON object like {...}, not a str"),
+    ("[]", "a.json: the file is empty"),
+])
+def test_a_mistake_in_an_array_has_a_line_too(text, message):
+    assert one_line(load_dataset, encode_text, [write_text("a.json", text)], BYTES, 64).startswith(message)
 
 
 def test_a_prompt_alone_is_a_conversation_without_its_answer():
@@ -118,6 +152,12 @@ def test_a_prompt_alone_is_a_conversation_without_its_answer():
      "rejected": {"from": "gpt", "value": "No"}},
     {"messages": HI_YO[:1], "chosen": HI_YO[1:], "rejected": [{"role": "assistant", "content": "No"}]},
     {"instruction": "Hi", "input": "", "chosen": "Yo", "rejected": "No"},
+    {"question": "Hi", "chosen": "Yo", "rejected": "No", "system": ""},
+    {"instruction": "Hi", "chosen_response": "Yo", "rejected_response": "No"},
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Yo", "rejected": "No"},
+    {"prompt": "Hi", "prompt_id": "x", "chosen": HI_YO, "score_chosen": 8.0,
+     "rejected": [{**HI_YO[0], "id": 7}, {"role": "assistant", "content": "No"}]},
 ])
 def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     dataset = load_dataset(encode_pair, [write("a.jsonl", record)], BYTES, 64)
@@ -128,21 +168,26 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
 # --------------------------------------------------------------------------------------------------- refused by name
 
 @pytest.mark.parametrize("record, message", [
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "train": False}]}, '"train": false; not supported'),
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "loss": False}]}, '"loss": false; not supported'),
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "weight": 0}]}, '"weight": 0; not supported'),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "weight": 0.5}]}, '"weight": 0.5; not supported'),
+    ({"conversations": HI_YO, "weight": 0.5}, '"weight": 0.5 of a whole record is not supported'),
+    ({"prompt": "Hi", "completion": "Yo", "label": False}, '"label" is false: this answer is a bad example'),
     ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "thinking": "Hm."}]}, '"thinking" is not supported'),
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, '"function_call" is not supported'),
+    ({"conversations": [{**HI_YO[0], "thinking": "Hm."}, HI_YO[1]]}, 'message may have "reasoning_content"'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "reasoning": ["Hm."]}]}, '"reasoning_content" must be text, not list'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, "a call of a tool must be"),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": "f()"}]}, "the call of a tool is not JSON: 'f()'"),
+    ({"conversations": HI_YO, "tools": "f"}, '"tools" is not JSON: \'f\''),
+    ({"conversations": HI_YO, "tools": {"name": "f"}}, '"tools" must be a list of objects'),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HI_YO[1]]}, "a part of the kind 'image_url'"),
     ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
-    ({"instruction": "Hi", "output": "Yo", "history": [["a", "b"]]}, '"history" is not supported'),
-    ({"conversations": [{"role": "system", "content": "a"}, *HI_YO], "system": "b"}, '"system" is not supported'),
-    ({"conversations": HI_YO, "system": ["Be brief."]}, '"system" is not supported'),
-    ({"instruction": "Hi", "output": None}, '"content" of message 2 of "conversations" must be text, not NoneType'),
-    ({"instruction": 5, "output": "Yo"}, "each of instruction and input must be text, not int"),
+    ({"conversations": HI_YO, "history": [["a", "b"]]}, '"history" is not supported'),
+    ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, '"answer" is the number of a choice'),
+    ({"conversations": [{"role": "system", "content": "a"}, *HI_YO], "system": "b"}, "keep one of them"),
+    ({"conversations": HI_YO, "system": ["Be brief."]}, '"system" must be text, not list'),
+    ({"instruction": "Hi", "output": None}, '"output" must be text or a list of messages, not NoneType'),
+    ({"instruction": 5, "output": "Yo"}, '"instruction" must be text or a list of messages, not int'),
     ({"prompt": 5, "completion": "Yo"}, '"prompt" must be text or a list of messages'),
-    ({"conversations": [{"from": "function_call", "value": "f()"}]}, "unknown role 'function_call'"),
+    ({"conversations": [{"from": "narrator", "value": "x"}]}, "unknown role 'narrator'"),
     ({"conversations": [{"role": "user", "content": "a\0b"}, HI_YO[1]]}, r"holds a NUL character (\u0000); remove it"),
 ])
 def test_what_would_change_the_lesson_is_refused(record, message):
@@ -154,9 +199,34 @@ def test_what_would_change_the_lesson_is_refused(record, message):
 def test_a_pair_without_a_question_is_refused():
     """It would teach which answer is better to nothing."""
     sides = {"chosen": HI_YO[1:], "rejected": [{"role": "assistant", "content": "No"}]}
-    path = write("a.jsonl", {"query": "Hi", **sides})
+    path = write("a.jsonl", {"subject": "Hi", **sides})
     assert one_line(load_dataset, encode_pair, [path], BYTES, 64) == (
         'a.jsonl:1: nothing stands before the answer in "chosen"; put the question under "prompt"')
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "system": "Be brief."},
+    {"chosen": HI_YO, "rejected": [HI_YO[0], {"role": "assistant", "content": "No"}], "system_prompt": "Be brief."},
+])
+def test_a_system_message_beside_a_pair_is_its_first_turn(record):
+    dataset = load_dataset(encode_pair, [write("a.jsonl", record)], BYTES, 64)
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert BYTES.decode(dataset[0][0]) == system + RENDERED.removesuffix("\n")
+    assert BYTES.decode(dataset[1][0]) == system + RENDERED.removesuffix("\n").replace("Yo", "No")
+
+
+def test_an_answer_of_a_pair_must_be_one_to_train_on():
+    record = {"prompt": "Hi", "chosen": [{**HI_YO[1], "weight": 0}], "rejected": "No"}
+    assert one_line(load_dataset, encode_pair, [write("a.jsonl", record)], BYTES, 64) == (
+        'a.jsonl:1: the answer in "chosen" is marked as not to be trained on; remove the pair')
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss": 0.0}])
+def test_an_answer_with_weight_0_is_read_and_not_learned(mark):
+    messages = [HI_YO[0], {"role": "assistant", "content": "Bad", **mark}, HI_YO[0], {**HI_YO[1], "weight": 1}]
+    tokens, mask = load_dataset(encode_conversation, [write("a.jsonl", {"messages": messages})], BYTES, 64)[0]
+    assert BYTES.decode(tokens) == RENDERED.replace("Yo", "Bad") + RENDERED
+    assert BYTES.decode(tokens[mask]) == "Yo<|im_end|>"
 
 
 def test_marks_that_ask_for_what_is_done_anyway_are_accepted():
@@ -166,14 +236,26 @@ def test_marks_that_ask_for_what_is_done_anyway_are_accepted():
     assert BYTES.decode(dataset[0][0]) == RENDERED
 
 
-@pytest.mark.parametrize("name, text", [("a.txt", "hello\n"), ("a.jsonl", '{"text": "hello"}\n')])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_recognised_by_its_nul_bytes(name, text, encoding):
-    with open(name, "w", encoding=encoding) as file:
-        file.write(text)
-    error = one_line(load_dataset, encode_text, [name], BYTES, 64)
-    assert error == (f"{name}:1: holds NUL bytes, as UTF-16 does; "
-                     "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
+@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("utf-32", "UTF-32")])
+@pytest.mark.parametrize("text", ["hello\n", "白日依山盡，黃河入海流。"])
+def test_utf_16_is_recognised_by_its_first_bytes(text, encoding, name):
+    """Also where no byte of it is NUL, as in Chinese text."""
+    for path in (write_text("a.txt", text, encoding), write_text("a.jsonl", json.dumps({"text": text}), encoding)):
+        assert one_line(load_dataset, encode_text, [path], BYTES, 64) == (
+            f"{path}:1: is {name}, not UTF-8; iconv -f {name} -t UTF-8 OLD > NEW converts such a file")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_without_first_bytes_nul_bytes_show_it(encoding):
+    for path in (write_text("a.txt", "白日\n", encoding), write_text("a.jsonl", '{"text": "白日"}', encoding)):
+        assert one_line(load_dataset, encode_text, [path], BYTES, 64).endswith(
+            ":1: holds NUL bytes, as UTF-16 does; iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
+
+
+def test_chinese_in_another_encoding_gets_the_command_that_converts_it():
+    error = one_line(load_dataset, encode_text, [write_text("a.txt", "白日", "gb18030")], BYTES, 64)
+    assert error == ("a.txt:1: not valid UTF-8 (byte 1 of the line); convert the file to UTF-8, a Chinese one perhaps "
+                     "with iconv -f GB18030 -t UTF-8 OLD > NEW")
 
 
 # --------------------------------------------------------------------------------------------------------- named once
@@ -193,7 +275,7 @@ def test_an_unknown_key_is_named_once_with_its_first_line(capsys):
 @pytest.mark.parametrize("record, said", [
     ({"conversations": HI_YO, "prompt": "Hm?"}, '"prompt" (line 1)'),
     ({"text": "a", "system": "Be brief.", "completion": "b"}, '"system" (line 1), "completion" (line 1)'),
-    ({"chosen": HI_YO, "rejected": HI_YO, "messages": HI_YO, "score_chosen": 0}, '"messages" (line 1), "score_chosen"'),
+    ({"chosen": HI_YO, "rejected": HI_YO, "messages": HI_YO, "note": 0}, '"messages" (line 1), "note" (line 1)'),
 ])
 def test_a_key_that_only_another_kind_of_record_has_is_unknown(capsys, record, said):
     list(read_records(write("a.jsonl", record)))
@@ -219,8 +301,8 @@ def test_several_processes_name_the_same_keys(capsys, monkeypatch):
 
 
 def test_keys_of_messages_are_named_too_and_no_more_than_twenty(capsys):
-    list(read_records(write("a.jsonl", {"messages": [{**HI_YO[0], "name": "Bo", "id": 7}, HI_YO[1]]})))
-    assert capsys.readouterr().out == 'a.jsonl: unknown keys are ignored: "conversations: name" (line 1)\n'
+    list(read_records(write("a.jsonl", {"messages": [{**HI_YO[0], "mood": "merry", "id": 7}, HI_YO[1]]})))
+    assert capsys.readouterr().out == 'a.jsonl: unknown keys are ignored: "conversations: mood" (line 1)\n'
     list(read_records(write("b.jsonl", {"text": "a", **{f"key{i}": 0 for i in range(99)}})))
     said = capsys.readouterr().out
     assert '"key19" (line 1)' in said and "key20" not in said
@@ -278,6 +360,36 @@ def test_folders_that_are_no_model_each_get_their_own_line(tmp_path):
             assert one_line(script.main, script.Config(model=folder, data=["typo.jsonl"], device="cpu")) == message
         if folder != "adapter":
             assert one_line(evaluation.main, evaluation.Config(model=folder, device="cpu")) == message
+
+
+def rewrite(path, change):
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    change(content)
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_sft, train_dpo])
+def test_a_model_is_looked_at_in_the_order_config_weights_tokenizer_chat_tokens(script):
+    """Each repaired, the next one is named; the data file comes last, and nothing of it has been read by then."""
+    config = script.Config(model="model", data=["typo.jsonl"], max_seq_len=64, device="cpu")
+    save_model("model")
+    tokenizer, weights = Path("model/tokenizer.json").read_bytes(), Path("model/model.safetensors").read_bytes()
+    Path("model/tokenizer.json").unlink()
+    write("model/vocab.json", {})
+    os.rename("model/model.safetensors", "model/model-of-another-name.safetensors")
+    rewrite("model/config.json", lambda content: content.update(model_type="mistral9"))
+
+    assert 'model_type = "mistral9" is not supported' in one_line(script.main, config)
+    rewrite("model/config.json", lambda content: content.update(model_type="qwen3", num_hidden_layers=2))
+    assert one_line(script.main, config) == "model: model.safetensors is missing"
+    Path("model/model.safetensors").write_bytes(weights)
+    assert "the weights do not fit config.json: missing model.layers.1." in one_line(script.main, config)
+    rewrite("model/config.json", lambda content: content.update(num_hidden_layers=1))
+    assert "model has vocab.json but no tokenizer.json" in one_line(script.main, config)
+    Path("model/tokenizer.json").write_bytes(tokenizer.replace(b"<|im_end|>", b"<|im_END|>"))
+    assert one_line(script.main, config).startswith("model: the tokenizer has no token <|im_end|>")
+    Path("model/tokenizer.json").write_bytes(tokenizer)
+    assert one_line(script.main, config) == "typo.jsonl: no such data file"
 
 
 def test_a_reference_that_is_no_model_is_seen_before_the_data():

@@ -1,0 +1,285 @@
+"""The forms in which people write conversations and pairs of answers, each turned into the one that is trained on.
+
+    {"conversations": [message, ...]}                       a conversation, or a prompt for reinforcement learning
+    {"prompt": [message, ...], "chosen": [message, ...], "rejected": [message, ...]}        a pair of answers
+
+A message is {"role", "content"}, with "reasoning_content", "tool_calls" and "train": False where they apply (chat.py).
+data/README.md has a table of the forms. What changes the lesson and is not understood raises UserError, with file and
+line.
+"""
+
+import json
+import re
+
+from minillm.errors import UserError
+from minillm.verify import is_verifiable
+
+# Other names of the roles: ShareGPT, OpenAI, Llama 3, OpenAssistant.
+ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+              "model": "assistant", "developer": "system", "function": "tool", "observation": "tool", "ipython": "tool"}
+CONVERSATIONS = ("conversations", "messages", "conversation")
+QUESTIONS = ("instruction", "question", "problem", "query", "prompt", "input")
+ANSWERS = ("output", "completion", "response", "answer", "solution")
+# Nothing reads these; where one is filled, its content would be lost silently.
+UNREAD = ("images", "image", "videos", "audios", "history")
+UNREAD_IN_MESSAGE = ("images", "image", "audio", "videos")
+WEIGHTS = ("weight", "loss", "train")
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # a conversation as text, in Anthropic's HH-RLHF
+
+
+def normalise(record: dict, where: str) -> dict:
+    """A record in the form above; `where` ("file:line") begins the message of the UserError. A text stays a text."""
+    record = dict(record)
+    check_marks(record, where)
+    for side in ("chosen", "rejected"):
+        if f"{side}_response" in record and side not in record:
+            record[side] = record.pop(f"{side}_response")
+    if type(record.get("answer")) in (int, float):
+        record["answer"] = str(record["answer"])
+    if "chosen" in record or "rejected" in record:
+        pair_of(record, where)
+        names = ("prompt", "chosen", "rejected")
+    else:
+        name = next((name for name in CONVERSATIONS if name in record), None)
+        if name:
+            record["conversations"] = record.pop(name)
+        else:
+            conversation_of(record, where)
+        names = ("conversations",)
+    for name in names:
+        if isinstance(record.get(name), list):
+            record[name] = messages_of(record[name], f'{where}: message {{}} of "{name}"')
+    if any(name in record for name in names):
+        put_in_front(record, names, where)
+        for key in UNREAD:
+            check_empty(record, key, where)
+    return record
+
+
+def check_marks(record: dict, where: str):
+    """Raise UserError for a record that is marked as bad, or that is to count more or less than others."""
+    if record.get("label") is False and "text" not in record:
+        raise UserError(f'{where}: "label" is false: this answer is a bad example, as in data for KTO, which minillm '
+                        "does not have; keep the records whose label is true, or make pairs of chosen and rejected")
+    for key in ("weight", "sample_weight", "loss_weight", "loss", "train"):
+        if key in record and (record[key] not in (None, 1) or isinstance(record[key], str)):
+            raise UserError(f'{where}: "{key}": {json.dumps(record[key])[:80]} of a whole record is not supported: all '
+                            "records count the same; remove the record, or the key")
+
+
+def check_empty(found: dict, key: str, where: str):
+    """Raise UserError if this key is filled: nothing reads it."""
+    if found.get(key):
+        raise UserError(f'{where}: "{key}" is not supported; write it into the content of a message, or remove it')
+
+
+# A question and its answer.
+
+def conversation_of(record: dict, where: str):
+    """Replace a question, and its answer if there is one, by "conversations"."""
+    question = next((name for name in QUESTIONS if name in record), None)
+    # Beside a "prompt" an "answer" is what a reply is checked against.
+    names = ANSWERS[:3] if question == "prompt" else ANSWERS
+    answer = next((name for name in names if record.get(name) is not None), "output" if "output" in record else None)
+    if question is None or answer is None and (question == "input" or "text" in record):
+        return
+    if answer == "answer" and "solution" in record:
+        answer = "solution"
+    reply = record[answer] if answer else None
+    if answer == "answer":
+        if record.get("choices", record.get("options")) and str(reply).isdecimal():
+            raise UserError(f'{where}: "answer" is the number of a choice; write the words of the right answer')
+        if not isinstance(reply, str) or not is_verifiable(reply):
+            del record["answer"]  # prose, which no reply can be checked against
+    elif answer:
+        del record[answer]
+    messages = question_of(record, question, where)
+    if answer:
+        messages = messages + as_messages(reply, "assistant", where, answer)
+    record["conversations"] = messages
+
+
+def question_of(record: dict, name: str, where: str) -> list:
+    """The messages of a question, taken out of the record: earlier turns, and what belongs to it on a new line."""
+    question = record.pop(name)
+    extra = "" if name in ("prompt", "input") else record.pop("input", None) or record.pop("context", None) or ""
+    if extra:
+        for part in (question, extra):
+            if not isinstance(part, str):
+                raise UserError(f'{where}: "{name}" and what belongs to it must be text, not {type(part).__name__}')
+        question = f"{question}\n{extra}" if question else extra
+    turns = []
+    for turn in record.pop("history", None) or []:
+        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
+            raise UserError(f'{where}: "history" must be a list of [question, answer]')
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return turns + as_messages(question, "user", where, name)
+
+
+def as_messages(value, role: str, where: str, name: str) -> list:
+    """Text as a message of this role (as in HH-RLHF: as several); messages as they are. Raises UserError."""
+    if isinstance(value, str):
+        if HH_TURN.match(value):
+            roles, texts = HH_TURN.split(value)[1::2], HH_TURN.split(value)[2::2]
+            messages = [{"role": "user" if role == "Human" else "assistant", "content": text.strip()}
+                        for role, text in zip(roles, texts)]
+            if messages[-1] == {"role": "assistant", "content": ""}:  # the place of the answer
+                messages.pop()
+            return messages
+        return [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        raise UserError(f'{where}: "{name}" must be text or a list of messages, not {type(value).__name__}')
+    return value
+
+
+# Pairs of answers.
+
+def pair_of(record: dict, where: str):
+    """Make messages of both sides of a pair, and put what stands for the prompt under "prompt"."""
+    sides = [side for side in ("chosen", "rejected") if side in record]
+    named = next((name for name in (*CONVERSATIONS, *QUESTIONS) if name in record), None)
+    for side in sides:
+        whole = isinstance(record[side], str) and HH_TURN.match(record[side])
+        if isinstance(record[side], str) and not whole and not named:
+            raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
+        record[side] = as_messages(record[side], "assistant", where, side)
+    first = (record.get("chosen") or [{}])[0]
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else None
+    if "prompt" not in record and named and not (role in ("system", "user", "human", "developer")):
+        if named in CONVERSATIONS:
+            record["prompt"] = record.pop(named)
+        else:
+            record["prompt"] = question_of(record, named, where)
+    if "prompt" in record:
+        record["prompt"] = as_messages(record["prompt"], "user", where, "prompt")
+
+
+# Messages.
+
+def messages_of(messages: list, where: str) -> list:
+    """Messages in the form above. `where` has a place {} for the number. Those that are no objects stay as they are."""
+    result, tools = [], None
+    for number, message in enumerate(messages, 1):
+        if isinstance(message, dict):
+            message = message_of(message, where.format(number))
+            if found := message.pop("tools", None):
+                tools = tools_message(found, where.format(number))
+        result.append(message)
+    return [tools, *result] if tools else result
+
+
+def message_of(message: dict, where: str) -> dict:
+    """One message in the form above; the tools that it lists stay under "tools"."""
+    message = dict(message)
+    if {"from", "value"} <= set(message) and "role" not in message:
+        message["role"], message["content"] = message.pop("from"), message.pop("value")
+    role, calls = message.get("role"), None
+    if role == "function_call":  # ShareGPT: the call is the content
+        role, calls = "assistant", message.get("content")
+        message["content"] = ""
+    if isinstance(role, str):
+        role = message["role"] = ROLE_NAMES.get(role, role)
+    for key in ("tool_calls", "function_call"):
+        calls = message.pop(key, None) or calls
+    reasoning = [message.pop(key) for key in ("reasoning_content", "reasoning", "thinking")
+                 if message.get(key) is not None]
+    for key in UNREAD_IN_MESSAGE:
+        check_empty(message, key, where)
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(text_of(part, where) for part in message["content"])
+    if role != "assistant":
+        for key, value in (("tool_calls", calls), ("reasoning_content", any(reasoning))):
+            if value:
+                raise UserError(f'{where}: only an assistant\'s message may have "{key}"')
+    else:
+        if reasoning:
+            if not isinstance(reasoning[0], str):
+                raise UserError(f'{where}: "reasoning_content" must be text, not {type(reasoning[0]).__name__}')
+            message["reasoning_content"] = reasoning[0]
+        if calls:
+            message["tool_calls"] = calls_of(calls, where)
+        if message.get("content") is None and (calls or any(reasoning)):
+            message["content"] = ""
+    read_weight(message, where)
+    return message
+
+
+def text_of(part, where: str) -> str:
+    """The text of a part of a message's content, {"type": "text", "text": ...}."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise UserError(f"{where} has a part of the kind {kind!r}; only text is supported")
+
+
+def parsed(value, what: str, where: str):
+    """The value itself, or what the JSON text in it says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise UserError(f"{where}: {what} is not JSON: {value[:80]!r}") from None
+
+
+def calls_of(calls, where: str) -> list:
+    """Calls of tools as [{"name", "arguments"}, ...]."""
+    calls = parsed(calls, "the call of a tool", where)
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        inner = call.get("function", call) if isinstance(call, dict) else call
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
+            raise UserError(f'{where}: a call of a tool must be {{"name": ..., "arguments": ...}}, '
+                            f"not {json.dumps(call, ensure_ascii=False)[:80]}")
+        result.append({"name": inner["name"], "arguments": inner["arguments"]})
+    return result
+
+
+def tools_message(tools, where: str) -> dict:
+    """The message of the role "tools" that lists them."""
+    tools = parsed(tools, '"tools"', where)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f'{where}: "tools" must be a list of objects, or that as JSON text')
+    return {"role": "tools", "content": json.dumps(tools, ensure_ascii=False)}
+
+
+def read_weight(message: dict, where: str):
+    """Replace "weight", "loss" and "train" by "train": False where an assistant's message is not to be trained on."""
+    assistant = message.get("role") == "assistant"
+    marks = {key: message.pop(key) for key in WEIGHTS if key in message}
+    for key, value in marks.items():
+        if value is None or not assistant and (key == "weight" or value == 0):
+            continue
+        if not assistant or isinstance(value, str) or value not in (0, 1):
+            raise UserError(f'{where} has "{key}": {json.dumps(value)[:80]}; not supported: an assistant\'s message is '
+                            "trained on (1, true) or not (0, false), and no other one is; remove the key")
+        if not value:
+            message["train"] = False
+
+
+def put_in_front(record: dict, names: tuple, where: str):
+    """Move "tools" and "system" from beside the messages in front of them."""
+    tools = parsed(record.pop("tools", None) or record.pop("functions", None) or [], '"tools"', where)
+    tools = [tools_message(tools, where)] if tools else []
+    system = record.pop("system", None) or record.pop("system_prompt", None) or ""
+    if not isinstance(system, str):
+        raise UserError(f'{where}: "system" must be text, not {type(system).__name__}')
+    for name in names:
+        messages = record.get(name)
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            continue  # not well formed: the check of messages says so
+        roles = [message.get("role") for message in messages]
+        if name in ("chosen", "rejected") and roles[0] in ("assistant", "tool"):
+            continue  # an answer; what stands before it is in the prompt
+        if tools and roles[0] == "tools":
+            if messages[0] != tools[0]:
+                raise UserError(f'{where}: "tools" stand beside the messages and in one of them; keep one list')
+            messages = messages[1:]
+        said = [message.get("content") for message in messages if message.get("role") == "system"]
+        if system and said and system not in said:
+            raise UserError(f'{where}: "system" stands beside messages that have a system message; keep one of them')
+        front = [{"role": "system", "content": system}] if system and not said else []
+        own_tools = messages[:1] if messages[0].get("role") == "tools" else []
+        record[name] = [*tools, *own_tools, *front, *messages[len(own_tools):]]
