@@ -5,125 +5,16 @@ opens there with no conversion, and a downloaded one loads here. No pickle is ev
 """
 
 import json
-import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from minillm.errors import UserError
+from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.records import advice_on_folder
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_json, save_safetensors
-
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-
-
-# config.json
-
-def config_to_json(config: ModelConfig, tokenizer=None) -> dict:
-    """transformers' config.json; readable by its versions 4 (rope_theta) and 5 (rope_parameters)."""
-    result = {
-        "architectures": [ARCHITECTURES[config.model_type]], **asdict(config),
-        "rope_scaling": config.rope_scaling or None,
-        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
-        "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-        "torch_dtype": "float32", "dtype": "float32"}
-    if config.model_type != "llama":
-        del result["mlp_bias"]  # a key of Llama only
-        result.update(use_sliding_window=False, sliding_window=None, max_window_layers=config.num_hidden_layers)
-    if config.model_type == "qwen2":
-        del result["attention_bias"]  # always on q, k and v
-    if tokenizer is not None:
-        result.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id)
-    return result
-
-
-def config_from_json(document: dict, where) -> ModelConfig:
-    """The ModelConfig of a Qwen3, Qwen2 or Llama config.json; `where` names the file in messages.
-
-    Keys that change nothing are ignored. Raises UserError that names the key for one that is missing or that
-    asks for a computation which this model does not have.
-    """
-    def refuse(key, why):
-        raise UserError(f"{where}: {key} = {json.dumps(document.get(key))} {why}")
-
-    def integer(key, default=None):
-        value = document.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**31:
-            refuse(key, "must be a positive whole number")
-        return value
-
-    model_type = document.get("model_type")
-    if model_type not in list(ARCHITECTURES):
-        refuse("model_type", f"is not supported; it must be one of {', '.join(ARCHITECTURES)}")
-    if document.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "is not supported; only silu is")
-    for key in ("quantization_config", "num_experts", "num_local_experts"):
-        if document.get(key):
-            refuse(key, "is not supported; a dense, unquantized checkpoint is needed")
-    if document.get("is_causal") is False:
-        refuse("is_causal", "is not supported; only causal attention is")
-    layers, heads = integer("num_hidden_layers"), integer("num_attention_heads")
-    if model_type != "llama" and document.get("use_sliding_window") and document.get("sliding_window", 4096):
-        kinds = document.get("layer_types")  # where it is absent, the layers from max_window_layers on are meant
-        if kinds != ["full_attention"] * layers and (kinds or integer("max_window_layers", 28) < layers):
-            refuse("use_sliding_window", "is not supported; only full attention is")
-    theta, scaling = _rope_from_json(document, refuse)
-
-    # What transformers assumes where a key is absent; a wrong size would show in the shapes of the weights.
-    head_dim = 128 if model_type == "qwen3" and "head_dim" not in document else max(1, integer("hidden_size") // heads)
-    kv_heads = heads if model_type == "llama" or "num_key_value_heads" in document else 32
-    eps = document.get("rms_norm_eps", 1e-6)
-    if type(eps) not in (int, float) or not 0 <= eps < 1:
-        refuse("rms_norm_eps", "must be a number between 0 and 1")
-    try:
-        return ModelConfig(
-            vocab_size=integer("vocab_size"), hidden_size=integer("hidden_size"), num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=integer("num_key_value_heads", kv_heads),
-            head_dim=integer("head_dim", head_dim), intermediate_size=integer("intermediate_size"),
-            max_position_embeddings=integer("max_position_embeddings", 2048 if model_type == "llama" else 32768),
-            rope_theta=theta, rope_scaling=scaling, rms_norm_eps=float(eps),
-            tie_word_embeddings=bool(document.get("tie_word_embeddings", False)),
-            attention_bias=bool(document.get("attention_bias", False)) and model_type != "qwen2",
-            mlp_bias=bool(document.get("mlp_bias", False)) and model_type == "llama", model_type=model_type)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _rope_from_json(document, refuse):
-    """(theta, scaling) from rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(document.get(key) or {}, dict):
-            refuse(key, "must be a JSON object")
-    key = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
-    rope = document.get(key) or {}
-    stated = [part.get("rope_theta") for part in (rope, document.get("rope_parameters") or {}, document)]
-    thetas = [theta for theta in stated if theta is not None] or [10000.0]
-    if any(type(theta) not in (int, float) or not 0 < theta < math.inf for theta in thetas):
-        refuse("rope_theta", "must be a positive number, in rope_parameters too")
-    if len(set(thetas)) > 1:
-        refuse("rope_theta", f"disagrees with rope_parameters: {thetas}")
-    theta = float(thetas[0])
-    for part in (rope, document):
-        if part.get("partial_rotary_factor") not in (None, 1, 1.0):
-            refuse(key if part is rope else "partial_rotary_factor", "is not supported; all of a head is rotated")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, {}
-    if kind != "llama3":
-        refuse(key, "is not supported; rope_type must be default or llama3")
-    scaling = {"rope_type": "llama3", "original_max_position_embeddings": document.get("max_position_embeddings")}
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        scaling[name] = rope.get(name, scaling.get(name))
-        if type(scaling[name]) not in (int, float) or not 0 < scaling[name] < math.inf:
-            refuse(key, f"needs a positive {name}")
-    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        refuse(key, "needs high_freq_factor above low_freq_factor")
-    return theta, scaling
-
 
 # Folders
 

@@ -23,9 +23,9 @@ from minillm import runtime
 from minillm.errors import UserError
 
 
-def flag(default, help: str, choices=None, low=None, high=None):
-    """A dataclass field with its line of help and its range (low <= value <= high)."""
-    meta = {"help": help, "choices": choices, "low": low, "high": high}
+def flag(default, help: str, choices=None, low=None, high=None, positional=False):
+    """A dataclass field with its line of help and its range (low <= value <= high); `positional`: given without --."""
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -63,7 +63,10 @@ def parse_config(cls, doc: str, argv=None):
             options.update(type=kind, metavar=kind.__name__, choices=f.metadata["choices"])
             if f.metadata["choices"]:
                 options["metavar"] = "|".join(map(str, f.metadata["choices"]))
-        parser.add_argument(f"--{f.name}", **options)
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="?", **options)
+        else:
+            parser.add_argument(f"--{f.name}", **options)
     cfg = cls(**vars(parser.parse_args(argv)))
     check_ranges(cfg)
     return cfg

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from minillm.checkpoint import load_model, save_model
-from minillm.model import CausalLM, ModelConfig
+from minillm.hf_config import config_from_json
+from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import close
 
 TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n",
          "naïve café 🙂 I'll <|im_end|>"]
@@ -110,6 +112,7 @@ def test_generation_in_transformers_ends_where_ours_would(our_folder, tokenizer)
 
 SIZES = dict(vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=40, max_position_embeddings=256, bos_token_id=0, eos_token_id=1)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 
@@ -122,6 +125,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ("Llama", dict(tie_word_embeddings=False)),
     ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
     ("Llama", dict(tie_word_embeddings=True, rope_scaling=LLAMA3)),
+    ("Llama", dict(rope_scaling={"rope_type": "linear", "factor": 4.0})),
+    ("Qwen3", dict(head_dim=16, rope_scaling=YARN)),
+    ("Llama", dict(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 8})),
+    ("Mistral", dict(sliding_window=None)),
 ])
 def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes):
     """And what is then saved here gives the same in transformers again."""
@@ -134,6 +141,30 @@ def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes)
     assert_same_logits(ours, theirs)
     save_model(tmp_path / "ours", ours, tokenizer)
     assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
+
+
+@pytest.mark.parametrize("scaling, frequencies, attention_factor", [
+    ({"rope_type": "linear", "factor": 4.0}, [0.25, 0.025, 0.0025, 0.00025], 1.0),
+    (YARN, [1.0, 0.0625, 0.0025, 0.00025], 1.138629436),
+    ({**YARN, "factor": None}, [1.0, 0.0625, 0.0025, 0.00025], 1.138629436),  # 256 / 64
+    ({**YARN, "attention_factor": 1.5}, [1.0, 0.0625, 0.0025, 0.00025], 1.5),
+    ({**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 8, "beta_slow": 2},
+     [1.0, 0.025, 0.0025, 0.00025], 0.963474657),
+])
+def test_rope_for_longer_contexts(scaling, frequencies, attention_factor):
+    """Heads of 8 numbers: without scaling 1, 0.1, 0.01 and 0.001. Linear divides all by the factor 4.
+
+    YaRN keeps what turns over 32 times within the old context of 64 tokens, and divides what turns less than once. Pair
+    i turns 64 / (2 pi 10^i) times: 10.2, 1.02, 0.1, 0.01. In whole pairs the ramp goes from 0 to 2, so pair 1 is halfway
+    between 0.1 and 0.025: 0.0625. Queries and keys grow by 0.1 ln 4 + 1 = 1.1386.
+    """
+    document = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 256,
+                "rope_scaling": scaling}
+    rotary = RotaryEmbedding(config_from_json(document, "here"))
+    assert close(rotary.frequencies, frequencies)
+    cos, sin = rotary(torch.zeros(1, 1, dtype=torch.long))
+    assert close(cos.flatten(), [attention_factor] * 8) and close(sin.flatten(), [0.0] * 8)
 
 
 def test_the_llama3_scaling_of_rope_changes_the_logits(tmp_path):
