@@ -154,9 +154,9 @@ def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes)
 def test_rope_for_longer_contexts(scaling, frequencies, attention_factor):
     """Heads of 8 numbers: without scaling 1, 0.1, 0.01 and 0.001. Linear divides all by the factor 4.
 
-    YaRN keeps what turns over 32 times within the old context of 64 tokens, and divides what turns less than once. Pair
-    i turns 64 / (2 pi 10^i) times: 10.2, 1.02, 0.1, 0.01. In whole pairs the ramp goes from 0 to 2, so pair 1 is halfway
-    between 0.1 and 0.025: 0.0625. Queries and keys grow by 0.1 ln 4 + 1 = 1.1386.
+    YaRN keeps what turns over 32 times within the old context of 64 tokens, and divides what turns less than once.
+    Pair i turns 64 / (2 pi 10^i) times: 10.2, 1.02, 0.1, 0.01. In whole pairs the ramp goes from 0 to 2, so pair 1 is
+    halfway between 0.1 and 0.025: 0.0625. Queries and keys grow by 0.1 ln 4 + 1 = 1.1386.
     """
     document = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
                 "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 256,

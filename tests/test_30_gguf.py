@@ -75,7 +75,8 @@ def test_settings_and_weights_of_a_model(tmp_path, tokenizer, dtype, number):
         "tokenizer.ggml.add_bos_token": False}
     assert {name: settings[name] for name in expected} == expected
     tokens, kinds = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.token_type"]
-    assert tokens[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] and kinds[:4] == [3, 3, 3, 1]  # control, normal
+    assert tokens[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert kinds[:4] == [3, 3, 3, 1]  # three control tokens, then normal ones
     assert tokens[270:] == ["[PAD270]", "[PAD271]"] and kinds[270:] == [5, 5]  # unused
     assert settings["tokenizer.ggml.merges"] == tokenizer.document["model"]["merges"]
     assert "<|im_start|>" in settings["tokenizer.chat_template"]
