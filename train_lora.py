@@ -143,7 +143,7 @@ def main(cfg: Config) -> dict:
     if cfg.merge and runtime.rank() == 0:
         whole = load_adapter(checkpoint.load_model(cfg.model), cfg.out)  # in float32, also after training beside bf16
         merge_lora(whole)
-        checkpoint.save_model(f"{cfg.out}/merged", whole, tokenizer)
+        checkpoint.save_model(f"{cfg.out}/merged", whole, tokenizer, cfg.save_dtype)
     return run.finish(train_data.stats, trained_parameters=trained)
 
 

@@ -4,8 +4,9 @@ The names of modules, tensors and settings are those of Qwen3, Qwen2 and Llama i
 opens there with no conversion, and a downloaded one loads here. No pickle is ever loaded from a weights file.
 """
 
-import json
+import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from minillm.errors import UserError
 from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
+from minillm.origin import files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
-from minillm.safetensors import atomic_write, load_json, load_safetensors, save_json, save_safetensors
+from minillm.runtime import say
+from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors
 
 # Folders
 
@@ -119,6 +122,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
             raise UserError(f"{folder}: config.json ties the embeddings, yet lm_head.weight differs from "
                             "model.embed_tokens.weight; set tie_word_embeddings to false")
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    config = grow_vocabulary(config, stored, folder)
     with torch.device("meta"):  # no time and no memory for initial values that are replaced anyway
         model = CausalLM(config)
     check_weights(weights_of(model), stored, folder)
@@ -127,7 +131,27 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary = RotaryEmbedding(config).to(device)
+    model.origin = read_origin(folder, stored)
     return model
+
+
+def grow_vocabulary(config: ModelConfig, stored: dict, folder) -> ModelConfig:
+    """Give tokens that were added to the folder's tokenizer.json rows in the stored weights: the mean of the others."""
+    names = [name for name in ("model.embed_tokens.weight", "lm_head.weight")
+             if name in stored and len(stored[name]) == config.vocab_size]
+    added = tokens_without_rows(folder, config.vocab_size) if names else []
+    if not added:
+        return config
+    for name in names:
+        mean = stored[name].float().mean(dim=0, keepdim=True).to(stored[name].dtype)  # (1, D)
+        stored[name] = torch.cat([stored[name], mean.expand(len(added), -1)])
+    _say_grown(str(folder), ", ".join(added[:5]) + (", ..." if len(added) > 5 else ""), len(added))
+    return replace(config, vocab_size=config.vocab_size + len(added))
+
+
+@functools.cache  # a policy and its reference come from one folder
+def _say_grown(folder, tokens, count):
+    say(f"{folder}: the vocabulary grows by {count} added tokens ({tokens}), whose embeddings start as the mean of all")
 
 
 def weights_of(model: CausalLM) -> dict:
@@ -153,40 +177,49 @@ def _some(names):
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
-def save_model(folder, model: CausalLM, tokenizer):
-    """Write a checkpoint folder that transformers opens (float32); raises UserError when the disk refuses.
+def save_model(folder, model: CausalLM, tokenizer, dtype: str = "auto"):
+    """Write a checkpoint folder that transformers opens; raises UserError when the disk refuses.
 
-    Raises ValueError for a model whose tensors are not those of CausalLM(model.config): a LoRA must be merged
-    first, and a wrapper (compiled, distributed) removed.
+    dtype: float32 or bfloat16; auto: what the folder had that the model was loaded from, float32 for a new model. What
+    else that folder held is written back too (origin.py). Raises ValueError for a model whose tensors are not those of
+    CausalLM(model.config): a LoRA must be merged first, and a wrapper (compiled, distributed) removed.
     """
     with torch.device("meta"):
         names = set(weights_of(CausalLM(model.config)))
-    weights = {name: tensor.float() for name, tensor in weights_of(model).items()}
+    weights = weights_of(model)
     if set(weights) != names:
         raise ValueError(f"not a plain CausalLM: {_some(sorted(set(weights) ^ names))}")
-    save_folder(folder, config_to_json(model.config, tokenizer), weights, tokenizer)
+    save_folder(folder, model.config, weights, tokenizer, model.origin, dtype)
 
 
-def save_folder(folder, config: dict, weights: dict, tokenizer):
-    """Write config.json, the tokenizer's files, generation_config.json and, last, model.safetensors."""
+def save_folder(folder, config: ModelConfig, weights: dict, tokenizer, origin=None, dtype: str = "auto", **settings):
+    """Write config.json (with these settings), the other files and, last, model.safetensors."""
     folder = Path(folder)
-    save_json(folder / "config.json", config)
+    document = config_to_json(config, tokenizer)
+    if origin is not None:
+        document = origin.document("config.json")
+        was = config_from_json(document, "config.json")
+        document |= {key: value for key, value in vars(config).items() if value != getattr(was, key)}
+    if dtype != "auto":
+        document |= {key: dtype for key in ("torch_dtype", "dtype") if key in document} or {"torch_dtype": dtype}
     stops = list(dict.fromkeys([tokenizer.end_id, tokenizer.endoftext_id]))
-    save_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id})
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
     draft = folder / "tokenizer.tmp"  # the tokenizer writes plainly; its files are then moved in one by one
     try:
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        tokenizer.save(draft, config["max_position_embeddings"])
-        for source in sorted(draft.iterdir()):
-            with atomic_write(folder / source.name) as file:
-                file.write(source.read_bytes())
+        draft.mkdir(parents=True)
+        tokenizer.save(draft, config.max_position_embeddings)
+        drafts = {source.name: source.read_bytes() for source in sorted(draft.iterdir())}
     except OSError as error:
         raise UserError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    save_safetensors(folder / "model.safetensors", weights)
+    for name, content in files_of(origin, {**document, **settings}, generation, tokenizer, drafts).items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
+    dtypes = origin.dtypes if origin is not None else {}
+    save_safetensors(folder / "model.safetensors", weights, dtypes={
+        name: getattr(torch, dtype) if dtype != "auto" else dtypes.get(name, torch.float32) for name in weights})
 
 
 def check_tokenizer(model: CausalLM, tokenizer, where):

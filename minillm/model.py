@@ -297,6 +297,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self.origin = None  # the files of the folder that it was loaded from (origin.py)
         self.compiled = False  # whether runtime.compile_backbone has compiled self.model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)

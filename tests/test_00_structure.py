@@ -33,8 +33,9 @@ IMPORTS = {
     "token_cache": "records runtime tokenizer",
     "data": "records runtime token_cache tokenizer",
     "hf_config": "model",
-    "checkpoint": "hf_config model records safetensors",
-    "heads": "checkpoint model safetensors",
+    "origin": "safetensors",
+    "checkpoint": "hf_config model origin records runtime safetensors",
+    "heads": "checkpoint hf_config model safetensors",
     "lora": "", "adapter": "", "prefix": "model",
     "peft": "adapter checkpoint lora prefix safetensors",
     "gguf": "checkpoint config model runtime safetensors tokenizer unicode_ranges",
@@ -140,7 +141,7 @@ def test_files_are_opened_the_same_way_on_every_system(path):
 
 
 # RunConfig
-INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile".split()
+INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile save_dtype".split()
 SHARED = "model data eval_data out max_seq_len batch_size grad_accum epochs lr warmup_steps".split()  # each stage's own
 
 
