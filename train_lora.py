@@ -67,11 +67,12 @@ class Config(RunConfig):
                            "prefix, prompt: words to start from")
     bf16: bool = flag(False, "hold the frozen base in bf16: half the memory")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
-    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
-    batch_size: int = flag(8, "rows per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(0, "passes over the data (default: 20, prompt 90)", low=0)
-    lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
+    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
+    batch_size: int = flag(8, "rows per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(0, "passes over the data (default: 20, prompt 90)", low=0, downloaded=3)
+    lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0,
+                     downloaded=2e-4)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
@@ -80,6 +81,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model, keep=["lr"] if cfg.peft in ("prefix", "prompt") else [])
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.merge and cfg.peft not in ("lora", "dora"):
         raise UserError(f"--merge: {cfg.peft} is no change of the weights; only lora and dora can be merged")

@@ -38,14 +38,15 @@ class Config(RunConfig):
     out: str = flag("out/sft", "folder to write")
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
-    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
-    batch_size: int = flag(7, "rows per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(6, "passes over the data", low=1)
-    optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"])
-    lr: float = flag(2e-3, "peak learning rate", low=0)
+    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
+    batch_size: int = flag(7, "rows per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(6, "passes over the data", low=1, downloaded=3)
+    optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
+                          downloaded="adamw")
+    lr: float = flag(2e-3, "peak learning rate", low=0, downloaded=2e-5)
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
-    weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    weight_decay: float = flag(0.1, "weight decay of the matrices", low=0, downloaded=0.0)
     eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
 
@@ -55,6 +56,7 @@ def main(cfg: Config) -> dict:
     device = runtime.start(cfg.device, cfg.seed)
     source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") else "")
     if source:
+        checkpoint.choose_defaults(cfg, source)
         checkpoint.require_stage(source, max_seq_len=cfg.max_seq_len)
     elif os.path.exists(f"{PRETRAINED}.bak"):
         runtime.say(f"there is no {PRETRAINED}, but an older run in {PRETRAINED}.bak; --model {PRETRAINED}.bak uses it")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from minillm.config import set_downloaded_defaults
 from minillm.errors import UserError
-from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json
+from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json, is_made_here
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.origin import files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
@@ -46,6 +47,24 @@ def checkpoint_folder(folder) -> Path:
             raise UserError(f"{folder} holds an unfinished run; finish it with --resume first")
         raise UserError(f"{folder} is no checkpoint folder: config.json is missing")
     return folder
+
+
+def choose_defaults(cfg, folder, keep=()):
+    """Give cfg the defaults that suit the model in the folder, made here or downloaded, and say which in one line.
+
+    keep: flags that have one default for both. The default rates are those of small models that were trained for
+    minutes. A downloaded model has learned far more, and forgets it at such rates.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return  # require_stage complains
+    document = load_json(path)
+    if is_made_here(document):
+        say(f"{folder} was made by minillm: the defaults for small models are used")
+        return
+    changed = set_downloaded_defaults(cfg, config_from_json(document, path).max_position_embeddings, keep)
+    say(f"{folder} was not made by minillm: the defaults for downloaded models are used"
+        + "".join(f", {name} {value}" for name, value in changed.items()))
 
 
 def require_stage(folder, default: str = "", script: str = "", option: str = "--model", max_seq_len: int = 0):

@@ -34,7 +34,7 @@ IMPORTS = {
     "data": "records runtime token_cache tokenizer",
     "hf_config": "model",
     "origin": "safetensors",
-    "checkpoint": "hf_config model origin records runtime safetensors",
+    "checkpoint": "config hf_config model origin records runtime safetensors",
     "heads": "checkpoint hf_config model safetensors",
     "lora": "", "adapter": "", "prefix": "model",
     "peft": "adapter checkpoint lora prefix safetensors",

@@ -4,11 +4,13 @@ One number compares names, shapes and formulas all at once: the largest differen
 """
 
 import json
+from dataclasses import make_dataclass
 
 import pytest
 import torch
 
-from minillm.checkpoint import load_model, save_model
+from minillm.checkpoint import choose_defaults, load_model, save_model
+from minillm.config import flag, parse_config
 from minillm.hf_config import config_from_json
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.tokenizer import Tokenizer, train_tokenizer
@@ -191,3 +193,83 @@ def test_shards_and_bf16_of_transformers_load_here(tmp_path):
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     # read again: .bfloat16() also rounded the rotary frequencies of `theirs`, which no file holds
     assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval())
+
+
+# What was downloaded comes back
+
+def download(folder, dtype=torch.bfloat16, **config):
+    """A folder as from the hub: bf16, other settings, a template of its own, a license."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS * 3, 300)
+    model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1, head_dim=4,
+                                 intermediate_size=8, max_position_embeddings=64))
+    save_model(folder, model, tokenizer, "bfloat16" if dtype == torch.bfloat16 else "float32")
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del document["made_by"], document["dtype"]
+    document.update({"torch_dtype": str(dtype)[6:], "transformers_version": "4.42.3", "pad_token_id": 2}, **config)
+    (folder / "config.json").write_text(json.dumps(document, indent=4), encoding="utf-8")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}', encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.update(chat_template="{{ messages }}", enable_thinking=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "LICENSE").write_text("Apache", encoding="utf-8")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_comes_in_goes_out_byte_for_byte(tmp_path):
+    folder = download(tmp_path / "in")
+    save_model(tmp_path / "out", load_model(folder), Tokenizer.load(folder))
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_only_what_has_to_change_changes(tmp_path):
+    """Other weights; another dtype; and a base model, whose replies never ended with a turn, gets the token for it."""
+    folder = download(tmp_path / "in")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}', encoding="utf-8")
+    save_model(tmp_path / "out", load_model(folder), Tokenizer.load(folder), "float32")
+    before, after = contents(folder), contents(tmp_path / "out")
+    assert {name for name in before if before[name] != after[name]} == {
+        "config.json", "generation_config.json", "model.safetensors"}
+    config = json.loads(after["config.json"])
+    assert config == {**json.loads(before["config.json"]), "torch_dtype": "float32"}
+    assert json.loads(after["generation_config.json"]) == {"eos_token_id": [2, 0], "temperature": 0.6}
+
+
+def test_added_tokens_get_the_mean_embedding(tmp_path, capsys):
+    folder = download(tmp_path / "in", torch.float32)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    old = load_model(folder).lm_head.weight.detach()
+    for i, token in enumerate(["<a>", "<b>"], len(old)):
+        document["added_tokens"].append({**document["added_tokens"][0], "id": i, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    model = load_model(folder)
+    assert "the vocabulary grows by 2 added tokens (<a>, <b>)" in capsys.readouterr().out
+    assert model.config.vocab_size == len(old) + 2 == len(model.lm_head.weight)
+    assert torch.equal(model.lm_head.weight[:-2], old) and close(model.lm_head.weight[-1], old.mean(0))
+    save_model(tmp_path / "out", model, Tokenizer.load(folder))
+    assert load_model(tmp_path / "out").config.vocab_size == len(old) + 2
+    assert capsys.readouterr().out == ""  # now it has them
+
+
+def test_a_downloaded_model_has_its_own_defaults(tmp_path, capsys):
+    class_of = {"lr": flag(2e-3, "rate", downloaded=2e-5), "max_seq_len": flag(256, "length", downloaded=1024),
+                "epochs": flag(6, "passes")}
+    config_class = make_dataclass("Config", [(name, type(f.default), f) for name, f in class_of.items()])
+    folder = download(tmp_path / "in")
+    cfg = parse_config(config_class, "", [])
+    choose_defaults(cfg, folder)
+    assert (cfg.lr, cfg.max_seq_len, cfg.epochs) == (2e-5, 64, 6)  # the context is 64 tokens
+    assert "not made by minillm: the defaults for downloaded models are used, lr 2e-05, max_seq_len 64" in (
+        capsys.readouterr().out)
+    cfg = parse_config(config_class, "", ["--lr", "2e-3"])  # given by hand, if only the other default
+    choose_defaults(cfg, folder)
+    assert (cfg.lr, cfg.max_seq_len) == (2e-3, 64)
+    save_model(tmp_path / "ours", CausalLM(load_model(folder).config), Tokenizer.load(folder))
+    cfg = parse_config(config_class, "", [])
+    choose_defaults(cfg, tmp_path / "ours")
+    assert (cfg.lr, cfg.max_seq_len) == (2e-3, 256)
+    assert "was made by minillm" in capsys.readouterr().out
