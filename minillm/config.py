@@ -59,7 +59,7 @@ def parse_config(cls, doc: str, argv=None):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = "" if default in (None, "", []) else f" (default {default})"
         if f.metadata["downloaded"] is not None:
-            shown = f" (default {default}; for a downloaded model {f.metadata['downloaded']})"
+            shown += f" (downloaded model: {f.metadata['downloaded']})"
         options = {"default": argparse.SUPPRESS, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
