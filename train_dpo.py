@@ -40,17 +40,18 @@ class Config(RunConfig):
     data: list[str] = flag([DATA], "pairs of a chosen and a rejected answer, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out pairs (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/dpo", "folder to write")
-    max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8)
-    batch_size: int = flag(24, "pairs per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(2, "passes over the data", low=1)
+    max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
+    batch_size: int = flag(24, "pairs per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(2, "passes over the data", low=1, downloaded=1)
     loss: str = flag("dpo", "dpo or ipo", choices=["dpo", "ipo"])
-    beta: float = flag(0.5, "how strongly the policy is held to the reference (usual: 0.1 to 0.5)", low=1e-6)
+    beta: float = flag(0.5, "how strongly the policy is held to the reference (usual: 0.1 to 0.5)", low=1e-6,
+                       downloaded=0.1)
     label_smoothing: float = flag(0.0, "probability that a label is wrong (conservative DPO)", low=0, high=0.5)
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(2e-5, "peak learning rate", low=0)
+    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)
@@ -62,6 +63,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.ref_model:
         checkpoint.require_stage(cfg.ref_model, option="--ref_model", max_seq_len=cfg.max_seq_len)

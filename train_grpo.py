@@ -58,22 +58,23 @@ class Config(RunConfig):
     reward: list[str] = flag(["answer"], "answer, model, judge or path/to/file.py:function; a sum: answer 0.5*model")
     reward_model: str = flag("out/reward", "checkpoint folder for --reward model")
     loss: str = flag("grpo", "which objective", choices=["grpo", "dr_grpo", "dapo"])
-    batch_size: int = flag(64, "prompts per rollout", low=1)
+    batch_size: int = flag(64, "prompts per rollout", low=1, downloaded=8)
     group_size: int = flag(8, "answers to each prompt", low=2)
-    max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8)
-    max_new_tokens: int = flag(32, "tokens of an answer", low=1)
+    max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8,
+                            downloaded=1024)
+    max_new_tokens: int = flag(32, "tokens of an answer", low=1, downloaded=256)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", low=0.01)
     update_epochs: int = flag(1, "passes over a rollout", low=1)
     num_minibatches: int = flag(4, "optimizer steps per pass", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(3, "passes over the prompts", low=1)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(3, "passes over the prompts", low=1, downloaded=1)
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
     beta: float = flag(0.0, "weight of KL(policy || ref) in the loss", low=0)
     missing_eos_penalty: float = flag(1.0, "what an answer loses that does not end by itself", low=0)
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(1e-4, "peak learning rate", low=0)
+    lr: float = flag(1e-4, "peak learning rate", low=0, downloaded=1e-6)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
@@ -84,6 +85,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
     if "model" in sources:

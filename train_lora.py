@@ -67,13 +67,14 @@ class Config(RunConfig):
                            "prefix, prompt: words to start from")
     bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
-    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8)
-    batch_size: int = flag(8, "rows per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(0, "passes over the data (default: 20, prompt 90)", low=0)
+    max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
+    batch_size: int = flag(8, "rows per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(0, "passes over the data (default: 20, prompt 90)", low=0, downloaded=3)
     max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
-    lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0)
+    lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0,
+                     downloaded=2e-4)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
@@ -82,6 +83,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model, keep=["lr"] if cfg.peft in ("prefix", "prompt") else [])
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.merge and cfg.peft not in ("lora", "dora"):
         raise UserError(f"--merge: {cfg.peft} is no change of the weights; only lora and dora can be merged")
@@ -146,7 +148,7 @@ def main(cfg: Config) -> dict:
     if cfg.merge and runtime.rank() == 0:
         whole = load_adapter(checkpoint.load_model(cfg.model), cfg.out)  # in float32, also after training beside bf16
         merge_lora(whole)
-        checkpoint.save_model(f"{cfg.out}/merged", whole, tokenizer)
+        checkpoint.save_model(f"{cfg.out}/merged", whole, tokenizer, cfg.save_dtype)
     return run.finish(train_data.stats, trained_parameters=trained)
 
 

@@ -60,19 +60,20 @@ class Config(RunConfig):
     out: str = flag("out/ppo", "folder to write")
     reward: list[str] = flag(["model"], "answer, model, judge or path/to/file.py:function; a sum: answer 0.5*model")
     reward_model: str = flag("out/reward", "checkpoint folder of the reward model; the value model starts from it too")
-    batch_size: int = flag(256, "prompts per rollout", low=1)
-    max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8)
-    max_new_tokens: int = flag(48, "tokens of an answer", low=1)
+    batch_size: int = flag(256, "prompts per rollout", low=1, downloaded=32)
+    max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8,
+                            downloaded=1024)
+    max_new_tokens: int = flag(48, "tokens of an answer", low=1, downloaded=256)
     temperature: float = flag(1.0, "of sampling, and of the log-probabilities that are trained", low=0.01)
     update_epochs: int = flag(2, "passes over a rollout", low=1)
     num_minibatches: int = flag(2, "optimizer steps per pass", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(6, "passes over the prompts", low=1)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(6, "passes over the prompts", low=1, downloaded=1)
     clip_eps: float = flag(0.2, "clipping range of the ratio", low=0, high=1)
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = flag(0.95, "0: trust the critic, 1: trust the rewards", low=0, high=1)
-    kl_coef: float = flag(0.3, "what a nat of KL to the reference costs", low=0)
+    kl_coef: float = flag(0.3, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
     target_kl: float = flag(0.2, "leave a rollout once the policy is further than this, per token, from the one that "
                             "sampled it (0: never)", low=0)
     missing_eos_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
@@ -80,8 +81,8 @@ class Config(RunConfig):
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(6e-5, "peak learning rate of the policy", low=0)
-    value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0)
+    lr: float = flag(6e-5, "peak learning rate of the policy", low=0, downloaded=1e-6)
+    value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0, downloaded=1e-5)
     critic_steps: int = flag(10, "first rollouts, which train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
     log_every: int = flag(1, "steps between log lines", low=1)
@@ -93,6 +94,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
     if "model" in sources:

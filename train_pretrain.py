@@ -36,12 +36,13 @@ class Config(RunConfig):
     out: str = flag("out/pretrain", "folder to write")
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
-    max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8)
-    batch_size: int = flag(8, "rows per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(7, "passes over the data", low=1)
-    optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"])
-    lr: float = flag(2e-3, "peak learning rate", low=0)
+    max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8, downloaded=1024)
+    batch_size: int = flag(8, "rows per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(7, "passes over the data", low=1, downloaded=1)
+    optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
+                          downloaded="adamw")
+    lr: float = flag(2e-3, "peak learning rate", low=0, downloaded=2e-5)
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
@@ -51,6 +52,7 @@ def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
     if cfg.model:
+        checkpoint.choose_defaults(cfg, cfg.model)
         checkpoint.require_stage(cfg.model, max_seq_len=cfg.max_seq_len)
     checkpoint.check_tokenizer_file(cfg.model or cfg.tokenizer)
     tokenizer = Tokenizer.load(cfg.model or cfg.tokenizer)

@@ -42,24 +42,25 @@ class Config(RunConfig):
     data: list[str] = flag([DATA], "pairs of a chosen and a rejected answer, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out pairs (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/reward", "folder to write")
-    max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8)
-    batch_size: int = flag(24, "pairs per micro-batch", low=1)
-    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1)
-    epochs: int = flag(6, "passes over the data", low=1)
+    max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
+    batch_size: int = flag(24, "pairs per micro-batch", low=1, downloaded=2)
+    grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
+    epochs: int = flag(6, "passes over the data", low=1, downloaded=1)
     sft_coef: float = flag(1.0, "weight of the SFT loss on the chosen answers (0: none)", low=0)
     peft: str = flag("none", "train all weights, or a LoRA and the head (--out: the merged model)",
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(5e-4, "peak learning rate", low=0)
+    lr: float = flag(5e-4, "peak learning rate", low=0, downloaded=1e-5)
     warmup_steps: int = flag(20, "steps of linear warm-up", low=0)
-    weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
+    weight_decay: float = flag(0.1, "weight decay of the matrices", low=0, downloaded=0.0)
     eval_every: int = flag(100, "steps between evaluations", low=1)
 
 
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     tokenizer = Tokenizer.load(cfg.model)
     checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)

@@ -4,140 +4,33 @@ The names of modules, tensors and settings are those of Qwen3, Qwen2 and Llama i
 opens there with no conversion, and a downloaded one loads here. No pickle is ever loaded from a weights file.
 """
 
+import functools
 import json
-import math
 import re
-from dataclasses import asdict
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from minillm.config import set_downloaded_defaults
 from minillm.errors import UserError
+from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json, is_made_here
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
+from minillm.origin import files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
-from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors, short
+from minillm.runtime import say
+from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors, short
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 MAX_SHARDS = 1000  # files of weights; each is kept open as a mapping
-
-
-# config.json
-
-def config_to_json(config: ModelConfig, tokenizer=None) -> dict:
-    """transformers' config.json; readable by its versions 4 (rope_theta) and 5 (rope_parameters)."""
-    result = {
-        "architectures": [ARCHITECTURES[config.model_type]], **asdict(config),
-        "rope_scaling": config.rope_scaling or None,
-        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
-        "hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-        "torch_dtype": "float32", "dtype": "float32"}
-    if config.model_type != "llama":
-        del result["mlp_bias"]  # a key of Llama only
-        result.update(use_sliding_window=False, sliding_window=None, max_window_layers=config.num_hidden_layers)
-    if config.model_type == "qwen2":
-        del result["attention_bias"]  # always on q, k and v
-    if tokenizer is not None:
-        result.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id)
-    return result
-
-
-def config_from_json(document: dict, where) -> ModelConfig:
-    """The ModelConfig of a Qwen3, Qwen2 or Llama config.json; `where` names the file in messages.
-
-    Keys that change nothing are ignored. Raises UserError that names the key for one that is missing or that
-    asks for a computation which this model does not have.
-    """
-    def refuse(key, why):
-        raise UserError(f"{where}: {key} = {json.dumps(document.get(key))[:80]} {why}")
-
-    def integer(key, default=None):
-        value = document.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**31:
-            refuse(key, "must be a positive whole number")
-        return value
-
-    def boolean(key):
-        value = document.get(key)
-        if value not in (None, True, False) or type(value) not in (bool, type(None)):
-            refuse(key, "must be true or false")
-        return bool(value)
-
-    model_type = document.get("model_type")
-    if model_type not in list(ARCHITECTURES):
-        refuse("model_type", f"is not supported; it must be one of {', '.join(ARCHITECTURES)}")
-    if document.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "is not supported; only silu is")
-    for key in ("quantization_config", "num_experts", "num_local_experts"):
-        if document.get(key):
-            refuse(key, "is not supported; a dense, unquantized checkpoint is needed")
-    if document.get("is_causal") is False:
-        refuse("is_causal", "is not supported; only causal attention is")
-    layers, heads = integer("num_hidden_layers"), integer("num_attention_heads")
-    if model_type != "llama" and document.get("use_sliding_window") and document.get("sliding_window", 4096):
-        kinds = document.get("layer_types")  # where it is absent, the layers from max_window_layers on are meant
-        if kinds != ["full_attention"] * layers and (kinds or integer("max_window_layers", 28) < layers):
-            refuse("use_sliding_window", "is not supported; only full attention is")
-    theta, scaling = _rope_from_json(document, refuse)
-
-    # What transformers assumes where a key is absent; a wrong size would show in the shapes of the weights.
-    head_dim = 128 if model_type == "qwen3" and "head_dim" not in document else max(1, integer("hidden_size") // heads)
-    kv_heads = heads if model_type == "llama" or "num_key_value_heads" in document else 32
-    eps = document.get("rms_norm_eps", 1e-6)
-    if type(eps) not in (int, float) or not 0 <= eps < 1:
-        refuse("rms_norm_eps", "must be a number between 0 and 1")
-    try:
-        return ModelConfig(
-            vocab_size=integer("vocab_size"), hidden_size=integer("hidden_size"), num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=integer("num_key_value_heads", kv_heads),
-            head_dim=integer("head_dim", head_dim), intermediate_size=integer("intermediate_size"),
-            max_position_embeddings=integer("max_position_embeddings", 2048 if model_type == "llama" else 32768),
-            rope_theta=theta, rope_scaling=scaling, rms_norm_eps=float(eps),
-            tie_word_embeddings=boolean("tie_word_embeddings"),
-            attention_bias=boolean("attention_bias") and model_type != "qwen2",
-            mlp_bias=boolean("mlp_bias") and model_type == "llama", model_type=model_type)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _rope_from_json(document, refuse):
-    """(theta, scaling) from rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(document.get(key) or {}, dict):
-            refuse(key, "must be a JSON object")
-    key = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
-    rope = document.get(key) or {}
-    stated = [part.get("rope_theta") for part in (rope, document.get("rope_parameters") or {}, document)]
-    thetas = [theta for theta in stated if theta is not None] or [10000.0]
-    if any(type(theta) not in (int, float) or not 1 <= theta <= 1e15 for theta in thetas):
-        refuse("rope_theta", "must be a number between 1 and 1e15, in rope_parameters too")
-    if len(set(thetas)) > 1:
-        refuse("rope_theta", f"disagrees with rope_parameters: {thetas}")
-    theta = float(thetas[0])
-    for part in (rope, document):
-        if part.get("partial_rotary_factor") not in (None, 1, 1.0):
-            refuse(key if part is rope else "partial_rotary_factor", "is not supported; all of a head is rotated")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, {}
-    if kind != "llama3":
-        refuse(key, "is not supported; rope_type must be default or llama3")
-    scaling = {"rope_type": "llama3", "original_max_position_embeddings": document.get("max_position_embeddings")}
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        scaling[name] = rope.get(name, scaling.get(name))
-        if type(scaling[name]) not in (int, float) or not 1e-3 <= scaling[name] <= 1e9:
-            refuse(key, f"needs a positive {name} (at most 1e9)")
-    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        refuse(key, "needs high_freq_factor above low_freq_factor")
-    return theta, scaling
-
 
 # Folders
 
 def load_config(folder) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder; raises UserError."""
+    """The ModelConfig of a checkpoint folder, with room for tokens that were added to its tokenizer; raises UserError."""
     folder = checkpoint_folder(folder)
-    return config_from_json(load_json(folder / "config.json"), folder / "config.json")
+    config = config_from_json(load_json(folder / "config.json"), folder / "config.json")
+    return replace(config, vocab_size=config.vocab_size + len(tokens_without_rows(folder, config.vocab_size)))
 
 
 def checkpoint_folder(folder) -> Path:
@@ -161,6 +54,24 @@ def checkpoint_folder(folder) -> Path:
     return folder
 
 
+def choose_defaults(cfg, folder, keep=()):
+    """Give cfg the defaults that suit the model in the folder, made here or downloaded, and say which in one line.
+
+    keep: flags that have one default for both. The default rates are those of small models that were trained for
+    minutes. A downloaded model has learned far more, and forgets it at such rates.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return  # require_stage complains
+    document = load_json(path)
+    if is_made_here(document):
+        say(f"{folder} was made by minillm: the defaults for small models are used")
+        return
+    changed = set_downloaded_defaults(cfg, config_from_json(document, path).max_position_embeddings, keep)
+    say(f"{folder} was not made by minillm: the defaults for downloaded models are used"
+        + "".join(f", {name} {value}" for name, value in changed.items()))
+
+
 def require_stage(folder, default: str = "", script: str = "", option: str = "--model", max_seq_len: int = 0):
     """Raise UserError unless the folder holds a model with its tokenizer, and a context of max_seq_len tokens.
 
@@ -172,21 +83,24 @@ def require_stage(folder, default: str = "", script: str = "", option: str = "--
         raise UserError(f"{default} is not there yet: run python {script} first, or give another {option}{older}"
                         + advice_on_folder(folder))
     config = load_config(folder)
-    check_model(folder, config)
+    check_model(folder)
     check_tokenizer_file(folder)
     if max_seq_len > config.max_position_embeddings:
         raise UserError(f"--max_seq_len {max_seq_len} is longer than the context of {folder}, which is "
                         f"{config.max_position_embeddings} tokens (max_position_embeddings); give at most that")
 
 
-def check_model(folder, config: ModelConfig):
+def check_model(folder):
     """Raise UserError unless the files of a language model hold its tensors. Only their headers are read."""
-    architectures = load_json(Path(folder) / "config.json").get("architectures") or [""]
-    if "SequenceClassification" in str(architectures[0]):
+    where = Path(folder) / "config.json"
+    document = load_json(where)
+    if "SequenceClassification" in architecture_of(document, where):
         return  # its head is checked where it is loaded
+    config, stored = config_from_json(document, where), load_weights(folder)
+    check_sizes(config, stored, folder)
     with torch.device("meta"):
         expected = weights_of(CausalLM(config))
-    stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     check_weights(expected, stored, folder)
@@ -257,6 +171,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
             raise UserError(f"{folder}: config.json ties the embeddings, yet lm_head.weight differs from "
                             "model.embed_tokens.weight; set tie_word_embeddings to false")
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    config = grow_vocabulary(config, stored, folder)
     with torch.device("meta"):  # no time and no memory for initial values that are replaced anyway
         model = CausalLM(config)
     check_weights(weights_of(model), stored, folder)
@@ -266,6 +181,7 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary = RotaryEmbedding(config).to(device)
+    model.origin = read_origin(folder, stored)
     return model
 
 
@@ -302,6 +218,25 @@ def check_finite(weights: dict, where):
                             " or train again (a lower --lr helps most often)")
 
 
+def grow_vocabulary(config: ModelConfig, stored: dict, folder) -> ModelConfig:
+    """Give tokens that were added to the folder's tokenizer.json rows in the stored weights: the mean of the others."""
+    names = [name for name in ("model.embed_tokens.weight", "lm_head.weight")
+             if name in stored and stored[name].shape == (config.vocab_size, config.hidden_size)]
+    added = tokens_without_rows(folder, config.vocab_size) if names else []
+    if not added:
+        return config
+    for name in names:
+        mean = stored[name].float().mean(dim=0, keepdim=True).to(stored[name].dtype)  # (1, D)
+        stored[name] = torch.cat([stored[name], mean.expand(len(added), -1)])
+    _say_grown(str(folder), ", ".join(added[:5]) + (", ..." if len(added) > 5 else ""), len(added))
+    return replace(config, vocab_size=config.vocab_size + len(added))
+
+
+@functools.cache  # a policy and its reference come from one folder
+def _say_grown(folder, tokens, count):
+    say(f"{folder}: the vocabulary grows by {count} added tokens ({tokens}), whose embeddings start as the mean of all")
+
+
 def weights_of(model: CausalLM) -> dict:
     """{name: tensor} as stored: a tied head only once, as model.embed_tokens.weight."""
     weights = model.state_dict()
@@ -330,31 +265,42 @@ def _some(names):
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
 
 
-def save_model(folder, model: CausalLM, tokenizer):
-    """Write a checkpoint folder that transformers opens (float32); raises UserError when the disk refuses.
+def save_model(folder, model: CausalLM, tokenizer, dtype: str = "auto"):
+    """Write a checkpoint folder that transformers opens; raises UserError when the disk refuses.
 
-    Raises ValueError for a model whose tensors are not those of CausalLM(model.config): a LoRA must be merged
-    first, and a wrapper (compiled, distributed) removed.
+    dtype: float32 or bfloat16; auto: what the folder had that the model was loaded from, float32 for a new model. What
+    else that folder held is written back too (origin.py). Raises ValueError for a model whose tensors are not those of
+    CausalLM(model.config): a LoRA must be merged first, and a wrapper (compiled, distributed) removed.
     """
     with torch.device("meta"):
         names = set(weights_of(CausalLM(model.config)))
-    weights = {name: tensor.float() for name, tensor in weights_of(model).items()}
+    weights = weights_of(model)
     if set(weights) != names:
         raise ValueError(f"not a plain CausalLM: {_some(sorted(set(weights) ^ names))}")
-    save_folder(folder, config_to_json(model.config, tokenizer), weights, tokenizer)
+    save_folder(folder, model.config, weights, tokenizer, model.origin, dtype)
 
 
-def save_folder(folder, config: dict, weights: dict, tokenizer):
-    """Write config.json, the tokenizer's files, generation_config.json and, last, model.safetensors."""
+def save_folder(folder, config: ModelConfig, weights: dict, tokenizer, origin=None, dtype: str = "auto", **settings):
+    """Write config.json (with these settings), the other files and, last, model.safetensors."""
     folder = Path(folder)
-    save_json(folder / "config.json", config)
-    save_json(folder / "generation_config.json", {
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids, "pad_token_id": tokenizer.pad_id})
-    try:
-        tokenizer.save(folder, config["max_position_embeddings"])
-    except OSError as error:
-        raise UserError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
-    save_safetensors(folder / "model.safetensors", weights)
+    document = config_to_json(config, tokenizer)
+    if origin is not None:
+        document = origin.document("config.json")
+        was = config_from_json(document, "config.json")
+        document |= {key: value for key, value in vars(config).items() if value != getattr(was, key)}
+    if dtype != "auto":
+        document |= {key: dtype for key in ("torch_dtype", "dtype") if key in document} or {"torch_dtype": dtype}
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids,
+                  "pad_token_id": tokenizer.pad_id}
+    with tempfile.TemporaryDirectory() as draft:  # the files of the tokenizer, of which some may be kept as they were
+        tokenizer.save(draft, config.max_position_embeddings)
+        drafts = {source.name: source.read_bytes() for source in sorted(Path(draft).iterdir())}
+    for name, content in files_of(origin, {**document, **settings}, generation, tokenizer, drafts).items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
+    dtypes = origin.dtypes if origin is not None else {}
+    save_safetensors(folder / "model.safetensors", weights, dtypes={
+        name: getattr(torch, dtype) if dtype != "auto" else dtypes.get(name, torch.float32) for name in weights})
 
 
 def check_tokenizer(config: ModelConfig, tokenizer, where):

@@ -23,9 +23,13 @@ from minillm import runtime
 from minillm.errors import UserError
 
 
-def flag(default, help: str, choices=None, low=None, high=None):
-    """A dataclass field with its line of help and its range (low <= value <= high)."""
-    meta = {"help": help, "choices": choices, "low": low, "high": high}
+def flag(default, help: str, choices=None, low=None, high=None, positional=False, downloaded=None):
+    """A dataclass field with its line of help and its range (low <= value <= high).
+
+    positional: given without --. downloaded: the default for a model that was not made here (set_downloaded_defaults).
+    """
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional,
+            "downloaded": downloaded}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -54,7 +58,9 @@ def parse_config(cls, doc: str, argv=None):
         kind = hints[f.name]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = "" if default in (None, "", []) else f" (default {default})"
-        options = {"default": default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        if f.metadata["downloaded"] is not None:
+            shown += f" (downloaded model: {f.metadata['downloaded']})"
+        options = {"default": argparse.SUPPRESS, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
@@ -63,10 +69,31 @@ def parse_config(cls, doc: str, argv=None):
             options.update(type=kind, metavar=kind.__name__, choices=f.metadata["choices"])
             if f.metadata["choices"]:
                 options["metavar"] = "|".join(map(str, f.metadata["choices"]))
-        parser.add_argument(f"--{f.name}", **options)
-    cfg = cls(**vars(parser.parse_args(argv)))
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, nargs="?", **options)
+        else:
+            parser.add_argument(f"--{f.name}", **options)
+    given = vars(parser.parse_args(argv))
+    cfg = cls(**given)
+    cfg.given = set(given)  # by hand
     check_ranges(cfg)
     return cfg
+
+
+def set_downloaded_defaults(cfg, context: int, keep=()) -> dict:
+    """Give cfg the defaults for a downloaded model, except where a flag was given by hand. Returns {flag: value}.
+
+    context: the model's, which no max_seq_len may exceed. Without a command line (a Config made in Python), a value
+    other than the default counts as given.
+    """
+    changed = {}
+    for f in dataclasses.fields(cfg):
+        value = f.metadata["downloaded"]
+        given = f.name in cfg.given if hasattr(cfg, "given") else getattr(cfg, f.name) != f.default
+        if value is not None and not given and f.name not in keep:
+            changed[f.name] = min(value, context) if f.name == "max_seq_len" else value
+            setattr(cfg, f.name, changed[f.name])
+    return changed
 
 
 def check_ranges(cfg):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillm.checkpoint import (ARCHITECTURES, architecture_of, check_finite, check_sizes, check_weights,
-                                checkpoint_folder, config_from_json, config_to_json, load_model, load_weights,
-                                save_folder)
+from minillm.checkpoint import (architecture_of, check_finite, check_sizes, check_weights, checkpoint_folder,
+                                grow_vocabulary, load_model, load_weights, save_folder)
 from minillm.errors import UserError
+from minillm.hf_config import ARCHITECTURES, config_from_json
 from minillm.lora import LoRALinear, merge_lora
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
 from minillm.safetensors import load_json, short
@@ -24,6 +24,7 @@ class _ScalarModel(nn.Module):
     def __init__(self, config: ModelConfig, backbone: Backbone):
         super().__init__()
         self.config, self.model = config, backbone
+        self.origin = None  # as in CausalLM
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         # arXiv 2009.01325, appendix B.1: variance 1 / (D + 1), so that scores start near 1 in size.
         nn.init.normal_(self.score.weight, std=(config.hidden_size + 1) ** -0.5)
@@ -32,7 +33,9 @@ class _ScalarModel(nn.Module):
     @classmethod
     def from_lm(cls, lm: CausalLM):
         """A new head on the backbone of a language model, which is shared, not copied."""
-        return cls(lm.config, lm.model)
+        model = cls(lm.config, lm.model)
+        model.origin = lm.origin
+        return model
 
     def scores(self, hidden):
         # In float32 also under autocast: bf16 knows only 256 scores between 2 and 4.
@@ -84,12 +87,11 @@ class ValueModel(_ScalarModel):
         return self.scores(self.model(tokens))
 
 
-def save_reward_model(folder, model: _ScalarModel, tokenizer):
+def save_reward_model(folder, model: _ScalarModel, tokenizer, dtype: str = "auto"):
     """Write a ...ForSequenceClassification folder with one label; raises UserError when the disk refuses."""
     name = ARCHITECTURES[model.config.model_type].replace("ForCausalLM", "ForSequenceClassification")
-    config = {**config_to_json(model.config, tokenizer), "architectures": [name], "num_labels": 1,
-              "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    save_folder(folder, config, {name: tensor.float() for name, tensor in model.state_dict().items()}, tokenizer)
+    save_folder(folder, model.config, model.state_dict(), tokenizer, model.origin, dtype, architectures=[name],
+                num_labels=1, id2label={"0": "reward"}, label2id={"reward": 0})
 
 
 def merge_reward_model(model: RewardModel, base) -> RewardModel:
@@ -128,6 +130,7 @@ def load_reward_model(folder, device="cpu") -> RewardModel:
                         "python train_reward.py makes one")
     config = config_from_json(document, folder / "config.json")
     stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    config = grow_vocabulary(config, stored, folder)
     check_sizes(config, stored, folder)
     with torch.device("meta"):
         model = RewardModel(config, Backbone(config))

@@ -36,16 +36,16 @@ class ModelConfig:
     intermediate_size: int = 384
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
-    rope_scaling: dict = field(default_factory=dict)  # only Llama 3's "llama3" kind
+    rope_scaling: dict = field(default_factory=dict)  # for longer contexts: linear, yarn or llama3, with its numbers
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
-    model_type: str = "qwen3"  # qwen3: QK-norm; qwen2: biases on q, k, v; llama: neither
+    model_type: str = "qwen3"  # qwen3: QK-norm; qwen2: biases on q, k, v; llama, mistral: neither
 
     def __post_init__(self):
-        if self.model_type not in ("qwen3", "qwen2", "llama"):
-            raise ValueError(f"model_type {self.model_type!r} is not one of qwen3, qwen2, llama")
+        if self.model_type not in ("qwen3", "qwen2", "llama", "mistral"):
+            raise ValueError(f"model_type {self.model_type!r} is not one of qwen3, qwen2, llama, mistral")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key/value "
                              "heads evenly")
@@ -92,15 +92,39 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponent  # (d/2,)
-        if config.rope_scaling:
+        kind = config.rope_scaling.get("rope_type")
+        if kind == "linear":  # positions as if they stood closer together
+            frequencies = frequencies / config.rope_scaling["factor"]
+        elif kind == "yarn":
+            frequencies = yarn_frequencies(frequencies, config.rope_theta, config.rope_scaling)
+        elif kind == "llama3":
             frequencies = llama3_frequencies(frequencies, config.rope_scaling)
         self.register_buffer("frequencies", frequencies, persistent=False)
+        self.attention_factor = config.rope_scaling.get("attention_factor", 1.0)  # YaRN's: longer queries and keys
 
     def forward(self, positions):
         """positions (B, T) -> cos, and sin with apply_rope's signs, both (B, 1, T, d) float32 (the 1: heads)."""
         angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, d/2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def yarn_frequencies(frequencies, theta: float, scaling: dict):
+    """YaRN (arXiv 2309.00071, section 3.2): frequencies (d/2,) that turn less than `beta_slow` times within the old
+    context are divided by `factor`, those that turn more than `beta_fast` times are kept, and a ramp lies between.
+    """
+    pairs, context = len(frequencies), scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(times):
+        return pairs * math.log(context / (times * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_that_turns(scaling["beta_fast"]), pair_that_turns(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    width = last - first or 0.001
+    divide = ((torch.arange(pairs) - first) / width).clamp(0, 1)  # 0: fast, kept; 1: slow, divided
+    return frequencies * (1 - divide) + frequencies / scaling["factor"] * divide
 
 
 def llama3_frequencies(frequencies, scaling: dict):
@@ -273,6 +297,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self.origin = None  # the files of the folder that it was loaded from (origin.py)
         self.compiled = False  # whether runtime.compile_backbone has compiled self.model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)

@@ -38,7 +38,8 @@ from minillm.safetensors import is_temporary, load_json, save_json
 from minillm.training_state import capture_rng, load_training_state, restore, save_training_state, trained_weights
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
-FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every")
+FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every",
+                  "save_dtype")
 # A folder that holds one of these is kept.
 RUN_FILES = ("config.json", "adapter_config.json", "summary.json", "training_state.pt")
 
@@ -57,6 +58,7 @@ class RunConfig:
     device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
     seed: int = flag(0, "seed of everything random", low=0)
     compile: bool = flag(True, "torch.compile (on CUDA)")
+    save_dtype: str = flag("auto", "of the saved weights; auto: as in --model", choices=["auto", "float32", "bfloat16"])
 
 
 class Interrupted(SystemExit):
@@ -254,11 +256,12 @@ class Run:
 
     def _save_model(self):
         if isinstance(self.model, RewardModel):
-            save_reward_model(self.folder, merge_reward_model(self.model, self.cfg.model), self.tokenizer)
+            merged = merge_reward_model(self.model, self.cfg.model)
+            save_reward_model(self.folder, merged, self.tokenizer, self.cfg.save_dtype)
         elif has_adapter(self.model):
             save_adapter(self.model, self.folder, self.cfg.model)
         else:
-            save_model(self.folder, self.model, self.tokenizer)
+            save_model(self.folder, self.model, self.tokenizer, self.cfg.save_dtype)
 
     def _read(self):
         """The state to continue from; refuses one of other settings or other inputs."""

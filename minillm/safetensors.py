@@ -170,27 +170,29 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 16
 
 
-def save_safetensors(path, tensors: dict, metadata: dict | None = None):
+def save_safetensors(path, tensors: dict, metadata: dict | None = None, dtypes: dict | None = None):
     """Write {name: tensor} atomically, one tensor at a time: no second copy of the model in memory.
 
-    metadata: {str: str}; transformers insists on {"format": "pt"}, the default. Raises UserError when the disk
-    refuses, ValueError for a dtype that the format does not know.
+    dtypes: {name: dtype} to write in, by default each tensor's own. metadata: {str: str}; transformers insists on
+    {"format": "pt"}, the default. Raises UserError when the disk refuses, ValueError for a dtype that the format does
+    not know.
     """
+    dtypes = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
     # The widest dtype first keeps every tensor aligned, whatever their sizes.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     header, end = {"__metadata__": metadata or {"format": "pt"}}, 0
     for name in names:
-        tensor, start = tensors[name], end
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: safetensors cannot store {tensor.dtype}")
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
+        tensor, dtype, start = tensors[name], dtypes[name], end
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: safetensors cannot store {dtype}")
+        end = start + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()  # as the package writes it
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            flat = tensors[name].detach().to(dtypes[name]).cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
 
 

@@ -33,12 +33,15 @@ IMPORTS = {
     "tokenizer": "chat config records runtime safetensors unicode_ranges",
     "token_cache": "records runtime safetensors tokenizer",
     "data": "chat records runtime token_cache tokenizer",
-    "checkpoint": "model records safetensors",
+    "hf_config": "model",
+    "origin": "safetensors",
+    "checkpoint": "config hf_config model origin records runtime safetensors",
     "lora": "",
-    "heads": "checkpoint lora model safetensors",
+    "heads": "checkpoint hf_config lora model safetensors",
     "training_state": "checkpoint optim runtime safetensors",
     "adapter": "", "prefix": "model",
     "peft": "adapter checkpoint lora prefix safetensors",
+    "gguf": "checkpoint config model runtime safetensors tokenizer unicode_ranges",
     "run": "checkpoint config heads metrics peft records runtime safetensors training_state",
     "rewards": "checkpoint generate heads runtime tokenizer verify",
     "evaluate": "chat data generate logprobs metrics records runtime verify",
@@ -141,7 +144,7 @@ def test_files_are_opened_the_same_way_on_every_system(path):
 
 
 # RunConfig
-INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile".split()
+INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile save_dtype".split()
 SHARED = "model data eval_data out max_seq_len batch_size grad_accum epochs lr warmup_steps".split()  # each stage's own
 
 

@@ -4,13 +4,17 @@ One number compares names, shapes and formulas all at once: the largest differen
 """
 
 import json
+from dataclasses import make_dataclass
 
 import pytest
 import torch
 
-from minillm.checkpoint import load_model, save_model
-from minillm.model import CausalLM, ModelConfig
+from minillm.checkpoint import choose_defaults, load_model, save_model
+from minillm.config import flag, parse_config
+from minillm.hf_config import config_from_json
+from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import close
 
 TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n",
          "naïve café 🙂 I'll <|im_end|>"]
@@ -110,6 +114,7 @@ def test_generation_in_transformers_ends_where_ours_would(our_folder, tokenizer)
 
 SIZES = dict(vocab_size=70, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=40, max_position_embeddings=256, bos_token_id=0, eos_token_id=1)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 
@@ -122,6 +127,10 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ("Llama", dict(tie_word_embeddings=False)),
     ("Llama", dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
     ("Llama", dict(tie_word_embeddings=True, rope_scaling=LLAMA3)),
+    ("Llama", dict(rope_scaling={"rope_type": "linear", "factor": 4.0})),
+    ("Qwen3", dict(head_dim=16, rope_scaling=YARN)),
+    ("Llama", dict(rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 8})),
+    ("Mistral", dict(sliding_window=None)),
 ])
 def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes):
     """And what is then saved here gives the same in transformers again."""
@@ -134,6 +143,30 @@ def test_a_folder_of_transformers_loads_here(tmp_path, tokenizer, kind, changes)
     assert_same_logits(ours, theirs)
     save_model(tmp_path / "ours", ours, tokenizer)
     assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval())
+
+
+@pytest.mark.parametrize("scaling, frequencies, attention_factor", [
+    ({"rope_type": "linear", "factor": 4.0}, [0.25, 0.025, 0.0025, 0.00025], 1.0),
+    (YARN, [1.0, 0.0625, 0.0025, 0.00025], 1.138629436),
+    ({**YARN, "factor": None}, [1.0, 0.0625, 0.0025, 0.00025], 1.138629436),  # 256 / 64
+    ({**YARN, "attention_factor": 1.5}, [1.0, 0.0625, 0.0025, 0.00025], 1.5),
+    ({**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 8, "beta_slow": 2},
+     [1.0, 0.025, 0.0025, 0.00025], 0.963474657),
+])
+def test_rope_for_longer_contexts(scaling, frequencies, attention_factor):
+    """Heads of 8 numbers: without scaling 1, 0.1, 0.01 and 0.001. Linear divides all by the factor 4.
+
+    YaRN keeps what turns over 32 times within the old context of 64 tokens, and divides what turns less than once.
+    Pair i turns 64 / (2 pi 10^i) times: 10.2, 1.02, 0.1, 0.01. In whole pairs the ramp goes from 0 to 2, so pair 1 is
+    halfway between 0.1 and 0.025: 0.0625. Queries and keys grow by 0.1 ln 4 + 1 = 1.1386.
+    """
+    document = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 256,
+                "rope_scaling": scaling}
+    rotary = RotaryEmbedding(config_from_json(document, "here"))
+    assert close(rotary.frequencies, frequencies)
+    cos, sin = rotary(torch.zeros(1, 1, dtype=torch.long))
+    assert close(cos.flatten(), [attention_factor] * 8) and close(sin.flatten(), [0.0] * 8)
 
 
 def test_the_llama3_scaling_of_rope_changes_the_logits(tmp_path):
@@ -160,3 +193,83 @@ def test_shards_and_bf16_of_transformers_load_here(tmp_path):
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
     # read again: .bfloat16() also rounded the rotary frequencies of `theirs`, which no file holds
     assert_same_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval())
+
+
+# What was downloaded comes back
+
+def download(folder, dtype=torch.bfloat16, **config):
+    """A folder as from the hub: bf16, other settings, a template of its own, a license."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS * 3, 300)
+    model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1, head_dim=4,
+                                 intermediate_size=8, max_position_embeddings=64))
+    save_model(folder, model, tokenizer, "bfloat16" if dtype == torch.bfloat16 else "float32")
+    document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del document["made_by"], document["dtype"]
+    document.update({"torch_dtype": str(dtype)[6:], "transformers_version": "4.42.3", "pad_token_id": 2}, **config)
+    (folder / "config.json").write_text(json.dumps(document, indent=4), encoding="utf-8")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}', encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.update(chat_template="{{ messages }}", enable_thinking=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "LICENSE").write_text("Apache", encoding="utf-8")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_comes_in_goes_out_byte_for_byte(tmp_path):
+    folder = download(tmp_path / "in")
+    save_model(tmp_path / "out", load_model(folder), Tokenizer.load(folder))
+    assert contents(tmp_path / "out") == contents(folder)
+
+
+def test_only_what_has_to_change_changes(tmp_path):
+    """Other weights; another dtype; and a base model, whose replies never ended with a turn, gets the token for it."""
+    folder = download(tmp_path / "in")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "temperature": 0.6}', encoding="utf-8")
+    save_model(tmp_path / "out", load_model(folder), Tokenizer.load(folder), "float32")
+    before, after = contents(folder), contents(tmp_path / "out")
+    assert {name for name in before if before[name] != after[name]} == {
+        "config.json", "generation_config.json", "model.safetensors"}
+    config = json.loads(after["config.json"])
+    assert config == {**json.loads(before["config.json"]), "torch_dtype": "float32"}
+    assert json.loads(after["generation_config.json"]) == {"eos_token_id": [2, 0], "temperature": 0.6}
+
+
+def test_added_tokens_get_the_mean_embedding(tmp_path, capsys):
+    folder = download(tmp_path / "in", torch.float32)
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    old = load_model(folder).lm_head.weight.detach()
+    for i, token in enumerate(["<a>", "<b>"], len(old)):
+        document["added_tokens"].append({**document["added_tokens"][0], "id": i, "content": token})
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    model = load_model(folder)
+    assert "the vocabulary grows by 2 added tokens (<a>, <b>)" in capsys.readouterr().out
+    assert model.config.vocab_size == len(old) + 2 == len(model.lm_head.weight)
+    assert torch.equal(model.lm_head.weight[:-2], old) and close(model.lm_head.weight[-1], old.mean(0))
+    save_model(tmp_path / "out", model, Tokenizer.load(folder))
+    assert load_model(tmp_path / "out").config.vocab_size == len(old) + 2
+    assert capsys.readouterr().out == ""  # now it has them
+
+
+def test_a_downloaded_model_has_its_own_defaults(tmp_path, capsys):
+    class_of = {"lr": flag(2e-3, "rate", downloaded=2e-5), "max_seq_len": flag(256, "length", downloaded=1024),
+                "epochs": flag(6, "passes")}
+    config_class = make_dataclass("Config", [(name, type(f.default), f) for name, f in class_of.items()])
+    folder = download(tmp_path / "in")
+    cfg = parse_config(config_class, "", [])
+    choose_defaults(cfg, folder)
+    assert (cfg.lr, cfg.max_seq_len, cfg.epochs) == (2e-5, 64, 6)  # the context is 64 tokens
+    assert "not made by minillm: the defaults for downloaded models are used, lr 2e-05, max_seq_len 64" in (
+        capsys.readouterr().out)
+    cfg = parse_config(config_class, "", ["--lr", "2e-3"])  # given by hand, if only the other default
+    choose_defaults(cfg, folder)
+    assert (cfg.lr, cfg.max_seq_len) == (2e-3, 64)
+    save_model(tmp_path / "ours", CausalLM(load_model(folder).config), Tokenizer.load(folder))
+    cfg = parse_config(config_class, "", [])
+    choose_defaults(cfg, tmp_path / "ours")
+    assert (cfg.lr, cfg.max_seq_len) == (2e-3, 256)
+    assert "was made by minillm" in capsys.readouterr().out
