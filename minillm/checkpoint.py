@@ -27,7 +27,7 @@ MAX_SHARDS = 1000  # files of weights; each is kept open as a mapping
 # Folders
 
 def load_config(folder) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder, with room for tokens that were added to its tokenizer; raises UserError."""
+    """The ModelConfig of a folder, with room for tokens that were added to its tokenizer; raises UserError."""
     folder = checkpoint_folder(folder)
     config = config_from_json(load_json(folder / "config.json"), folder / "config.json")
     return replace(config, vocab_size=config.vocab_size + len(tokens_without_rows(folder, config.vocab_size)))
