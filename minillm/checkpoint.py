@@ -293,7 +293,7 @@ def save_folder(folder, config: ModelConfig, weights: dict, tokenizer, origin=No
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids,
                   "pad_token_id": tokenizer.pad_id}
     with tempfile.TemporaryDirectory() as draft:  # the files of the tokenizer, of which some may be kept as they were
-        tokenizer.save(draft, config.max_position_embeddings)
+        tokenizer.save(Path(draft), config.max_position_embeddings)
         drafts = {source.name: source.read_bytes() for source in sorted(Path(draft).iterdir())}
     for name, content in files_of(origin, {**document, **settings}, generation, tokenizer, drafts).items():
         with atomic_write(folder / name) as file:

@@ -39,7 +39,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and resource l
 class SmallTokenizer:
     """What checkpoint.py needs of a tokenizer."""
 
-    vocab_size, bos_id, endoftext_id, pad_id, end_id = 20, 0, 0, 0, 2
+    vocab_size, bos_id, endoftext_id, pad_id, end_id, end_ids = 20, 0, 0, 0, 2, [2, 0]
     start_id, end_ids = 1, [2, 0]
 
     def save(self, folder, max_length):

@@ -62,7 +62,7 @@ class Numbers(Loader):
 class NoTokenizer:
     """What a checkpoint asks of a tokenizer."""
 
-    vocab_size, bos_id, endoftext_id, pad_id, end_id = 8, 0, 0, 0, 2
+    vocab_size, bos_id, endoftext_id, pad_id, end_id, end_ids = 8, 0, 0, 0, 2, [2, 0]
 
     def save(self, folder, max_length):
         (folder / "tokenizer.json").write_text("{}", encoding="utf-8")

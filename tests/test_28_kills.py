@@ -121,7 +121,7 @@ def watch(at):
     around(token_cache, "encode_lines", lambda *_: "tokenising")
     around(run_file.Run, "_after_step", lambda *_: "a step's end")
     for stage in (train_grpo, train_ppo):
-        around(stage, "generate", lambda *_: "a rollout")
+        around(stage, "sample_rollout", lambda *_: "a rollout")
     begin = run_file.Run.start
 
     def start(self, model, optimizers, loader, tokenizer, total_steps, evaluate, beside=()):
