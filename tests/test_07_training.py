@@ -362,7 +362,7 @@ def test_what_a_run_leaves(capsys):
     saved = json.loads(Path("out", "run_config.json").read_text(encoding="utf-8"))
     sha256 = hashlib.sha256(Path("sft.jsonl").read_bytes()).hexdigest()
     assert saved.pop("contents")["sft.jsonl"] == sha256
-    assert saved == {**vars(sft(eval_every=5, epochs=99)), }
+    assert saved == {**vars(sft(eval_every=5, epochs=99))}
 
 
 def test_pretraining_measures_bits_per_byte():

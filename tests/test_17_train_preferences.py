@@ -208,7 +208,7 @@ for name in ("dpo", "reward"):
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
 def test_two_processes_train_like_one(tmp_path, run):
-    """20 pairs, four for each of two processes, and eight for one process: the same log. An epoch has 8, 8 and 4 pairs:
+    """20 pairs, eight a step, of which each of two processes takes four: the same log. An epoch has 8, 8 and 4 pairs:
     in its last step the second process has none, and adds nothing to a gradient that both get.
     """
     path = write(tmp_path / "twenty.jsonl", some_pairs(20))
@@ -216,7 +216,7 @@ def test_two_processes_train_like_one(tmp_path, run):
     (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py",
                "--model", "model", "--eval_data", path, "--device", "cpu", "--log_every", "1", *map(str, flags),
-               "--batch_size", "4"]
+               "--batch_size", "8"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
     assert done.returncode == 0, done.stderr
