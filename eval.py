@@ -6,6 +6,8 @@
     python eval.py --model Qwen3-0.6B --data mine.jsonl   # your own held-out conversations, questions or texts
     python eval.py --model out/reward                     # a reward model: which answers of held-out pairs it prefers
     python eval.py --model out/dpo --ref out/sft --reward_model out/reward   # preferences, scored replies
+    python eval.py --tokens                               # a conversation token by token: loss mask, log-probabilities
+    python eval.py --tokens --compare out/sft out/dpo     # how the log-probability of each token changed
     python eval.py --chat --temperature 0.7 --top_p 0.9   # /help lists the commands
     python eval.py --prompt "What is 12 + 30?"            # prints one reply and nothing else
 
@@ -37,7 +39,8 @@ from minillm.chat import without_think
 from minillm.config import flag, parse_config
 from minillm.data import encode_conversation, encode_text
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, fit_context, held_out_loss, prompt_messages, read_questions
+from minillm.evaluate import (answer_questions, check_question, fit_context, held_out_loss, prompt_messages,
+                              read_questions)
 from minillm.generate import stream
 from minillm.heads import is_reward_model, load_reward_model
 from minillm.metrics import compare, numbers, show_replies
@@ -48,6 +51,7 @@ from minillm.records import advice_on_folder, is_text, read_records
 from minillm.rewards import load_rewards, score_answers
 from minillm.safetensors import load_json, save_json
 from minillm.token_cache import load_dataset
+from minillm.token_view import logprobs_of, show_tokens, token_texts
 from minillm.tokenizer import Tokenizer
 
 MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_eval.jsonl"
@@ -68,6 +72,7 @@ class Config:
     chat: bool = flag(False, "talk with the model")
     prompt: str = flag(None, "print the reply to this message")
     compare: list[str] = flag([], "two checkpoint folders, to be shown side by side")
+    tokens: bool = flag(False, "show the first conversation of --data token by token")
     system: str = flag("", "system message for --chat and --prompt")
     temperature: float = flag(0.0, "0 takes the likeliest token, 1 samples from the model's distribution", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability", low=0, high=1)
@@ -84,10 +89,12 @@ def main(cfg: Config) -> dict:
     # 1. Setup
     if [bool(cfg.chat), cfg.prompt is not None, bool(cfg.compare)].count(True) > 1:
         raise UserError("--chat, --prompt and --compare exclude each other")
+    if cfg.tokens and (cfg.chat or cfg.prompt is not None):
+        raise UserError("--tokens shows a conversation of --data; leave out --chat and --prompt")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")
-    if (cfg.chat or cfg.prompt is not None) and len(cfg.adapter) > 1:
-        raise UserError(f"--adapter {' '.join(cfg.adapter)}: to talk with a model, give one")
+    if (cfg.chat or cfg.prompt is not None or cfg.tokens) and len(cfg.adapter) > 1:
+        raise UserError(f"--adapter {' '.join(cfg.adapter)}: for --chat, --prompt and --tokens, give one")
     device = runtime.start(cfg.device, cfg.seed)
     if cfg.model and is_reward_model(cfg.model):
         return measure_reward_model(cfg, device)
@@ -107,6 +114,8 @@ def main(cfg: Config) -> dict:
         return chat(model, tokenizer, cfg, device)
     if cfg.prompt is not None:
         return answer_prompt(model, tokenizer, cfg, device)
+    if cfg.tokens:
+        return view_tokens(model, tokenizer, cfg, device)
 
     # 4. Measure
     files = [cfg.data] if cfg.data else [EVAL_DATA, EVAL_TEXT]
@@ -216,9 +225,9 @@ def held_out_pairs(cfg: Config, tokenizer, max_seq_len: int):
 
 def measure_reward_model(cfg: Config, device) -> dict:
     """All numbers for a reward model: how it ranks held-out pairs, and how sure it is."""
-    if cfg.chat or cfg.prompt is not None or cfg.adapter or cfg.ref:
+    if cfg.chat or cfg.prompt is not None or cfg.tokens or cfg.adapter or cfg.ref:
         raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
-                        "leave out --chat, --prompt, --adapter and --ref")
+                        "leave out --chat, --prompt, --tokens, --adapter and --ref")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
     checkpoint.check_tokenizer(model.config, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))
@@ -228,6 +237,34 @@ def measure_reward_model(cfg: Config, device) -> dict:
                "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}
     runtime.say(compare([cfg.model], [metrics]))
     result = {"model": cfg.model, "pairs": len(pairs), **metrics}
+    if cfg.json:
+        save_json(cfg.json, result)
+    return result
+
+
+def view_tokens(model, tokenizer, cfg: Config, device) -> dict:
+    """--tokens: the first conversation of --data, each token with its mask and log-probability, or the change of it."""
+    path = cfg.data or EVAL_DATA
+    if kind_of(path) != "conversations":
+        raise UserError(f"{path} holds no conversations; --tokens shows one")
+    tokens, mask = tokenizer.render(next(read_records(path, check_question))["conversations"])
+    context = model.config.max_position_embeddings
+    if len(tokens) > context:
+        note(f"the conversation has {len(tokens):,} tokens; the first {context:,}, the model's context, are shown")
+    tokens, mask = tokens[:context], mask[:context]
+    texts, colour = token_texts(tokenizer, tokens), sys.stdout.isatty()
+    logprobs = logprobs_of(model, tokens, device)
+    result = {"tokens": tokens, "mask": mask, "logprobs": logprobs}
+    if cfg.compare:
+        model = None
+        model, other_tokenizer = load(cfg.compare[1], device)
+        check_same_tokenizer(tokenizer, other_tokenizer, cfg.compare[1])
+        after = logprobs_of(model, tokens, device)
+        result["change"] = [None, *(new - old for new, old in zip(after[1:], logprobs[1:]))]
+        runtime.say(show_tokens(texts, result["change"], "change", colour))
+    else:
+        runtime.say(show_tokens(texts, mask, "mask", colour))
+        runtime.say(show_tokens(texts, logprobs, "logprob", colour))
     if cfg.json:
         save_json(cfg.json, result)
     return result

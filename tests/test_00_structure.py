@@ -24,6 +24,7 @@ IMPORTS = {
     "records": "chat forms runtime",
     "config": "runtime",
     "losses": "logprobs",
+    "token_view": "logprobs runtime",
     "optim": "runtime",
     "curves": "",
     "metrics": "curves safetensors",

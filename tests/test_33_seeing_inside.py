@@ -1,18 +1,30 @@
-"""Chapter 33: seeing inside. The curves of runs, in the terminal and as a drawing.
+"""Chapter 33: seeing inside. The curves of runs, a group of answers, and a conversation token by token.
 
 After this chapter you can read a line of blocks: the lowest value of a curve is the lowest block, the highest the full
-one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each).
+one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as the
+loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
 
-Two questions. What does the line of a run look like whose loss never moves? And with one NaN among its values?
+Two questions. What does the line of a run look like whose loss never moves? And which numbers
+follow the tokens of a model that knows the conversation by heart?
 """
 
+import json
+import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-from minillm import curves
+import eval as evaluation
+from minillm import checkpoint, curves
+from minillm.errors import UserError
 from minillm.metrics import show_samples
+from minillm.model import CausalLM, ModelConfig
+from minillm.token_view import show_tokens, token_texts
+from minillm.tokenizer import train_tokenizer
+from tests.helpers import close
+
+BYTES = train_tokenizer(["a"], 259)  # no merges: a token is a byte
 
 
 @pytest.fixture
@@ -56,3 +68,81 @@ def test_a_group_is_shown_from_the_best_answer_to_the_worst():
     assert [line.split() for line in lines[2:]] == [["|", "1.000", "|", "0.500", "|", "4", "|"],
                                                     ["|", "0.000", "|", "-0.500", "|", "5/", "|"]]
     assert "2 + 2?" in lines[0]
+
+
+# One conversation, token by token
+
+def test_a_token_is_printable_whatever_its_bytes_are():
+    """A character of three bytes in three tokens shows the bytes; what could move the cursor is written out."""
+    assert token_texts(BYTES, BYTES.encode("a\n你\033")) == ["a", r"\n", r"\xe4", r"\xbd", r"\xa0", r"\x1b"]
+
+
+def test_without_a_terminal_the_number_stands_behind_the_token():
+    """p = 0.5 is log p = -0.69, p = 0.01 is -4.61; nothing predicts the first token."""
+    texts, logprobs = ["<s>", "Hi", r"\n", "Bo"], [None, math.log(0.5), 0.0, math.log(0.01)]
+    assert show_tokens(texts, [False, False, False, True], "mask", False) == (
+        "loss mask, 1: trained on\n<s>{0}Hi{0}\\n{0}\nBo{1}\n")
+    assert show_tokens(texts, logprobs, "logprob", False) == (
+        "log-probability given the tokens before it, in nats\n<s>Hi{-0.69}\\n{0.00}\nBo{-4.61}\n")
+
+
+def test_on_a_terminal_it_is_a_colour():
+    """Green 32, yellow 33, magenta 35, red 31; grey 2. The last line holds the tokens, the one above is the legend."""
+    def colours(values, kind):
+        line = show_tokens(["x"] * len(values), values, kind, True).splitlines()[-1]
+        return [part.removeprefix("\033[") for part in line.split("mx\033[0m")[:-1]]
+
+    assert colours([False, True], "mask") == ["2", "32"]
+    assert colours([math.log(p) for p in (0.9, 0.2, 0.05, 0.001)], "logprob") == ["32", "33", "35", "31"]
+    assert colours([2.0, 0.5, 0.0, -0.5, -2.0], "change") == ["1;32", "32", "2", "31", "1;31"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """flat: each of 259 tokens is equally likely. sharp: the same, with random weights in its head."""
+    for name, scale in (("flat", 0.0), ("sharp", 1.0)):
+        torch.manual_seed(0)
+        model = CausalLM(ModelConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     num_key_value_heads=1, head_dim=8, intermediate_size=16,
+                                     max_position_embeddings=32))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)
+        checkpoint.save_model(tmp_path / name, model, BYTES)
+    record = {"conversations": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text('{"text": "abc"}\n', encoding="utf-8")
+    return tmp_path
+
+
+def view(folder, data="talk.jsonl", **settings):
+    return evaluation.main(evaluation.Config(tokens=True, data=str(folder / data), device="cpu", **settings))
+
+
+def test_a_conversation_with_its_mask_and_log_probabilities(folders, capsys):
+    """ln(1 / 259) = -5.5568 for each token. Trained on: the reply and the token that ends it, not the line after."""
+    result = view(folders, model=str(folders / "flat"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == [r"<|im_start|>{0}u{0}s{0}e{0}r{0}\n{0}", r"1{0}+{0}1{0}?{0}<|im_end|>{0}\n{0}",
+                          r"<|im_start|>{0}a{0}s{0}s{0}i{0}s{0}t{0}a{0}n{0}t{0}\n{0}"]
+    assert lines[4] == r"2{1}<|im_end|>{1}\n{0}"
+    assert lines[7] == r"<|im_start|>u{-5.56}s{-5.56}e{-5.56}r{-5.56}\n{-5.56}"
+    assert result["logprobs"][0] is None and close(result["logprobs"][1:], [-5.5568281] * (len(result["mask"]) - 1))
+
+
+def test_the_change_between_two_models(folders, capsys):
+    """After minus before: what the second model finds likelier than the first is above 0."""
+    flat, sharp = str(folders / "flat"), str(folders / "sharp")
+    same = view(folders, compare=[sharp, sharp])
+    assert same["change"] == [None] + [0.0] * (len(same["mask"]) - 1)
+    change = view(folders, compare=[flat, sharp])["change"]
+    back = view(folders, compare=[sharp, flat])["change"]
+    assert close(change[1:], [-x for x in back[1:]]) and any(x > 0.01 for x in change[1:])
+    assert capsys.readouterr().out.count("change of the log-probability, in nats\n<|im_start|>u{0.00}") == 1
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line(folders):
+    model = str(folders / "flat")
+    with pytest.raises(UserError, match="holds no conversations; --tokens shows one"):
+        view(folders, "text.jsonl", model=model)
+    with pytest.raises(UserError, match="leave out --chat and --prompt"):
+        view(folders, model=model, prompt="Hi")
