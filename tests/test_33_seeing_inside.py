@@ -1,11 +1,11 @@
 """Chapter 33: seeing inside. The curves of runs, a group of answers, and a conversation token by token.
 
 After this chapter you can read a line of blocks: the lowest value of a curve is the lowest block, the highest the full
-one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as the
-loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
+one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as
+the loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
 
-Two questions. What does the line of a run look like whose loss never moves? And which numbers
-follow the tokens of a model that knows the conversation by heart?
+Two questions. What does the line of a run look like whose loss never moves? And which numbers follow the tokens of a
+model that knows the conversation by heart?
 """
 
 import json
