@@ -5,15 +5,31 @@ prompt x is beta * (log pi(y|x) - log pi_ref(y|x)), where the reference pi_ref i
 
     loss = -log sigmoid(reward(x, chosen) - reward(x, rejected))
 
+Why: RLHF looks for the policy with a high reward r that stays close to the reference,
+
+    max over pi of   E_{y ~ pi}[r(x, y)] - beta KL(pi || pi_ref)
+                  =  beta log Z(x) - beta KL(pi || pi*)       pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)
+
+where Z(x) makes pi* sum to 1 and does not depend on pi. So the best policy is pi*. Solved for the reward,
+
+    r(x, y) = beta (log pi*(y|x) - log pi_ref(y|x)) + beta log Z(x)
+
+In the difference of two answers to one prompt Z cancels, though nobody can compute it. Put into the Bradley-Terry loss
+of train_reward.py, with the policy in place of pi*, that is the loss above. With z the difference of the rewards, its
+gradient is -beta sigmoid(-z) (grad log pi(chosen) - grad log pi(rejected)): pairs that are ranked wrong weigh most.
+In memory: the policy, its gradients and moments; of the reference only two numbers for each pair, computed beforehand.
+
     python train_dpo.py                                   # the pairs in data/, from out/sft
     python train_dpo.py --loss ipo                        # IPO (arXiv 2310.12036, Eq. 17): the margin has a target
     python train_dpo.py --data mine.jsonl --model Qwen3-0.6B --beta 0.1 --lr 1e-6 --epochs 1 --max_seq_len 1024
 
-The first line of the log shows ln 2: before its first update the policy is the reference. Watch chosen_logprobs: the
-loss falls as long as the rejected answer falls faster, even when the chosen one falls too.
+The first line of the log shows ln 2: before its first update the policy is the reference (unless --ref_model names
+another). Watch chosen_logprobs: the loss falls as long as the rejected answer falls faster, even when the chosen one
+falls too.
 Losses: dpo_loss and ipo_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
-Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop.
+Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop. The
+default beta of 0.5 is the paper's for summaries (elsewhere 0.1); for a downloaded model it is 0.1.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,21 @@ DeepSeekMath (arXiv 2402.03300), Algorithm 1 and Eq. 3. For each prompt sample G
     loss  = - mean_i mean_t [ min(ratio A_i, clip(ratio, 1 - clip_eps, 1 + clip_eps) A_i) - beta KL(policy || ref) ]
     ratio = policy(o_i,t) / old_policy(o_i,t)
 
+Why the mean is a baseline: the gradient of the expected reward is E[r grad log policy(o)]. Since
+E[grad log policy(o)] = grad sum_o policy(o) = grad 1 = 0, any number that does not depend on o may be taken off r: the
+expectation stays, the noise shrinks. Without one, rewards of 0 and 1 would only ever push up. The mean contains r_i
+itself, but r_i - mean(r) = (G - 1)/G (r_i - mean of the others): the same direction, a little shorter. The division by
+std is another matter: it gives prompts that are almost always or almost never solved more weight (dr_grpo leaves it
+out). What the clip does is told in train_ppo.py.
+
+k1 against k3: with x = log ref - log policy of a sampled token, k1 = -x and k3 = exp(x) - x - 1. Both have the mean
+KL(policy || ref), because the mean of exp(x) is sum_o policy(o) ref(o) / policy(o) = 1; k3 is never negative and less
+noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0, which holds nothing.
+k3's is (1 - ref / policy) grad log policy, which pulls back (on average it is the gradient of KL(ref || policy)). So
+it is k3 here and in the logs, and k1 where PPO takes the value off the reward.
+In memory: the policy with gradients and moments, the frozen reference (with --peft lora the same weights), and the
+cache of keys and values while sampling.
+
     python train_grpo.py                                  # the prompts in data/, from out/sft; reward: is it right?
     python train_grpo.py --beta 0.04                      # with the paper's KL term
     python train_grpo.py --data mine.jsonl --reward my_reward.py:score --lr 1e-6

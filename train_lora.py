@@ -8,6 +8,16 @@ The loss is that of train_sft.py. What differs is section 3, which puts the trai
     prefix   keys and values before those of every document             minillm/prefix.py    arXiv 2101.00190
     prompt   input vectors before every document                        minillm/prefix.py    arXiv 2104.08691
 
+What LoRA assumes: the change of W (out, in) that a new task needs has a low rank, so it is written as a product of
+B (out, r) and A (r, in). With s = alpha / r and g the gradient of the loss in y,
+
+    d loss / d B = s g (A x)^T          d loss / d A = s B^T g x^T
+
+B starts at 0: the first output is the base's, and in the first step only B moves. A starts at random, for with both at
+0 neither would ever move. r (in + out) numbers are trained instead of in x out.
+In memory: the base, without gradients and moments, and at most 16 bytes for each number that is trained. The
+activations stay: the gradient has to pass through the frozen layers (--recompute).
+
     python train_lora.py                                  # teaches data/identity.jsonl to out/sft, writes out/lora
     python train_lora.py --peft dora --rank 16 --alpha 32 --merge --out out/dora
     python eval.py --model out/sft --adapter out/lora --chat

@@ -3,7 +3,7 @@
 InstructGPT (arXiv 2203.02155, section 3.5) with PPO (arXiv 1707.06347, Eq. 7) and GAE (arXiv 1506.02438, Eq. 16):
 
     policy (actor)         answers, and is trained
-    value model (critic)   says at each token which return it expects, and is trained; starts as the reward model
+    value model (critic)   says at each token which return it expects, and is trained
     ref_model              the policy as it was, frozen: moving away from it costs
     reward model           scores a finished answer, frozen
 
@@ -11,6 +11,22 @@ InstructGPT (arXiv 2203.02155, section 3.5) with PPO (arXiv 1707.06347, Eq. 7) a
     delta_t   = reward_t + gamma V_{t+1} - V_t          advantage_t = delta_t + gamma gae_lambda advantage_{t+1}
     policy    : -mean_t min(ratio A, clip(ratio, 1 - clip_eps, 1 + clip_eps) A)          with A = whitened advantages
     critic    : 1/2 mean_t max((V - returns)^2, (clip(V, V_old - value_clip_eps, V_old + value_clip_eps) - returns)^2)
+
+The clip. ratio = policy / old_policy of a token is 1 when the updates of a rollout begin.
+    A > 0: the minimum is A min(ratio, 1 + clip_eps). Above 1 + clip_eps it is flat: likely enough, no more gradient.
+    A < 0: the minimum is A max(ratio, 1 - clip_eps). Below 1 - clip_eps it is flat: rare enough, no more gradient.
+On the wrong side (A > 0 and the ratio below 1, A < 0 and above) the gradient stays, however far: it leads back. So one
+rollout can serve several steps. With the maximum instead of the minimum it would be the other way round.
+
+The advantage. Its deltas add up: advantage_t = sum_l (gamma gae_lambda)^l delta_{t+l}, and returns = advantage + V.
+    gae_lambda = 0: delta_t = reward_t + gamma V_{t+1} - V_t. Little noise, but as wrong as the critic is.
+    gae_lambda = 1: the V in between cancel, what is left is the sum of the (discounted) rewards from t on, minus V_t.
+                    Right on average whatever the critic says, with the noise of the whole rest of the answer.
+In between the weight of what comes later shrinks by gamma gae_lambda a token.
+
+In memory: policy and critic with gradients and moments (16 bytes a parameter each), reference and reward model as
+weights alone, and the cache of keys and values while sampling. With --peft lora policy and reference share weights, and
+gradients and moments are those of the LoRA.
 
     python train_reward.py && python train_ppo.py         # the prompts in data/, from out/sft, scored by out/reward
     python train_ppo.py --kl_coef 0                       # nothing holds the policy: watch it fool the reward model
@@ -21,7 +37,8 @@ num_minibatches parts. The KL to the reference is part of the rewards, by the es
 ratio is exactly 1 in the first optimizer step on each rollout.
 Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
-Deviations: policy and critic share no weights, and each has an optimizer of its own. Scores are normalised by their
+Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
+model, or without one as the language model with a new head. Scores are normalised by their
 mean and standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward
 model), and the critic's head with them. For the first critic_steps rollouts only the critic is trained: the advantages
 of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in

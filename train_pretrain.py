@@ -4,6 +4,18 @@ The objective of GPT (arXiv 2005.14165), over every token x of every document:
 
     loss = - mean_t log p(x_t | x_<t)
 
+Why this one: by the chain rule the probability of a document is p(x) = prod_t p(x_t | x_<t), so the log-likelihood of
+all text is a sum with one term for each token, and to maximise it is to predict the next token. Its expectation is
+
+    E[-log p(x)] = H(text) + KL(text || model)
+
+so the loss ends at the entropy of the text, not at 0, and all that training can do is bring the model's distribution to
+the text's. It begins near ln(vocabulary), 6.93 for 1,024 tokens, where all are equally likely. In the logits of one
+token its gradient is (softmax(logits) - onehot(x_t)) / n_targets: what was said goes up, everything else goes down by
+its own probability.
+In memory: weights, gradients and the optimizer's moments (16 bytes a parameter with AdamW, 12 with Muon, which has one
+moment), and the activations, which grow with batch_size x max_seq_len.
+
     python train_pretrain.py                                       # the text in data/, tiny preset
     python train_pretrain.py --data novel.txt wiki.jsonl.gz --preset small --max_seq_len 1024
 

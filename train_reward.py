@@ -5,12 +5,22 @@ the SFT model, read at the <|im_end|> that closes answer y to prompt x:
 
     loss = -log sigmoid(r(x, chosen) - r(x, rejected) - margin) - sft_coef * mean_t log p(chosen_t | before it)
 
+Why Bradley-Terry: people cannot say how good an answer is on a scale, but which of two is better. Suppose that every
+answer has a strength exp(r) > 0, whatever it is compared with, and wins in proportion to it:
+
+    P(chosen beats rejected) = exp(r_chosen) / (exp(r_chosen) + exp(r_rejected)) = sigmoid(r_chosen - r_rejected)
+
+The log-odds are then the difference of two scores. The likeliest r for the labels seen minimises -log P, the loss (with
+margin 0). Its gradient in r_chosen is -sigmoid(r_rejected - r_chosen), and the opposite in r_rejected: 1/2 where both
+score the same, and near 0 for a pair that is ranked clearly right. A number b(x) added to both scores cancels.
+In memory: one model, its gradients and moments.
+
     python train_reward.py                                # the pairs in data/, from out/sft
     python train_reward.py --sft_coef 0                   # InstructGPT's loss alone
     python train_reward.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-5 --epochs 1 --max_seq_len 1024
 
-Only differences of scores mean something. A pair may have a "margin" by which its chosen answer should win (Llama 2,
-arXiv 2307.09288, Eq. 2). The folder opens in transformers as a sequence classifier with one label.
+So only differences of scores for one prompt mean something. A pair may have a "margin" by which its chosen answer
+should win (Llama 2, arXiv 2307.09288, Eq. 2). The folder opens in transformers as a sequence classifier with one label.
 Loss: reward_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
 Deviations: the head starts at random, and all weights are trained. No term centres the scores. The second term is the

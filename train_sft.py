@@ -5,6 +5,17 @@ assistant's tokens y, given everything before them:
 
     loss = - sum_t mask_t log p(y_t | y_<t) / sum_t mask_t
 
+Why a mask: the log-likelihood of a conversation is that of what the user says plus that of what the assistant answers,
+
+    log p(question, answer) = log p(question) + log p(answer | question)
+
+and only the second is to be learned: the model should answer, not imitate its users. The sum runs over all tokens, and
+loss_mask keeps the terms of the answer and of the <|im_end|> that closes it; without that one the model never learns to
+stop. A question is still read, so its hidden states get gradients, through attention. n_targets counts the masked
+tokens of all micro-batches and processes: a mean of their means would give the tokens of one with few targets more
+weight.
+In memory: as in train_pretrain.py.
+
     python train_sft.py                                   # the data in data/, from out/pretrain when it is there
     python train_sft.py --data mine.jsonl --model Qwen3-0.6B --optimizer adamw --lr 2e-5 --epochs 3
 
