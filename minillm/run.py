@@ -200,8 +200,9 @@ class Run:
         names = list(dict.fromkeys(name for process in added for step in process for name in step))
         sums = torch.zeros(len(self.steps), len(names), 2, device=self.device)  # of the values, of their weights
         for row, step in zip(sums, self.steps):
-            for cell, name in zip(row, names):
-                cell[0], cell[1] = step.get(name, (0.0, 0.0))
+            for cell, name in zip(row, names):  # fill_: on CUDA cell[0] = 0.5 would wait for the device
+                for part, value in zip(cell, step.get(name, (0.0, 0.0))):
+                    part.fill_(value)
         sums = runtime.sum_tensor_over_processes(sums).tolist()
         line = {}
         for i, name in enumerate(names):
