@@ -201,7 +201,8 @@ class Run:
         sums = torch.zeros(len(self.steps), len(names), 2, device=self.device)  # of the values, of their weights
         for row, step in zip(sums, self.steps):
             for cell, name in zip(row, names):
-                cell[0], cell[1] = step.get(name, (0.0, 0.0))
+                for place, value in zip(cell, step.get(name, (0.0, 0.0))):
+                    place.fill_(value)  # cell[0] = 0.0 would wait for a GPU, once for each number
         sums = runtime.sum_tensor_over_processes(sums).tolist()
         line = {}
         for i, name in enumerate(names):
