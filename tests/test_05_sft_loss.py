@@ -4,6 +4,12 @@ Code: minillm/logprobs.py and sft_loss in minillm/losses.py, used by train_pretr
 
 Everything after this chapter (DPO, PPO, GRPO) is built on one number: how probable was this token, given those before
 it? Supervised fine-tuning just makes that number larger for the tokens that a good assistant would have said.
+
+After this chapter you can compute the loss of a text by hand, know which logit belongs to which token, and see what a
+mean of means does to it.
+
+Two questions. What is the loss of TOKENS below if only the last token is supervised? And what does temperature 2 make
+of the log-probability of token 2: does it rise or fall, and why?
 """
 
 import pytest

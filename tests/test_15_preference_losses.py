@@ -5,6 +5,12 @@ Code: reward_loss, dpo_loss and ipo_loss in minillm/losses.py, used by train_rew
 Somebody preferred one answer to another. Bradley and Terry say how likely that was: sigmoid(score of the one - score of
 the other). A reward model learns the scores. DPO notes that a policy already has one: how much more probable than its
 reference it makes the answer, times beta.
+
+After this chapter you know why DPO starts at ln 2, which pairs move the policy most, and why the loss can fall while
+the chosen answer becomes less probable.
+
+Two questions. Double beta and halve every difference to the reference: what happens to the loss of DPO, and what to
+that of IPO? And at which margin does label_smoothing 0.5 put the minimum?
 """
 
 import pytest

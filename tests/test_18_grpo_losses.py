@@ -5,6 +5,12 @@ Code: minillm/losses.py, used by train_grpo.py.
 Ask the same question several times. Answers better than the group's mean are made more probable, worse ones less; a
 clip keeps each step small, and a KL term keeps the policy near its reference. The three losses differ in two places
 only: what the sum over tokens is divided by, and how far up the clip lets a token go.
+
+After this chapter you can turn the rewards of a group into advantages, say which tokens the clip stops, and tell k1
+from k3 by their signs.
+
+Two questions. Add 5 to every reward of a group, then double them: which advantages change, with and without the
+division by the standard deviation? And what happens to the shortest answer's weight when grpo becomes dapo?
 """
 
 import pytest

@@ -4,6 +4,12 @@ Code: minillm/losses.py, used by train_ppo.py.
 
 The critic guesses, before every token, what score the answer will get. A token's advantage is how much better things
 went than the critic had guessed: one step later (lambda 0), at the very end (lambda 1), or in between.
+
+After this chapter you can compute GAE backwards by hand, and say for either sign of the advantage where the clip ends
+the gradient.
+
+Two questions. What is the first token's advantage in the example below with lambda 0.5? And which of the three
+advantages is the same for every lambda?
 """
 
 import pytest
