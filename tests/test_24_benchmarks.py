@@ -332,8 +332,7 @@ for name, part in (("train", "model"), ("generate", "model"), ("grpo", "step")):
 def test_they_are_commands_wherever_one_stands(tmp_path):
     """In one process, since starting one takes longer than they do."""
     done = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{ALL_THREE}"], cwd=tmp_path,
-                          capture_output=True,
-                          text=True)
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(common.machine(CPU).split(",")[0]) == 3, done.stderr
 
 
