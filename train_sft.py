@@ -116,7 +116,8 @@ def main(cfg: Config) -> dict:
             with runtime.autocast(device):
                 hidden = forward(batch.tokens, doc_ids=batch.doc_ids)  # (B, T, D)
             # the loss mask: what the assistant says, and the <|im_end|> that closes it
-            loss = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_targets)
+            loss = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_targets,
+                                        batch.targets)
             loss.backward()
             run.add({"loss": loss}, tokens=n_tokens)
         update(model, optimizers, cfg.max_grad_norm)

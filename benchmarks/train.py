@@ -129,8 +129,9 @@ def padded(batch: Batch) -> Batch:
             here = doc_ids == d
             parts.append((tokens[here], loss_mask[here], torch.zeros_like(doc_ids[here])))
     tokens, loss_mask, doc_ids = zip(*parts)
-    return Batch(pad_sequence(tokens, batch_first=True), pad_sequence(loss_mask, batch_first=True),
-                 pad_sequence(doc_ids, batch_first=True, padding_value=-1))
+    loss_mask = pad_sequence(loss_mask, batch_first=True)
+    return Batch(pad_sequence(tokens, batch_first=True), loss_mask,
+                 pad_sequence(doc_ids, batch_first=True, padding_value=-1), loss_mask.flatten().nonzero()[:, 0])
 
 
 # The loss in four ways. forward is the model or its `hidden`, perhaps compiled; n_tokens counts the supervised tokens.
@@ -138,7 +139,7 @@ def padded(batch: Batch) -> Batch:
 def ours(model, forward, batch, n_tokens):
     with runtime.autocast(batch.tokens.device):
         hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
-    return linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens)
+    return linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens, batch.targets)
 
 
 def plain(model, forward, batch, n_tokens):
@@ -261,7 +262,8 @@ def memory(shapes, lengths, cfg, device) -> list:
         model.model.recompute = "recompute" in method
         step, _ = trainer(WAYS["minillm"], model, cfg.compile)
         tokens = torch.randint(config.vocab_size, (1, length), device=device)
-        batch = Batch(tokens, torch.arange(length, device=device)[None] > 0, torch.zeros_like(tokens))
+        positions = torch.arange(length, device=device)
+        batch = Batch(tokens, positions[None] > 0, torch.zeros_like(tokens), positions[1:])
         for _ in range(2):  # the optimizer has its state from the second one on
             step(batch, length - 1)
 

@@ -131,11 +131,15 @@ def to_device(tensor, device):
 
 @dataclass
 class Batch:
-    """Packed rows: tokens (B, T) int64; loss_mask (B, T) bool; doc_ids (B, T) int64, one per document, -1: padding."""
+    """Packed rows: tokens (B, T) int64; loss_mask (B, T) bool; doc_ids (B, T) int64, one per document, -1: padding.
+
+    targets (N,) int64: where loss_mask.flatten() is True. To count them a GPU would have to be waited for.
+    """
 
     tokens: torch.Tensor
     loss_mask: torch.Tensor
     doc_ids: torch.Tensor
+    targets: torch.Tensor
 
     @property
     def n_tokens(self) -> int:
@@ -149,7 +153,7 @@ class Batch:
 
     def to(self, device):
         """The same batch on a device."""
-        return Batch(*(to_device(t, device) for t in (self.tokens, self.loss_mask, self.doc_ids)))
+        return Batch(*(to_device(t, device) for t in (self.tokens, self.loss_mask, self.doc_ids, self.targets)))
 
 
 def pack(lengths, row_length: int) -> list:
@@ -315,4 +319,4 @@ class PackedLoader(Loader):
                 mask[b, at] = False  # the first token of a document has no context to be predicted from
                 doc_ids[b, at:end] = document
                 at = end
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(doc_ids))
+        return Batch(*map(torch.from_numpy, (tokens, mask, doc_ids, np.flatnonzero(mask))))

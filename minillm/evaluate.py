@@ -33,7 +33,8 @@ def held_out_loss(model, dataset, row_length: int, device, batch_size: int = 16)
             batch = batch.to(device)
             with autocast(device):
                 hidden = model.hidden(batch.tokens, doc_ids=batch.doc_ids)
-            loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1)
+            loss_sum = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens=1,
+                                            targets=batch.targets)
             total += loss_sum.item()
             count += batch.n_targets
     total, count = sum_over_processes(total), int(sum_over_processes(count))

@@ -191,13 +191,20 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     return total / mask.sum().clamp(min=1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_mask: Tensor, n_tokens=None,
+                         targets=None) -> Tensor:
     """sft_loss(hidden @ weight.T, tokens, loss_mask, n_tokens): the same number, with the logits of head_logprobs.
 
     hidden (B, T, D), weight (V, D): as in head_logprobs; the rest as in sft_loss. What this saves is the logits of
     tokens that nobody supervises (in a conversation most of them), and memory: a chunk of logits is held at a time.
+    targets (N,), optional: where loss_mask.flatten() is True (Batch.targets). On a GPU only they tell which logits to
+    save: finding it out there would mean to wait for it. The first token of a row must not be among them.
     """
     check_shapes("B, T", tokens=tokens, loss_mask=loss_mask)
     _check_head(hidden, weight, tokens)
     mask = loss_mask[:, 1:]
+    if targets is not None and not _picks_rows(hidden):
+        states = hidden.flatten(0, 1).index_select(0, targets - 1)  # (B, T, D) -> (N, D): the states before the targets
+        logprobs = _HeadLogprobs.apply(states, weight, tokens.flatten()[targets].long(), 1.0)
+        return -logprobs.sum() / denominator(n_tokens, len(targets))
     return -head_logprobs(hidden, weight, tokens, mask=mask).sum() / denominator(n_tokens, mask.sum())

@@ -296,6 +296,7 @@ def test_collate_worked_example(tmp_path):
     assert batch.tokens.tolist() == [[END, a, b, END, END, c, END, 0], [END, d, END, 0, 0, 0, 0, 0]]
     assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.doc_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1, -1, -1, -1, -1]]
+    assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [1, 2, 3, 5, 6, 9, 10]
     assert (batch.n_tokens, batch.n_targets) == (10, 7)
 
 

@@ -344,6 +344,30 @@ def test_the_loss_from_hidden_states_equals_its_plain_twin(small_chunks, n_token
     close(weight.grad, twin_weight.grad)
 
 
+@pytest.mark.parametrize("targets", [[], [5], [1, 2, 5, 8, 9, 20]])
+def test_on_a_gpu_the_targets_are_told_and_only_their_logits_are_made(monkeypatch, targets):
+    """The same loss and gradients as from the mask, of 3 rows of 7."""
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: False)  # as on a GPU
+    hidden, weight, tokens = head_inputs()
+    mask, targets = torch.zeros(21, dtype=torch.bool), torch.tensor(targets, dtype=torch.long)
+    mask[targets] = True
+    twin_hidden, twin_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, tokens, mask.view(3, 7), targets=targets)
+    twin = sft_loss(twin_hidden @ twin_weight.T, tokens, mask.view(3, 7))
+    close(loss, twin)
+    loss.backward()
+    twin.backward()
+    close(hidden.grad, twin_hidden.grad)
+    close(weight.grad, twin_weight.grad)
+
+    large, weight, tokens = head_inputs(2, 1025, 4, 300, torch.float32)
+    mask = torch.zeros(2, 1025, dtype=torch.bool)
+    mask[1, 7:12] = True
+    with LargestTensor() as mode:
+        linear_cross_entropy(large, weight, tokens, mask, 5, torch.arange(1032, 1037)).backward()
+    assert mode.largest == large.numel()
+
+
 def test_the_loss_from_hidden_states_makes_no_logits_that_nobody_asks_for():
     """Of 2 x 1025 tokens 5 are supervised: 5 x 300 logits, fewer numbers than the hidden states have."""
     hidden, weight, tokens = head_inputs(2, 1025, 4, 300, torch.float32)
