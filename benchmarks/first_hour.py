@@ -5,10 +5,10 @@
     python benchmarks/first_hour.py --steps tests zeros twice         # some of it
     python benchmarks/first_hour.py --device cpu --steps zeros twice  # does it run?
 
-A step is a process of its own with a limit of time, so one that fails stops no other. The steps that check run side by
-side; then those that measure run one after the other. OUT/first_hour.json and OUT/first_hour.md are written anew after
-each step, and OUT/steps/ has what each step printed. The table STEPS says what each step shows; gpu_steps.py has the
-steps themselves. Nothing has to be trained before: the checkpoints that are needed are made in OUT.
+A step is a process of its own with a limit of time, so one that fails stops no other. First comes `stages`, which makes
+the checkpoints that others need. Then the steps that check run side by side, and those that measure run one by one.
+OUT/first_hour.json and OUT/first_hour.md are written anew after each step, and OUT/steps/ has what each step printed.
+The table STEPS says what each step shows; gpu_steps.py has the steps themselves. Nothing has to be trained before.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from minillm.errors import UserError
 from minillm.metrics import table
 from minillm.safetensors import save_json
 
-SIDE_BY_SIDE = 6  # checking steps at a time
+SIDE_BY_SIDE = 4  # checking steps at a time
 
 Step = namedtuple("Step", "name seconds measures shows")
 STEPS = {step.name: step for step in (
     Step("machine", 60, False, "versions, capability, what is chosen on this machine"),
-    Step("stages", 100, False, "pretraining, SFT and a reward model; the steps below start from these"),
+    Step("stages", 60, False, "a few steps of pretraining, SFT and a reward model, not compiled, to start from"),
     Step("recompiles", 120, False, "compilations in 400 steps of SFT: one"),
     Step("tests", 150, False, "the tests that need a GPU, file by file"),
     Step("zeros", 100, False, "learning rate 0: every ratio is exactly 1, every KL and DPO margin exactly 0"),
@@ -64,6 +64,7 @@ class Config:
     steps: list[str] = flag([], "only these steps, of those in the table STEPS (default: all)")
     minutes: float = flag(0.0, "time for everything; a step that no longer fits is skipped (0: no limit)", low=0)
     device: str = flag("", "cuda or cpu (default: the best that is here)")
+    tests: list[str] = flag([], "for the step `tests`: only these tests (default: all that need a GPU)")
     child: str = flag("", "run this step in this process, as the script does for each of its steps")
 
 
@@ -79,6 +80,7 @@ def run_step(name: str, cfg: Config, deadline: float) -> dict:
     if not step.measures:
         environment.setdefault("OMP_NUM_THREADS", "2")
     command = [sys.executable, __file__, "--child", name, "--out", cfg.out, "--device", cfg.device]
+    command += ["--tests", *cfg.tests] if cfg.tests else []
     with open(path.with_suffix(".log"), "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                                    start_new_session=True)
@@ -118,7 +120,7 @@ def main(cfg: Config) -> dict:
     cfg.out, cfg.device = os.path.abspath(cfg.out), runtime.pick_device(cfg.device).type
     if cfg.child:
         os.chdir(ROOT)
-        found = gpu_steps.Found(cfg.out, cfg.device, cfg.child)
+        found = gpu_steps.Found(cfg.out, cfg.device, cfg.child, cfg.tests)
         getattr(gpu_steps, cfg.child)(found)
         return found.result
     (Path(cfg.out) / "steps").mkdir(parents=True, exist_ok=True)
@@ -134,22 +136,16 @@ def main(cfg: Config) -> dict:
             save_json(f"{cfg.out}/first_hour.json", results)
             Path(cfg.out, "first_hour.md").write_text(to_markdown(results), encoding="utf-8")
 
+    def start(name):
+        done(name, run_step(name, cfg, deadline))
+
+    if "stages" in chosen:
+        start("stages")
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        waiting = {}
-
-        def start(name):
-            if name in NEED_STAGES and "stages" in waiting:
-                waiting["stages"].result()
-            done(name, run_step(name, cfg, deadline))
-
-        for name in chosen:
-            if not STEPS[name].measures:
-                waiting[name] = pool.submit(start, name)
-        for job in waiting.values():
-            job.result()
+        list(pool.map(start, [name for name in chosen if name != "stages" and not STEPS[name].measures]))
     for name in chosen:
         if STEPS[name].measures:
-            done(name, run_step(name, cfg, deadline))
+            start(name)
     return results
 
 

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -35,10 +36,10 @@ from minillm.safetensors import load_safetensors, save_json
 from minillm.tokenizer import Tokenizer
 
 SIZES = {
-    "cuda": dict(pretrain_steps=300, sft_steps=400, reward_steps=60, large="mini", presets=("tiny", "mini", "small",
-                 "base"), rows=32, row_length=768, vocab_size=6400, compiled=("small", "tiny", "base"),
-                 qwen="qwen3-0.6b", qwen_vocab=151936, length=4096, answer=448, twice=60),
-    "cpu": dict(pretrain_steps=3, sft_steps=4, reward_steps=2, large="tiny", presets=("tiny",), rows=2, row_length=64,
+    "cuda": dict(stages=60, recompiles=400, large="mini", presets=("base", "small", "mini", "tiny"), rows=32,
+                 row_length=768, vocab_size=6400, compiled=("base", "small", "tiny"), qwen="qwen3-0.6b",
+                 qwen_vocab=151936, length=4096, answer=448, twice=30),
+    "cpu": dict(stages=3, recompiles=4, large="tiny", presets=("tiny",), rows=2, row_length=64,
                 vocab_size=1024, compiled=("tiny",), qwen="tiny", qwen_vocab=2048, length=256, answer=16, twice=4),
 }
 
@@ -46,8 +47,8 @@ SIZES = {
 class Found:
     """What a step found: checks that passed or failed, and rows of a table. Written at once: a kill loses nothing."""
 
-    def __init__(self, out: str, device: str, step: str):
-        self.out, self.device = Path(out), torch.device(device)
+    def __init__(self, out: str, device: str, step: str, tests: list):
+        self.out, self.device, self.tests = Path(out), torch.device(device), tests
         self.size = SIZES["cuda" if self.device.type == "cuda" else "cpu"]
         self.path, self.result = self.out / "steps" / f"{step}.json", {"checks": [], "rows": []}
 
@@ -84,9 +85,9 @@ class Found:
         return [line for line in map(json.loads, lines) if "resumed" not in line]
 
     def few(self, name: str, count: int = 16) -> str:
-        """The first lines of a held-out file of data/: evaluation is not what is measured here."""
+        """The first lines of a file of data/: neither reading nor evaluation is what is measured here."""
         path = self.out / "steps" / f"{self.path.stem}_{name}.jsonl"
-        with open(ROOT / "data" / f"{name}_eval.jsonl", encoding="utf-8") as file:
+        with open(ROOT / "data" / f"{name}.jsonl", encoding="utf-8") as file:
             path.write_text("".join(line for line, _ in zip(file, range(count))), encoding="utf-8")
         return str(path)
 
@@ -120,20 +121,23 @@ def machine(found: Found):
 
 
 def stages(found: Found):
-    size = found.size
-    found.stage("pretrain", "pretrain", "--max_steps", size["pretrain_steps"])
-    lines = found.stage("sft", "sft", "--model", found.out / "pretrain", "--max_steps", size["sft_steps"])
+    def train(name, data, *flags):
+        return found.stage(name, name, "--data", found.few(data, 3000), "--eval_data", found.few(f"{data}_eval"),
+                           "--max_steps", found.size["stages"], "--no-compile", *flags)
+
+    train("pretrain", "pretrain")
+    lines = train("sft", "sft", "--model", found.out / "pretrain")
     found.check("SFT lowers the loss", lines[-1]["loss"] < lines[0]["loss"], f"{lines[0]['loss']} {lines[-1]['loss']}")
-    lines = found.stage("reward", "reward", "--model", found.out / "sft", "--max_steps", size["reward_steps"])
+    lines = train("reward", "preference", "--model", found.out / "sft")
     found.check("the reward model's loss", None, f"{lines[0]['loss']} {lines[-1]['loss']}")
 
 
-def gpu_tests() -> dict:
-    """{file: [test, ...]} of the tests that are skipped without a GPU."""
+def gpu_tests(only: list) -> dict:
+    """{file: [test, ...]} of the tests that are skipped without a GPU; only: some of their names, or none for all."""
     chosen = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and any(
+            if isinstance(node, ast.FunctionDef) and (not only or node.name in only) and any(
                     "cuda.is_available" in ast.unparse(d) or "needs_a_gpu" in ast.unparse(d)
                     for d in node.decorator_list):
                 chosen.setdefault(f"tests/{path.name}", []).append(node.name)
@@ -146,7 +150,7 @@ def pytest_files(found: Found, chosen: dict, at_a_time: int):
         path, names = item
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", "--tb=short"]
         return subprocess.run([*command, *([f"{path}::{name}" for name in names] or [path])], cwd=ROOT,
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
 
     with ThreadPoolExecutor(at_a_time) as pool:
         for path, done in zip(chosen, pool.map(one, chosen.items())):
@@ -155,10 +159,14 @@ def pytest_files(found: Found, chosen: dict, at_a_time: int):
             for line in done.stdout.splitlines():
                 if line.startswith(("FAILED", "ERROR")):
                     found.row(failed=line[:300].replace("|", "/"))
+            if done.returncode and "short test summary" in done.stdout:  # where the last of them failed
+                before = done.stdout[:done.stdout.index("short test summary")].splitlines()
+                for line in before[-1 - 25:-1]:
+                    found.row(traceback=line[:300].replace("|", "/"))
 
 
 def tests(found: Found):
-    pytest_files(found, gpu_tests(), at_a_time=4)
+    pytest_files(found, gpu_tests(found.tests), at_a_time=4)
 
 
 def suite(found: Found):
@@ -167,12 +175,13 @@ def suite(found: Found):
 
 def recompiles(found: Found):
     counters = importlib.import_module("torch._dynamo.utils").counters
-    seconds = []
+    runtime.can_compile(found.device)  # compiles a trivial function
+    seconds, probe = [], counters["stats"]["unique_graphs"]
     began = time.perf_counter()
     with after_each_step(lambda step: seconds.append(time.perf_counter() - began)):
-        found.stage("sft", "recompiles", "--preset", found.size["large"], "--max_steps", found.size["sft_steps"],
-                    "--tokenizer", "data/tokenizer.json", "--eval_data", found.few("sft"))
-    programs = counters["stats"]["unique_graphs"]
+        found.stage("sft", "recompiles", "--preset", found.size["large"], "--max_steps", found.size["recompiles"],
+                    "--tokenizer", "data/tokenizer.json", "--eval_data", found.few("sft_eval"))
+    programs = counters["stats"]["unique_graphs"] - probe
     found.check(f"SFT, {len(seconds)} steps: one program", programs <= 1 and not counters["graph_break"],
                 f"{programs} programs, graph breaks {dict(counters['graph_break'])}")
     gaps = [later - earlier for earlier, later in zip(seconds, seconds[1:])]
@@ -192,8 +201,9 @@ RATIO = {"ratio_mean": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "kl": 0.0}
 def zeros(found: Found, model: str = "sft", compiled: bool = False):
     model = found.out / model
     common = ["--model", model, "--lr", 0, "--max_steps", 2, "--compile" if compiled else "--no-compile"]
-    rl = [*common, "--batch_size", 16, "--grad_accum", 2, "--update_epochs", 2, "--eval_data", found.few("prompts")]
-    pairs = [*common, "--eval_data", found.few("preference")]
+    rl = [*common, "--batch_size", 16, "--grad_accum", 2, "--update_epochs", 2,
+          "--eval_data", found.few("prompts_eval")]
+    pairs = [*common, "--data", found.few("preference", 400), "--eval_data", found.few("preference_eval")]
     for lora in ([], ["--peft", "lora"]):
         name = f"{found.path.stem}_lora" if lora else found.path.stem
         with found.part(f"GRPO{' LoRA' * bool(lora)}"):
@@ -225,9 +235,10 @@ def differences(one: Path, other: Path) -> str:
 
 def twice(found: Found):
     steps = found.size["twice"]
-    common = {"sft": ["--model", found.out / "pretrain", "--max_steps", steps, "--eval_data", found.few("sft")],
-              "grpo": ["--model", found.out / "sft", "--max_steps", 4, "--batch_size", 16, "--eval_data",
-                       found.few("prompts")]}
+    common = {"sft": ["--model", found.out / "pretrain", "--max_steps", steps, "--no-compile", "--data",
+                      found.few("sft", 3000), "--eval_data", found.few("sft_eval")],
+              "grpo": ["--model", found.out / "sft", "--max_steps", 4, "--no-compile", "--batch_size", 16,
+                       "--eval_data", found.few("prompts_eval")]}
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
         for name, flags in common.items():
@@ -357,16 +368,16 @@ def qwen(found: Found):
     pairs = found.out / "steps" / "long_pairs.jsonl"
     pairs.write_text("".join(json.dumps({"chosen": sides[i % 2], "rejected": sides[1 - i % 2], "margin": i}) + "\n"
                              for i in range(8)), encoding="utf-8")
-    sft = ["--max_seq_len", size["length"], "--batch_size", 1, "--eval_data", found.few("sft", 4)]
+    sft = ["--max_seq_len", size["length"], "--batch_size", 1, "--eval_data", found.few("sft_eval", 4)]
     dpo = ["--max_seq_len", half, "--batch_size", 1, "--data", pairs, "--eval_data", pairs]
     rl = ["--max_new_tokens", size["answer"], "--max_seq_len", size["answer"] + 64, "--num_minibatches", 1,
-          "--eval_data", found.few("prompts", 4)]
+          "--eval_data", found.few("prompts_eval", 4)]
     grpo, ppo = [*rl, "--batch_size", 1], [*rl, "--batch_size", 8, "--reward_model", found.out / "qwen_reward"]
     lora = ["--peft", "lora"]
     for name, what, flags in (
             ("sft", "full", [*sft, "--optimizer", "adamw"]), ("lora", "LoRA", [*sft, *lora]),
-            ("dpo", "full", dpo), ("dpo", "LoRA", [*dpo, *lora]), ("reward", "LoRA", [*dpo, *lora]),
-            ("grpo", "LoRA", [*grpo, *lora]), ("ppo", "LoRA", [*ppo, *lora]),
+            ("grpo", "LoRA", [*grpo, *lora]), ("dpo", "LoRA", [*dpo, *lora]), ("ppo", "LoRA", [*ppo, *lora]),
+            ("dpo", "full", dpo), ("reward", "LoRA", [*dpo, *lora]),
             ("sft", "full, recompute", [*sft, "--optimizer", "adamw", "--recompute"]),
             ("lora", "LoRA, recompute", [*sft, *lora, "--recompute"]), ("grpo", "full", grpo)):
         with found.part(f"{name}, {what}"):

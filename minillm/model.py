@@ -330,22 +330,28 @@ class CausalLM(nn.Module):
         return self.lm_head(self.hidden(tokens, attention_mask, doc_ids, positions, cache))
 
 
-def packed_forward(model: CausalLM, compiled: bool):
-    """model.hidden for packed rows of one shape, as f(tokens, doc_ids=doc_ids).
+def packed_forward(model: CausalLM, asked=None):
+    """model.hidden for packed rows of one length, as f(tokens, doc_ids=doc_ids).
 
-    When `compiled`, and where that is possible, it is compiled, with flex attention, which skips what lies outside a
-    document; its plain twin is model.hidden itself.
+    Where runtime.wants_compile(model, asked), it is compiled, with flex attention, which skips what lies outside a
+    document; its plain twin is model.hidden itself. A smaller batch, such as the last one of an epoch, gets rows of
+    padding, because each new shape would be compiled anew.
     """
     def plain(tokens, doc_ids):
         return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
 
-    if not compiled or not runtime.can_compile(model.lm_head.weight.device):
+    if not runtime.wants_compile(model, asked):
         return plain
-    hidden = torch.compile(model.hidden)
+    hidden, most = torch.compile(model.hidden), 0
 
     def forward(tokens, doc_ids):
+        nonlocal most
+        rows = len(tokens)
+        most = max(most, rows)
+        more = (0, 0, 0, most - rows)
+        tokens, doc_ids = F.pad(tokens, more), F.pad(doc_ids, more, value=-1)
         # flex attention has no kernel for rows shorter than a block
         blocks = document_block_mask(doc_ids) if tokens.shape[1] >= 128 else None
-        return hidden(tokens, doc_ids=doc_ids, block_mask=blocks)
+        return hidden(tokens, doc_ids=doc_ids, block_mask=blocks)[:rows]
 
     return forward

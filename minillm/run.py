@@ -57,7 +57,7 @@ class RunConfig:
     save_every: int = flag(500, "steps between checkpoints", low=1)
     device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
     seed: int = flag(0, "seed of everything random", low=0)
-    compile: bool = flag(True, "torch.compile (on CUDA)")
+    compile: bool = flag(None, "torch.compile on CUDA (default: models above 16 million parameters)")
     save_dtype: str = flag("auto", "of the saved weights; auto: as in --model", choices=["auto", "float32", "bfloat16"])
 
 
@@ -203,8 +203,9 @@ class Run:
         names = list(dict.fromkeys(name for process in added for step in process for name in step))
         sums = torch.zeros(len(self.steps), len(names), 2, device=self.device)  # of the values, of their weights
         for row, step in zip(sums, self.steps):
-            for cell, name in zip(row, names):
-                cell[0], cell[1] = step.get(name, (0.0, 0.0))
+            for cell, name in zip(row, names):  # fill_: on CUDA cell[0] = 0.5 would wait for the device
+                for part, value in zip(cell, step.get(name, (0.0, 0.0))):
+                    part.fill_(value)
         sums = runtime.sum_tensor_over_processes(sums).tolist()
         line = {}
         for i, name in enumerate(names):
@@ -277,7 +278,8 @@ class Run:
             changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
             raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
                             "put back what was there, or start again without --resume")
-        notes = {key: f"--{key} {self.settings[key]} (it was {saved[key]})" for key in differing}
+        notes = {key: f"--{key} {self.settings[key]} (it was {saved[key]})".replace("None", "by default")
+                 for key in differing}
         if fixed := [note for key, note in notes.items() if key not in FREE_ON_RESUME]:
             raise UserError(f"--resume: the run in {out} had other settings: {', '.join(fixed)}; give the same ones, "
                             "or start again without --resume")
@@ -352,8 +354,7 @@ def take_place(new: Path, out: Path):
 class Lock:
     """OUT.lock keeps a second run out of OUT. The system drops the lock when the process ends, however it ends.
 
-    Raises UserError when another run holds it. Windows and some network drives have no such locks; there the user has
-    to take care.
+    Raises UserError when another run holds it. Windows and some network drives have no such locks: take care there.
     """
 
     def __init__(self, out: Path):

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from minillm.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much of the machine a container may use
+COMPILED_ABOVE = 16_000_000  # parameters: a smaller model trains for less time than compiling it takes
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -245,7 +246,6 @@ def why_not_compiled(device: torch.device) -> str:
         return f"compute capability {major}.{minor} is below 8.0"
     if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
         return "Triton is not installed"
-    say("compiling, about a minute, once", file=sys.stderr)
     try:
         _compile_something(device)
     except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
@@ -263,16 +263,26 @@ def _compile_something(device: torch.device):
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works and pays there. Says, once, why it does not on a GPU."""
+    """Whether torch.compile works there. Says, once, that it begins, or why it does not."""
     reason = why_not_compiled(device)
-    if reason and device.type == "cuda":
+    if reason:
         say(f"not compiled, so training takes longer: {reason}", file=sys.stderr)
+    else:
+        say("compiling, about a minute, once", file=sys.stderr)
     return not reason
 
 
-def compile_backbone(model, enabled: bool):
-    """If enabled and possible, compile the model's backbone in place, as one program for all shapes."""
-    if enabled and can_compile(next(model.parameters()).device):
+def wants_compile(model, asked) -> bool:
+    """Whether to compile this model. asked: True (--compile), False (--no-compile), or None: a large one, on CUDA."""
+    device = next(model.parameters()).device
+    if asked is None:
+        asked = device.type == "cuda" and sum(p.numel() for p in model.parameters()) > COMPILED_ABOVE
+    return asked and can_compile(device)
+
+
+def compile_backbone(model, asked):
+    """If wanted and possible, compile the model's backbone in place, as one program for all shapes."""
+    if wants_compile(model, asked):
         model.model.compile(dynamic=True)
         model.compiled = True
 
@@ -337,13 +347,15 @@ def main():
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-        attention = attention if uncompiled else f"flex attention for packed rows, else {attention}"
+        if not uncompiled:
+            attention = f"flex attention for packed rows of compiled models, else {attention}"
     elif device.type == "cpu" and cpu_has_bf16():
         attention = f"two matrix products for short rows, else {attention}"
     rows = {"python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
             "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
             "device": chosen, "capability": capability, "precision": str(precision(device)).removeprefix("torch."),
-            "compile": f"no: {uncompiled}" if uncompiled else "yes", "attention": attention,
+            "compile": f"no: {uncompiled}" if uncompiled else f"models above {COMPILED_ABOVE // 10**6} million "
+                       "parameters, and others with --compile", "attention": attention,
             "threads": f"{torch.get_num_threads()} (cores allowed: {allowed_threads()}, "
                        f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')})",
             "memory": f"{free:.1f} of {total:.1f} GiB free" if total else "unknown"}

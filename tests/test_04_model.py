@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from minillm import attention
+from minillm import attention, runtime
 from minillm.attention import attend, attention_mask_2d, document_block_mask, document_lengths, document_positions
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, llama3_frequencies,
                            apply_rope, packed_forward, preset_config)
@@ -412,6 +412,19 @@ def test_one_program_serves_batches_of_all_shapes():
         doc_ids = torch.arange(length).expand(rows, length) // 4
         close(compiled(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
     assert counter.frame_count == 2
+
+
+def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
+    """The last batch of an epoch may have any number of rows: it is padded to the most rows seen, and the result has
+    the rows that were asked for."""
+    model, counter, compile_it = small_model(), CompileCounter(), torch.compile
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=counter))
+    forward = packed_forward(model, True)
+    for rows in (7, 7, 1, 7, 3, 5):
+        tokens, doc_ids = ids(rows, 12), torch.arange(12).expand(rows, 12) // 5
+        close(forward(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

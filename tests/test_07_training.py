@@ -242,7 +242,10 @@ class OnDevice:
         self.device, self.model, self.options = torch.device(device), self, None
 
     def parameters(self):
-        yield self  # what has a device
+        yield self  # what has a device and a size
+
+    def numel(self):
+        return 10**8
 
     def compile(self, **options):
         self.options = options
@@ -253,7 +256,8 @@ def test_the_backbone_is_compiled_on_cuda_where_that_works(monkeypatch, works):
     """Where it does not (chapter 25) the same command trains too, uncompiled. --no-compile and the CPU never compile.
     """
     monkeypatch.setattr(runtime, "can_compile", lambda device: works and device.type == "cuda")
-    for device, enabled, expected in (("cuda", True, works), ("cuda", False, False), ("cpu", True, False)):
+    for device, enabled, expected in (("cuda", True, works), ("cuda", None, works), ("cuda", False, False),
+                                      ("cpu", True, False), ("cpu", None, False)):
         model = OnDevice(device)
         runtime.compile_backbone(model, enabled)
         assert model.options == ({"dynamic": True} if expected else None)

@@ -566,7 +566,7 @@ def test_other_settings_are_refused(capsys):
                        "give the same ones, or start again without --resume")
     capsys.readouterr()
     main(Config(resume=True, compile=False))
-    assert "note: --compile False (it was True): results may differ in the last bits" in capsys.readouterr().out
+    assert "note: --compile False (it was by default): results may differ in the last bits" in capsys.readouterr().out
 
 
 def change_data():

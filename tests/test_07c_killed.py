@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_pretrain
 import train_sft
 from minillm import model as model_file
 from minillm import runtime, token_cache
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
 from tests.helpers import close
-from tests.test_07_training import ROOT, log, place, pretrain, sft  # noqa: F401 (place is a fixture)
+from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
 
@@ -126,62 +125,6 @@ def like_the_fixtures():
     token_cache.CACHE = Path("cache").absolute()
     runtime.autocast = lambda device: contextlib.nullcontext()
     model_file.PRESETS["tiny"] = (32, 2, 2, 1, 16, 64)
-
-
-def killed_runs():
-    """{moment: (stage, config)}: ten steps, saved every four."""
-    return {"in step 7": (train_sft, sft(out="a", grad_accum=2, batch_size=2)),
-            "before the state of step 8": (train_pretrain, pretrain(out="b", grad_accum=3, batch_size=1)),
-            "after the state of step 8": (train_sft, sft(out="c", optimizer="adamw"))}
-
-
-KILL_STAGES = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from minillm import run
-from tests import test_07c_killed as tests
-
-tests.like_the_fixtures()
-save = run.save_training_state
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-for moment, (stage, cfg) in tests.killed_runs().items():
-    def schedule(step, *rest):
-        if step == 6 and moment == "in step 7":
-            kill()
-        return tests.schedule(step, *rest)
-
-    def save_training_state(folder, state):
-        if state["step"] == 8 and moment == "before the state of step 8":
-            kill()
-        save(folder, state)
-        if state["step"] == 8 and moment == "after the state of step 8":
-            kill()
-
-    if os.fork() == 0:
-        stage.schedule, run.save_training_state = schedule, save_training_state
-        stage.main(cfg)
-        os._exit(0)
-    print(os.wait()[1] == signal.SIGKILL, flush=True)
-"""
-
-
-@LINUX
-def test_sigkill_costs_no_bit_of_a_real_stage(place, capsys):  # noqa: F811
-    """Pitfall 4. Killed in step 7, or before or after the state of step 8 is written: resumed from step 4 or 8, they
-    end with the weights, the optimizer, the generators and the log of a run that nothing disturbed."""
-    run = subprocess.run([sys.executable, "-c", KILL_STAGES, str(ROOT)], capture_output=True, text=True, cwd=place,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert run.stdout.count("True") == 3, run.stdout + run.stderr
-    for moment, (stage, cfg) in killed_runs().items():
-        capsys.readouterr()
-        stage.main(replace(cfg, resume=True))
-        start = 8 if moment == "after the state of step 8" else 4
-        assert f"resuming after step {start} of 10" in capsys.readouterr().out
-        stage.main(replace(cfg, out="undisturbed"))
-        assert_same_run(cfg.out, "undisturbed")
 
 
 # ------------------------------------------------------------------------------------ asked to stop

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -189,47 +185,6 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, run, script):
     # AdamW's first step has the size of lr whatever the gradient's: compare where a gradient is not mere rounding.
     moved = [((a[name] - b[name]).abs() > 1e-5).float().mean().item() for name in a]
     assert sum(moved) / len(moved) < 0.02
-
-
-TOGETHER = """
-import sys
-import torch
-import train_dpo, train_reward
-from minillm import runtime
-from minillm.config import parse_config
-
-torch.set_num_threads(1)
-runtime.cpu_has_bf16 = lambda: False
-script = {"dpo": train_dpo, "reward": train_reward}
-for name in ("dpo", "reward"):
-    script[name].main(parse_config(script[name].Config, "", [*sys.argv[1:], "--out", f"{name}_of_two"]))
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
-def test_two_processes_train_like_one(tmp_path, run):
-    """20 pairs, eight a step, of which each of two processes takes four: the same log. An epoch has 8, 8 and 4 pairs:
-    in its last step the second process has none, and adds nothing to a gradient that both get.
-    """
-    path = write(tmp_path / "twenty.jsonl", some_pairs(20))
-    flags = ["--data", path, "--max_steps", 6, "--lr", 1e-4, "--warmup_steps", 0]
-    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py",
-               "--model", "model", "--eval_data", path, "--device", "cpu", "--log_every", "1", *map(str, flags),
-               "--batch_size", "8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
-    assert done.returncode == 0, done.stderr
-    for script, name in ((train_dpo, "dpo"), (train_reward, "reward")):
-        run(script, name, *flags, "--batch_size", 8)
-        one, two = logged(tmp_path / name), logged(tmp_path / f"{name}_of_two")
-        assert len(one) == len(two) == 6
-        for a, b in zip(one, two):
-            if script is train_dpo and a["step"] == 1:
-                del a["accuracy"], b["accuracy"]  # the sign of margins that are 0 but for rounding
-            assert a.keys() == b.keys()
-            for key in a:
-                close(b[key], a[key])
 
 
 def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, run, model_folder, tokenizer):

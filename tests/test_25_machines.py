@@ -214,9 +214,39 @@ def test_a_gpu_that_works_is_taken():
 
 # Compilation
 
-def test_on_a_cpu_nothing_is_compiled_and_nothing_is_said(capsys):
-    assert not runtime.can_compile(CPU)
+class Large:
+    """A model of so many parameters, which say that they are on a device, and take no memory."""
+
+    def __init__(self, size, device):
+        self.size, self.device = size, device
+
+    def parameters(self):
+        yield self
+
+    def numel(self):
+        return self.size
+
+
+@pytest.mark.parametrize("asked, size, expected", [
+    (None, 16_000_000, False), (None, 16_000_001, True), (True, 10, True), (False, 10**9, False)])
+def test_large_models_are_compiled_and_a_flag_given_by_hand_decides(gpu, monkeypatch, capsys, asked, size, expected):
+    """What is not compiled does not say that it is."""
+    gpu()
+    monkeypatch.setattr(runtime, "_compile_something", lambda device: None)
+    assert runtime.wants_compile(Large(size, CUDA), asked) is expected
+    assert capsys.readouterr().err == "compiling, about a minute, once\n" * expected
+
+
+@pytest.mark.parametrize("flags, expected", [([], None), (["--compile"], True), (["--no-compile"], False)])
+def test_the_flag_has_three_states(flags, expected):
+    assert parse_config(train_sft.Config, "", flags).compile is expected
+
+
+def test_on_a_cpu_nothing_is_compiled_and_nothing_is_said_unless_asked(capsys):
+    assert not runtime.wants_compile(Large(10**9, CPU), None) and not runtime.wants_compile(Large(10, CPU), False)
     assert capsys.readouterr().err == ""
+    assert not runtime.wants_compile(Large(10, CPU), True)
+    assert capsys.readouterr().err == "not compiled, so training takes longer: only on CUDA\n"
 
 
 @pytest.mark.parametrize("machine, reason", [
@@ -241,8 +271,7 @@ def test_a_compiler_that_fails_costs_one_line_and_not_the_run(gpu, monkeypatch, 
     gpu()
     monkeypatch.setattr(runtime, "_compile_something", failing(error))
     assert not runtime.can_compile(CUDA)
-    assert capsys.readouterr().err == ("compiling, about a minute, once\n"
-                                       f"not compiled, so training takes longer: torch.compile fails: {reason}\n")
+    assert capsys.readouterr().err == f"not compiled, so training takes longer: torch.compile fails: {reason}\n"
 
 
 def test_where_it_works_the_long_silence_is_announced_once(gpu, monkeypatch, capsys):
@@ -437,7 +466,8 @@ def test_the_report_about_a_gpu(gpu, monkeypatch, capsys):
     found = rows(capsys.readouterr().out)
     assert list(found) == NAMES
     assert (found["device"], found["capability"]) == ("cuda (NVIDIA Fake), bfloat16", "9.0")
-    assert (found["compile"], found["memory"]) == ("yes", "2.0 of 80.0 GiB free")
+    assert found["compile"] == "models above 16 million parameters, and others with --compile"
+    assert found["memory"] == "2.0 of 80.0 GiB free"
     assert found["attention"].startswith("flex attention for packed rows")
 
 
