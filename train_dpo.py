@@ -74,6 +74,7 @@ class Config(RunConfig):
     max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(200, "steps between evaluations", low=1)
+    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
 
 
 def main(cfg: Config) -> dict:
@@ -128,7 +129,7 @@ def main(cfg: Config) -> dict:
     batches = iter(loader)
     for step in run:
         set_lr(optimizers, cfg.lr * schedule(step, total_steps, cfg.warmup_steps))
-        micro_batches = [batch for batch in (next(batches) for _ in range(cfg.grad_accum)) if batch.n_pairs]
+        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
         n_pairs = run.count(sum(batch.n_pairs for batch in micro_batches))
         for batch in micro_batches:
             batch, n_tokens = batch.to(device), batch.n_tokens

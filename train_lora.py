@@ -88,6 +88,7 @@ class Config(RunConfig):
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
+    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
 
 
 def main(cfg: Config) -> dict:

@@ -58,6 +58,7 @@ class Config(RunConfig):
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
+    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
 
 
 def main(cfg: Config) -> dict:

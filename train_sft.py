@@ -62,6 +62,7 @@ class Config(RunConfig):
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
+    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
 
 
 def main(cfg: Config) -> dict:

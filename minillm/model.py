@@ -205,16 +205,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, mask, cache):
-        B, T, _ = x.shape
-        split = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).view(split).transpose(1, 2)  # (B, K, T, d)
+        split = (-1, self.head_dim)  # view(B, T, -1, d) would not do for a batch without rows
+        q = self.q_norm(self.q_proj(x).unflatten(2, split)).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_norm(self.k_proj(x).unflatten(2, split)).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).unflatten(2, split).transpose(1, 2)  # (B, K, T, d)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, d)
             k, v = k.to(q.dtype), v.to(q.dtype)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -338,8 +337,11 @@ def packed_forward(model: CausalLM, asked=None):
     document; its plain twin is model.hidden itself. A smaller batch, such as the last one of an epoch, gets rows of
     padding, because each new shape would be compiled anew.
     """
+    def plain(tokens, doc_ids):
+        return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
+
     if not runtime.wants_compile(model, asked):
-        return model.hidden
+        return plain
     hidden, most = torch.compile(model.hidden), 0
 
     def forward(tokens, doc_ids):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import runtime
+from minillm import runtime, shard
 from minillm.checkpoint import save_model
 from minillm.config import flag
 from minillm.errors import UserError
@@ -39,7 +39,7 @@ from minillm.training_state import capture_rng, load_training_state, restore, sa
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every",
-                  "save_dtype")
+                  "save_dtype", "shard")
 # A folder that holds one of these is kept.
 RUN_FILES = ("config.json", "adapter_config.json", "summary.json", "training_state.pt")
 
@@ -74,6 +74,7 @@ class Run:
     def __init__(self, cfg: RunConfig, inputs=()):
         self.cfg, self.out = cfg, Path(os.path.abspath(cfg.out))
         self.state = self.result = self.progress = self.lock = None
+        shard.prepare(cfg)
         inputs = [str(path) for path in inputs if path and os.path.exists(path)]
         check_out(self.out, inputs)
         self.new = self.out.with_name(self.out.name + ".new")
@@ -95,7 +96,8 @@ class Run:
         evaluate() returns a dict of plain values; "replies" among them, [[question, reply], ...], is shown as a table.
         """
         self.model, self.tokenizer, self.optimizers, self.loader = model, tokenizer, optimizers, loader
-        self.models, self.total_steps, self.evaluate = [model, *beside], total_steps, evaluate
+        self.models, self.total_steps, self.evaluate = [model, *beside], total_steps, shard.on_whole(model, evaluate)
+        shard.shard(self.cfg, model, optimizers)
         self.device = next(model.parameters()).device
         self.steps, self.updates, self.tokens = [], 0, 0
         self.first = self.step = self.state["step"] if self.state else 0
@@ -109,7 +111,7 @@ class Run:
                 if runtime.rank() == 0:
                     cut_metrics(self.folder / "metrics.jsonl", self.step)
             else:
-                self.before = evaluate()
+                self.before = self.evaluate()
             self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
         except BaseException:
             self._close()
@@ -158,6 +160,7 @@ class Run:
 
         data: what went into the run. more: further numbers for the table.
         """
+        shard.gather(self.model)
         try:
             if self.step == self.first and runtime.rank() == 0:  # nothing was left to train, but perhaps to save
                 self._save_model()
@@ -187,7 +190,7 @@ class Run:
         if self.step % self.cfg.eval_every == 0 and not last:
             self.progress.log(self.step, **numbers(self.evaluate()))
         if save_now:
-            self._save()
+            shard.on_whole(self.model, self._save)([shard.gathered(o.state_dict()) for o in self.optimizers])
         if signal_number:
             say(f"interrupted: saved after step {self.step} of {self.total_steps}; "
                 "the same command with --resume continues")
@@ -236,7 +239,7 @@ class Run:
         save_json(self.folder / "run_config.json", self.settings)
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
-    def _save(self):
+    def _save(self, states: list):
         for model in self.models:
             if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
                 raise UserError(f"the weights became NaN or infinite by step {self.step}; stopped, {self.cfg.out} "
@@ -247,7 +250,7 @@ class Run:
         self._save_model()
         save_training_state(self.folder, {
             "step": self.step, "models": [trained_weights(model) for model in self.models],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "loader": self.loader.state(),
+            "optimizers": states, "loader": self.loader.state(),
             "rng": rng, "before": self.before})
         if self.folder == self.new:
             self.progress.close_file()  # Windows renames no folder that holds an open file
@@ -351,8 +354,7 @@ def take_place(new: Path, out: Path):
 class Lock:
     """OUT.lock keeps a second run out of OUT. The system drops the lock when the process ends, however it ends.
 
-    Raises UserError when another run holds it. Windows and some network drives have no such locks; there the user has
-    to take care.
+    Raises UserError when another run holds it. Windows and some network drives have no such locks: take care there.
     """
 
     def __init__(self, out: Path):

@@ -177,8 +177,11 @@ def gather(value) -> list:
 
 
 def sum_gradients(parameters):
-    """Sum each gradient over all processes, in one message. What has none in any process stays without one."""
-    parameters = [p for p in parameters if p.requires_grad]
+    """Sum each gradient over all processes, in one message. What has none in any process stays without one.
+
+    Those of sharded parameters (shard.py) are summed already.
+    """
+    parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "device_mesh")]
     if world_size() == 1 or not parameters:
         return
     found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)

@@ -13,6 +13,7 @@ from minillm.errors import UserError
 from minillm.optim import Muon
 from minillm.runtime import rank, say
 from minillm.safetensors import atomic_write, open_file, short
+from minillm.shard import split_like
 
 # What each optimizer keeps for a parameter.
 KEPT = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
@@ -102,8 +103,10 @@ def restore(state: dict, models, optimizers, loader, total_steps: int, where, de
         if state["step"] > total_steps:
             raise ValueError(f"it is that of step {state['step']:,}, this run has {total_steps:,}")
         for model, saved in zip(models, state["models"], strict=True):
-            check_weights(trained_weights(model), saved, where, "the weights do not fit the model")
+            now = trained_weights(model)
+            check_weights(now, saved, where, "the weights do not fit the model")
             check_finite(saved, where)
+            saved = {name: split_like(tensor, now[name]) for name, tensor in saved.items()}
             model.load_state_dict(saved, strict=False)  # strictly checked above; the frozen ones are not in it
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             restore_optimizer(optimizer, saved)
@@ -162,7 +165,9 @@ def restore_optimizer(optimizer, saved: dict):
             shape = torch.Size() if key == "step" else parameters[number].shape
             if value.shape != shape or not value.is_floating_point() or not value.isfinite().all():
                 raise ValueError(f"the optimizer's {key} has another shape or type, or is not finite")
-    optimizer.load_state_dict(for_this_device(saved, optimizer))
+    kept = {number: {key: value if key == "step" else split_like(value, parameters[number])
+                     for key, value in kept.items()} for number, kept in saved["state"].items()}
+    optimizer.load_state_dict(for_this_device({**saved, "state": kept}, optimizer))
 
 
 def _environment() -> dict:

@@ -12,7 +12,7 @@ def pytest_addoption(parser):
     parser.addoption("--mine", metavar="FILE", help="run the chapters against your own functions (tests/exercise.py)")
     parser.addoption("--fuzz", type=int, default=0, help="chapter 29: how many damaged files to try")
     parser.addoption("--kills", type=int, default=0, help="chapter 28: how many times to kill a run")
-    parser.addoption("--processes", type=int, default=2, help="chapter 27: how many processes are compared with one")
+    parser.addoption("--processes", type=int, default=0, help="chapter 27: compare so many with one, in all stages")
 
 
 def pytest_configure(config):
