@@ -438,7 +438,7 @@ def test_the_chat_as_a_program(folder):
     (dict(chat=True, prompt="Hi"), "--chat, --prompt and --compare exclude each other"),
     (dict(compare=["a", "b", "c"]), "--compare takes two folders"),
     (dict(compare=["a", "b"], model="c"), "no --model or --adapter beside them"),
-    (dict(chat=True, adapter=["a", "b"]), "to talk with a model, give one"),
+    (dict(chat=True, adapter=["a", "b"]), "for --chat, --prompt and --tokens, give one"),
     (dict(prompt=" "), "--prompt is empty"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such data file"),
     (dict(adapter=["nowhere"]), "nowhere holds no adapter"),
