@@ -98,6 +98,19 @@ def summary(folder) -> dict:
 
 # ---------------------------------------------------------------- does it learn
 
+def test_a_reward_model_trained_with_a_lora_is_saved_merged(tmp_path, run, monkeypatch):
+    """In float32: OUT scores as the model with its LoRA does. (In bf16 the held base is rounded, the merged one not.)"""
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
+    trained, update = [], train_reward.update
+    monkeypatch.setattr(train_reward, "update", lambda model, *rest: (update(model, *rest), trained.append(model)))
+    run(train_reward, "lora", "--max_steps", 3, "--peft", "lora", "--lr", 1e-2)
+    tokens, lengths = torch.tensor([[5, 9, 30, 41], [7, 8, 9, 0]]), torch.tensor([4, 3])
+    with torch.no_grad():
+        scores = trained[-1](tokens, lengths)
+        assert close(load_reward_model(tmp_path / "lora")(tokens, lengths), scores) and scores[0] != scores[1]
+    assert not (tmp_path / "lora" / "adapter_config.json").exists()
+
+
 def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
     result = run(train_reward, "reward", "--max_steps", 60, "--batch_size", 16, "--lr", 3e-3)
     assert result["preference_accuracy"] > 0.95 and set(result["accuracy_by_kind"]) == {"even", "odd"}

@@ -19,8 +19,10 @@ from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.generate import Rollout, generate
 from minillm.heads import RewardModel, save_reward_model
+from minillm.lora import lora_off
 from minillm.metrics import Progress
 from minillm.model import CausalLM, ModelConfig
+from minillm.peft import load_adapter
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import train_tokenizer
@@ -191,17 +193,19 @@ def test_no_update_waits_for_the_gpu(monkeypatch, run):
 
 # ---------------------------------------------------------------- one distribution, one ratio
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16):
+@pytest.mark.parametrize("bf16, peft", [(False, "none"), (True, "none"), (False, "lora"), (True, "lora")])
+def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16, peft):
     """Pitfall 5. Two passes over a rollout, of one optimizer step with two micro-batches each. In the first pass the
     old, the reference's and the new log-probabilities are equal bit for bit; in the second they are not. The classic
     mistake is to take the old ones from the sampler: its batches and its cache round differently, in bf16 by a percent.
+    With a LoRA the reference is the policy without it.
     """
     if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
     calls = spy(monkeypatch, train_grpo, "grpo_loss")
-    run("grpo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2, "--beta", 0.04)
+    run("grpo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2, "--beta", 0.04,
+        "--peft", peft)
     assert len(calls) == 4
     for (logprobs, old, ref, _, mask, *_), (_, stats) in calls[:2]:
         assert torch.equal(logprobs[mask], old[mask]) and torch.equal(logprobs[mask], ref[mask])
@@ -211,10 +215,26 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
         assert torch.equal(old[mask], ref[mask]), "the policy that sampled was still the reference"
 
 
-def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch):
+def test_a_lora_is_saved_as_an_adapter_and_without_it_the_policy_is_the_base(folder, run, float32, monkeypatch):
+    """The adapter in OUT, put on the base again, gives the trained policy's logits to the bit."""
+    trained, update = [], train_grpo.update
+    monkeypatch.setattr(train_grpo, "update", lambda model, *rest: (update(model, *rest), trained.append(model)))
+    run("lora", "--max_steps", 2, "--peft", "lora", "--rank", 4)
+    tokens = torch.tensor([[5, 9, 30, 41, 7]])
+    base, again = load_model(folder / "model"), load_model(folder / "model")
+    load_adapter(again, folder / "lora")
+    with torch.no_grad():
+        assert torch.equal(again(tokens), trained[-1](tokens)) and not torch.equal(again(tokens), base(tokens))
+        with lora_off(trained[-1]):
+            assert torch.equal(trained[-1](tokens), base(tokens))
+    assert not (folder / "lora" / "model.safetensors").exists()  # the base is not written again
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch, peft):
     """In the second rollout the first ratio is 1 again, while the KL to the reference is not 0 any more."""
     calls = spy(monkeypatch, train_grpo, "grpo_loss")
-    run("grpo", "--max_steps", 2, "--num_minibatches", 1, "--beta", 0.04)
+    run("grpo", "--max_steps", 2, "--num_minibatches", 1, "--beta", 0.04, "--peft", peft)
     stats = calls[1][1][1]
     assert stats["ratio_mean"] == 1 and stats["approx_kl"] == 0 and stats["kl"] > 1e-6
 

@@ -106,14 +106,14 @@ def test_the_policy_does_not_move_while_the_critic_learns(folder, run, monkeypat
 
 # ---------------------------------------------------------------- the four models
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16):
+@pytest.mark.parametrize("bf16, peft", [(False, "none"), (True, "none"), (False, "lora"), (True, "lora")])
+def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16, peft):
     """Pitfall 5, as in chapter 22: two passes of one optimizer step with two micro-batches."""
     if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
     calls, kls = spy(monkeypatch, train_ppo, "ppo_policy_loss"), spy(monkeypatch, train_ppo, "kl_k1")
-    run("ppo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2)
+    run("ppo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2, "--peft", peft)
     assert len(calls) == 4 and len(kls) == 2
     assert not any(kl.any() for _, kl in kls), "the policy that sampled is still the reference"
     for (logprobs, old, _, mask, *_), (_, stats) in calls[:2]:
