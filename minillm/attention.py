@@ -81,8 +81,8 @@ def attend(q, k, v, mask):
         return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (T > 1 or mask is not None) and T * S <= 2**18:
-        causal = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if two_products(q.device.type, q.dtype, T, S, mask is not None):
+        causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return _attend_in_two_products(q, k, v, causal if mask is None else mask)
     if T == 1:  # decoding: the query heads that share a key head take the place of queries, and no key is copied
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K, d), k, v, attn_mask=mask).reshape(B, H, 1, d)
@@ -90,11 +90,22 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
+def two_products(device_type: str, dtype, T: int, S: int, masked: bool) -> bool:
+    """Whether attention of T queries and S keys is computed as the formula is written, without a fused kernel.
+
+    In bf16 on short rows PyTorch's kernel for CPUs takes twice as long. Its kernels for Apple's GPUs (mps) are wrong in
+    some releases: for a few queries with a mask of their own (decoding rows of unequal length), and in causal bf16.
+    """
+    if device_type == "mps":
+        return dtype == torch.bfloat16 or (masked and T <= 8)
+    return device_type == "cpu" and dtype == torch.bfloat16 and (T > 1 or masked) and T * S <= 2**18
+
+
 def _attend_in_two_products(q, k, v, mask):
-    """The formula as written. In bf16 on short rows PyTorch's fused kernel for CPUs takes twice as long."""
+    """The formula as written: scores = q k^T / sqrt(d), then softmax(scores) v."""
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
     q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head, side by side
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
-    forbidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    forbidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     weights = scores.add_(forbidden).softmax(dim=-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)

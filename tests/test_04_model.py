@@ -112,6 +112,20 @@ def test_llama3_scaling_slows_the_slow_frequencies():
     assert close(scaled / per_turn, [10.0, 1.40625, 0.0625])
 
 
+@pytest.mark.parametrize("device, dtype, queries, masked, plainly", [
+    ("mps", torch.float32, 1, True, True),      # decoding rows of unequal length: the fused kernel has been wrong there
+    ("mps", torch.float32, 8, True, True),
+    ("mps", torch.float32, 64, True, False),
+    ("mps", torch.float32, 1, False, False),
+    ("mps", torch.bfloat16, 64, False, True),   # causal bf16 has looked ahead
+    ("cpu", torch.bfloat16, 64, False, True),   # faster
+    ("cpu", torch.bfloat16, 1, False, False),
+    ("cpu", torch.float32, 64, True, False),
+    ("cuda", torch.bfloat16, 64, True, False)])
+def test_where_attention_is_computed_as_the_formula_is_written(device, dtype, queries, masked, plainly):
+    assert attention.two_products(device, dtype, queries, 64, masked) is plainly
+
+
 def worked_attention(dtype=torch.float32):
     q, k, v = torch.zeros(3, 1, 1, 2, 4, dtype=dtype)
     q[0, 0, 1, 0], k[0, 0, 0, 0], v[0, 0, 0, 0], v[0, 0, 1, 0] = 2.0, math.log(3), 1.0, 5.0
