@@ -99,7 +99,7 @@ def summary(folder) -> dict:
 # ---------------------------------------------------------------- does it learn
 
 def test_a_reward_model_trained_with_a_lora_is_saved_merged(tmp_path, run, monkeypatch):
-    """In float32 OUT scores as the model with its LoRA does. In bf16 the held base is rounded, the merged one is not."""
+    """In float32 OUT scores as the model with its LoRA does. (In bf16 the held base is rounded, OUT is not.)"""
     monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: False)
     trained, update = [], train_reward.update
     monkeypatch.setattr(train_reward, "update", lambda model, *rest: (update(model, *rest), trained.append(model)))
