@@ -56,7 +56,7 @@ def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_
     if lost := lost_think(record["conversations"]):
         stats["replies without their think text, because another question follows"] += lost
     if not any(mask):
-        stats["without an assistant turn, dropped"] += 1
+        stats["without an assistant turn to train on, dropped"] += 1
         return []
     if len(tokens) > max_seq_len:
         stats["trained tokens lost to --max_seq_len"] += sum(mask[max_seq_len:])

@@ -23,7 +23,8 @@ ANSWERS = ("output", "completion", "response", "answer", "solution")
 # Nothing reads these; where one is filled, its content would be lost silently.
 UNREAD = ("images", "image", "videos", "audios", "history")
 UNREAD_IN_MESSAGE = ("images", "image", "audio", "videos")
-WEIGHTS = ("weight", "loss", "train")
+WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # of a message
+MASKS = ("loss_mask", "loss_masks", "mask", "train_on_input", "train_detail", "training_detail")  # parts of a message
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # a conversation as text, in Anthropic's HH-RLHF
 
 
@@ -57,7 +58,8 @@ def normalise(record: dict, where: str) -> dict:
 
 
 def check_marks(record: dict, where: str):
-    """Raise UserError for a record that is marked as bad, or that is to count more or less than others."""
+    """Raise UserError for a record that is marked as bad, that is to count more or less than others, or with a mask."""
+    check_masks(record, where)
     if record.get("label") is False and "text" not in record:
         raise UserError(f'{where}: "label" is false: this answer is a bad example, as in data for KTO, which minillm '
                         "does not have; keep the records whose label is true, or make pairs of chosen and rejected")
@@ -65,6 +67,14 @@ def check_marks(record: dict, where: str):
         if key in record and (record[key] not in (None, 1) or isinstance(record[key], str)):
             raise UserError(f'{where}: "{key}": {json.dumps(record[key])[:80]} of a whole record is not supported: all '
                             "records count the same; remove the record, or the key")
+
+
+def check_masks(found: dict, where: str):
+    """Raise UserError for a record or a message that says which of its parts to train on."""
+    for key in MASKS:
+        if found.get(key) is not None:
+            raise UserError(f'{where}: "{key}" is not supported; give a message of the assistant "train": false to '
+                            "leave it out, and remove the key")
 
 
 def check_empty(found: dict, key: str, where: str):
@@ -185,6 +195,7 @@ def message_of(message: dict, where: str) -> dict:
         calls = message.pop(key, None) or calls
     reasoning = [message.pop(key) for key in ("reasoning_content", "reasoning", "thinking")
                  if message.get(key) is not None]
+    check_masks(message, where)
     for key in UNREAD_IN_MESSAGE:
         check_empty(message, key, where)
     if isinstance(message.get("content"), list):

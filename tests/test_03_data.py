@@ -260,10 +260,10 @@ def test_what_was_left_out_is_reported_and_only_nothing_left_is_an_error(tmp_pat
         assert len(load(path, encode_conversation)) == 2
     # The second one: 25 tokens, then 1 + 5 + 50 + 2 + 1 + 10 before "No" and its end, so 3 trained ones are lost.
     assert capsys.readouterr().out.splitlines() == [
-        f"{path}: 4 documents, 89 tokens; 2 without an assistant turn, dropped; "
+        f"{path}: 4 documents, 89 tokens; 2 without an assistant turn to train on, dropped; "
         "3 trained tokens lost to --max_seq_len; 1 longer than --max_seq_len, cut"] * 2
     error = one_line(load, write(tmp_path / "b.jsonl", [silent, silent]), encode_conversation)
-    assert error == f"{tmp_path / 'b.jsonl'}: nothing to train on (2 without an assistant turn, dropped)"
+    assert error == f"{tmp_path / 'b.jsonl'}: nothing to train on (2 without an assistant turn to train on, dropped)"
 
 
 # --------------------------------------------------------------------------------------------- packing

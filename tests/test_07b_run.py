@@ -408,6 +408,7 @@ def test_a_file_system_without_locks_is_good_enough(monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     main(Config(max_steps=1))
+    assert Path("out", "summary.json").exists()
 
 
 class Broken(Exception):

@@ -170,6 +170,8 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
 @pytest.mark.parametrize("record, message", [
     ({"conversations": [HI_YO[0], {**HI_YO[1], "weight": 0.5}]}, '"weight": 0.5; not supported'),
     ({"conversations": HI_YO, "weight": 0.5}, '"weight": 0.5 of a whole record is not supported'),
+    ({"conversations": HI_YO, "loss_mask": [0, 1]}, '"loss_mask" is not supported; give a message of the assistant'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "mask": 1}]}, '"mask" is not supported; give a message'),
     ({"prompt": "Hi", "completion": "Yo", "label": False}, '"label" is false: this answer is a bad example'),
     ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
     ({"conversations": [{**HI_YO[0], "thinking": "Hm."}, HI_YO[1]]}, 'message may have "reasoning_content"'),
@@ -221,7 +223,7 @@ def test_an_answer_of_a_pair_must_be_one_to_train_on():
         'a.jsonl:1: the answer in "chosen" is marked as not to be trained on; remove the pair')
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss": 0.0}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"loss": 0.0}, {"training": False}])
 def test_an_answer_with_weight_0_is_read_and_not_learned(mark):
     messages = [HI_YO[0], {"role": "assistant", "content": "Bad", **mark}, HI_YO[0], {**HI_YO[1], "weight": 1}]
     tokens, mask = load_dataset(encode_conversation, [write("a.jsonl", {"messages": messages})], BYTES, 64)[0]
