@@ -8,6 +8,8 @@ only: what the sum over tokens is divided by, and how far up the clip lets a tok
 
 After this chapter you can turn the rewards of a group into advantages, say which tokens the clip stops, and tell k1
 from k3 by their signs.
+
+Drawn in tests/figures/group.svg.
 """
 
 import pytest
