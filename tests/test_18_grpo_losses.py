@@ -421,4 +421,4 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
 # 1. test_advantages_worked_example: `[0.0, 0.0, 0.0, 4.0]` -> `[5.0, 5.0, 5.0, 13.0]`. Rewards doubled, and 5 more:
 #    what moves the fifth digit?
 # 2. test_ratio_one_gives_the_reinforce_gradient: `[True, True, True]]` -> `[True, True, False]]`. What does a token
-#    of answer 2 weigh in each of the three losses?
+#    of answer 2 weigh in GRPO now?
