@@ -317,8 +317,8 @@ def test_without_beta_the_reference_is_only_logged(loss):
 
 @pytest.mark.parametrize("loss", THREE)
 def test_without_beta_no_kl_can_spoil_the_loss(loss):
-    """A token that the policy has given up, 100 nats below the reference: k3 = e^100 - 101 is inf in float32, and 0 x inf
-    is NaN. The loss of one token at ratio 1 and advantage 1 is -1 (of Dr. GRPO -1/8), its slope the same.
+    """A token that the policy has given up, 100 nats below the reference: k3 = e^100 - 101 is inf in float32, and 0 x
+    inf is NaN. The loss of one token at ratio 1 and advantage 1 is -1 (of Dr. GRPO -1/8), its slope the same.
     """
     logprobs = torch.tensor([[-100.0]], requires_grad=True)
     inputs = logprobs, logprobs.detach(), torch.zeros(1, 1), torch.tensor([1.0]), torch.tensor([[True]])
