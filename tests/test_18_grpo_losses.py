@@ -81,7 +81,7 @@ def test_advantages_are_constants_in_float32():
     """
     rewards = torch.tensor([[3.0, 0.0, 0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     advantages = group_advantages(rewards)
-    assert not advantages.requires_grad
+    assert not advantages.requires_grad and advantages.dtype == torch.float32
     close(advantages, [[1.4999000, -0.4999667, -0.4999667, -0.4999667]])
 
 
@@ -112,6 +112,7 @@ def test_kl_worked_example():
 def test_kl_in_half_precision_is_computed_in_float32():
     """-8 and -0.01171875 are exact in bf16. Their difference, -7.98828125, would be rounded to -8."""
     logprobs, ref = torch.tensor([-8.0, -0.01171875], dtype=torch.bfloat16).split(1)
+    assert kl_k1(logprobs, ref).dtype == torch.float32
     close(kl_k1(logprobs, ref), [-7.9882812])
 
 

@@ -115,6 +115,7 @@ def test_gae_in_half_precision_is_computed_in_float32():
     """A reward of 3 and a value of 0.0078125, both exact in bf16: the advantage 2.9921875 would be rounded to 3."""
     reward, value = torch.tensor([[3.0, 0.0078125]], dtype=torch.bfloat16).split(1, dim=1)
     advantages, returns = gae(reward, value, torch.tensor([[True]]))
+    assert advantages.dtype == returns.dtype == torch.float32
     close(advantages, [[2.9921875]])
     close(returns, [[3.0]])
 
