@@ -4,7 +4,7 @@ After this chapter you can read a line of blocks: the lowest value of a curve is
 one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as
 the loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
 
-The drawings in figures/ show the worked examples of other chapters. Here every number in them is compared with the code.
+The drawings in figures/ show the worked examples of other chapters. Every number in them is compared with the code.
 """
 
 import json
@@ -202,10 +202,11 @@ def test_drawing_of_a_packed_row():
 
 def test_drawing_of_a_pair():
     """Pair A of chapter 15, beta 0.5."""
-    (chosen, ref_chosen, gain), (rejected, ref_rejected, loss_) = numbers("pair", "chosen"), numbers("pair", "rejected")
+    chosen, ref_chosen, reward = numbers("pair", "chosen")
+    rejected, ref_rejected, rejected_reward = numbers("pair", "rejected")
     loss, stats = dpo_loss(*(torch.tensor([x]) for x in (chosen, rejected, ref_chosen, ref_rejected)), beta=0.5)
     assert (chosen, ref_chosen, rejected, ref_rejected) == (-10, -11, -12, -11)
-    close([stats["chosen_rewards"], stats["rejected_rewards"]], [gain, loss_])
+    close([stats["chosen_rewards"], stats["rejected_rewards"]], [reward, rejected_reward])
     close([stats["margin"], loss], numbers("pair", "margin") + numbers("pair", "loss"))
 
 
