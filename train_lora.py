@@ -30,11 +30,11 @@ The folder written is small and in the format of the PEFT package, which opens i
 Tests: chapters 12 to 14.
 
 Deviations: conversations are packed into rows, as in train_sft.py; where a method differs from its paper, the top of
-its file says so. The rank is high for so small a model, and dropout is on: without it, the new answers are learned as
-well, but fewer questions in new words get them. Each method has its own default learning rate and number of epochs. Prefixes and prompts are trained
-by Muon (arXiv 2502.16982) as one matrix with a row for each virtual token, not by AdamW: a prefix then needs no
-reparametrisation MLP. A prompt needs many passes at a small rate: at a larger one it learns the new answers, but mixes
-them up.
+its file says so. The rank is high for so small a model, and dropout is on: without it the new answers are learned as
+well, but fewer questions in new words get them. Each method has its own default learning rate and number of epochs.
+Prefixes and prompts are trained by Muon (arXiv 2502.16982) as one matrix with a row for each virtual token, not by
+AdamW: a prefix then needs no reparametrisation MLP. A prompt needs many passes at a small rate: at a larger one it
+learns the new answers, but mixes them up.
 """
 
 from dataclasses import dataclass
