@@ -62,7 +62,7 @@ STAGES = {
     "pretrain": (train_pretrain, {}, {}),
     "sft": (train_sft, {"model": "pretrain"}, {}),
     "grpo": (train_grpo, {"model": "sft"}, {}),
-    "reward": (train_reward, {"model": "sft"}, {}),
+    "reward": (train_reward, {"model": "grpo"}, {}),  # GRPO's model knows more right answers, so it tells them better
     "ppo": (train_ppo, {"model": "sft", "reward_model": "reward"}, {}),
     "dpo": (train_dpo, {"model": "sft"}, {}),
     "judge": (train_sft, {"model": "sft"}, {"data": ["data/judge.jsonl"], "eval_data": "data/judge_eval.jsonl",

@@ -258,7 +258,7 @@ def test_a_run_of_the_results(small_project):
 
 
 def test_runs_come_after_those_they_build_on():
-    assert results.needed(["ppo"]) == ["pretrain", "sft", "reward", "ppo"]
+    assert results.needed(["ppo"]) == ["pretrain", "sft", "grpo", "reward", "ppo"]
     assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "judge", "rlaif", "dpo_rlaif"]
 
 
