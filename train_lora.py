@@ -23,8 +23,8 @@ activations stay: the gradient has to pass through the frozen layers (--recomput
     python train_lora.py --data new.jsonl new.jsonl old.jsonl   # new data, read twice, with a share of the old
     python eval.py --model out/sft --adapter out/lora --chat
 
-Trained on new data alone, the model forgets what else it could do, whatever the method. A tenth of old data among the
-new ones prevents that.
+Trained on new data alone, the model forgets what else it could do, whatever the method. A small share of old data among
+the new ones prevents that.
 
 The folder written is small and in the format of the PEFT package, which opens it (it has no bottleneck adapters).
 Tests: chapters 12 to 14.
