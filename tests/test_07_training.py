@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sft
-from minillm import metrics, model, optim, runtime, token_cache
+from minillm import metrics, model, optim, run, runtime, token_cache
 from minillm.config import check_ranges, flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, encode_text, load_split
 from minillm.errors import UserError
@@ -36,7 +36,7 @@ from minillm.model import CausalLM, preset_config
 from minillm.optim import Muon, make_optimizers, newton_schulz, schedule, set_lr
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import train_tokenizer
-from minillm.training_state import load_training_state
+from minillm.training_state import load_training_state, remove_training_state
 from tests.helpers import close, forbid_waiting_in_updates
 
 ROOT = Path(__file__).parent.parent
@@ -347,7 +347,8 @@ def test_bf16_autocast_learns_like_float32(monkeypatch):
 
 # ------------------------------------------------------------------------------------ a run and its folder
 
-def test_what_a_run_leaves(capsys):
+def test_what_a_run_leaves(capsys, monkeypatch):
+    monkeypatch.setattr(run, "remove_training_state", remove_training_state)
     result = train_sft.main(sft(eval_every=5, epochs=99))
     said = capsys.readouterr()
     assert "sft.jsonl: 45 documents" in said.out and "held out for evaluation: 2 of 45 sequences" in said.out
@@ -357,7 +358,7 @@ def test_what_a_run_leaves(capsys):
     assert "\r" not in said.out + said.err and "\x1b" not in said.out + said.err  # plain lines: this is no terminal
     assert sorted(os.listdir("out")) == [
         "config.json", "generation_config.json", "metrics.jsonl", "model.safetensors", "run_config.json",
-        "summary.json", "tokenizer.json", "tokenizer_config.json", "training_state.pt"]
+        "summary.json", "tokenizer.json", "tokenizer_config.json"]
     assert not list(Path().glob("out?*"))  # no OUT.new, no OUT.lock
     entries = log()
     assert [entry["step"] for entry in entries] == [1, 3, 4, 5, 6, 8, 9, 10]  # log_every 3, save_every 4, eval_every 5
