@@ -112,7 +112,7 @@ def test_schemas(files):
 
 def test_counts(files):
     sft, eval_ = Counter(line["task"] for line in files["sft"]), Counter(line["task"] for line in files["sft_eval"])
-    assert set(sft) == TASKS and 12_000 <= sum(sft.values()) <= 20_000
+    assert set(sft) == TASKS and 12_000 <= sum(sft.values()) <= 22_000
     assert all(sft[task] >= 500 for task in sft)
     assert set(eval_) == TASKS and all(60 <= n <= 100 for n in eval_.values())
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
