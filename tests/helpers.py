@@ -22,7 +22,11 @@ def close(actual, expected) -> bool:
     # Only a float is converted: 1.5 made a whole number would be 1.
     dtype = actual.dtype if actual.is_floating_point() else None
     expected = torch.as_tensor(expected, dtype=dtype).detach().cpu()
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    def message(difference):
+        numbers = f"\n{actual.tolist()} came out\n{expected.tolist()} is expected" if actual.numel() <= 30 else ""
+        return difference + numbers
+
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, msg=message)
     return True
 
 

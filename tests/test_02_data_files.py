@@ -1,5 +1,8 @@
 """Chapter 2: the embedded data. What is in the files, and that nothing held out is in what trains.
 
+After this chapter you know what a held-out score needs before it means anything, and how the arithmetic is divided into
+levels.
+
 A held-out score means something only if the questions are unseen. Unseen is more than another spelling: 45 + 37 gives
 37 + 45 away, and so does a worked example in the pretraining text or an answer shown to a judge.
 """
@@ -377,3 +380,9 @@ def test_the_language_is_small(files):
     """At most 900 Chinese characters over everything: each is seen often enough for a tiny model."""
     text = "".join((DATA / f"{name}.jsonl").read_text(encoding="utf-8") for name in GENERATED)
     assert len({c for c in text if "\u4e00" <= c <= "\u9fff"}) < 900
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_levels: `("add", (91, 47), 2)` -> `("add", (91, 49), 2)`. Which level is this sum?
+# 2. test_another_seed_asks_other_questions: `in (0, 1)` -> `in (0, 0)`. What are the two numbers that are compared?

@@ -1,5 +1,8 @@
 """Chapter 4. The model: what one position computes, and why neither padding, packing nor the cache may change it.
 
+After this chapter you can compute RMSNorm, RoPE, attention and SwiGLU for numbers that fit on a napkin, and say who may
+look at whom in a packed, padded or cached row.
+
 Attention in the smallest case, two tokens and one head of width d = 4. The second token's query is (2, 0, 0, 0), the
 keys are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0, 0):
 
@@ -534,3 +537,11 @@ def test_bf16_autocast_is_close_to_float32():
     exact = model(tokens, doc_ids=torch.tensor([[0] * 4 + [1] * 5] * 2))
     assert logits.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
     assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_rmsnorm_worked_example: `torch.tensor([3.0, 4.0])` -> `torch.tensor([30.0, 40.0])`. By what factor does the
+#    result grow?
+# 2. test_swiglu_worked_example: `(mlp.gate_proj, 1.0)` -> `(mlp.gate_proj, -1.0)`. Is the result 0, as it would be
+#    with a ReLU?

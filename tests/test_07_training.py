@@ -1,5 +1,8 @@
 """Chapter 7. The training loop: one denominator per step, honest logs, and one clear line for every mistake.
 
+After this chapter you can say what a training step divides by, what a line of the log averages over, and what the
+learning rate is at any step.
+
 The stages run in-process (`main(Config(...))`) on a few sentences and with the tokenizer of the data chapter (one byte,
 one token). PyTorch uses one thread: with another number it may add the same numbers in another order.
 """
@@ -544,3 +547,11 @@ def test_before_and_after_side_by_side():
     assert [re.sub(r" +", " ", line) for line in text.splitlines()] == [
         "| | before | after |", "|--------|--------|-------|", "| loss | 2.000 | 1.000 |", "| add | 0.000 | 0.500 |",
         "| sort | | 1.000 |"]
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_schedule_worked_example: `3, 4, 6, 8, 12, 99)` -> `3, 4, 10, 8, 12, 99)`. What is the factor after three
+#    quarters of the cosine?
+# 2. test_the_logged_loss_is_the_mean_of_its_steps: `log_every=3` -> `log_every=2`. Which steps have a line, and with
+#    which loss?

@@ -1,5 +1,7 @@
 """Chapter 7, second part. The run around the loop: what it logs, which folder it writes to, and what it resumes.
 
+After this chapter you know when a run writes what, and why a wrong command never costs you an older run.
+
 The tests run the toy stage below. It has everything that a stage has (a model, data, random numbers, an evaluation), so
 it also shows how run.py is used.
 """
@@ -649,3 +651,10 @@ def test_a_damaged_state_is_told_in_one_line():
         assert "training_state.pt is truncated or corrupted" in one_line(main, Config(resume=True))
     path.write_bytes(whole)
     main(Config(resume=True))
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_when_a_line_is_logged: `main(Config())` -> `main(Config(log_every=4))`. Which steps have a line?
+# 2. test_sums_and_weighted_means: `run.add({"length": 2}, weight=3)` -> `run.add({"length": 2}, weight=1)`. What is
+#    the mean length?

@@ -1,5 +1,7 @@
 """Chapter 7, third part. A run that is killed, asked to stop, or spread over several processes.
 
+After this chapter you know what each way to stop a run leaves on the disk, and what --resume makes of it.
+
 Processes are killed for real. The toy stage is that of the second part; two tests use the real stages.
 """
 
@@ -307,3 +309,10 @@ def test_two_processes_train_like_one(place):  # noqa: F811
     first, second = load_training_state("toys")["rng"]
     assert not torch.equal(first["torch"], second["torch"])
     assert_same_run("toys", "stopped toys", logs=False)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_polite_signal_saves_and_says_how_to_go_on: `if step == 4` -> `if step == 5`. After which step is it saved?
+# 2. test_a_polite_signal_saves_and_says_how_to_go_on: `if step == 4` -> `if step == 7`. A signal in the last step: is
+#    there anything to resume?

@@ -1,5 +1,7 @@
 """Chapter 8: one folder, two programs. What is written here opens in transformers, and the other way round.
 
+After this chapter you know what a Hugging Face folder promises, and how RoPE is stretched for longer contexts.
+
 One number compares names, shapes and formulas all at once: the largest difference between two logits.
 """
 
@@ -274,3 +276,10 @@ def test_a_downloaded_model_has_its_own_defaults(tmp_path, capsys):
     choose_defaults(cfg, tmp_path / "ours")
     assert (cfg.lr, cfg.max_seq_len) == (2e-3, 256)
     assert "was made by minillm" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_rope_for_longer_contexts: `"factor": 4.0}, [0.25` -> `"factor": 8.0}, [0.25`. What are the four frequencies?
+# 2. test_rope_for_longer_contexts: `"max_position_embeddings": 256` -> `"max_position_embeddings": 512`. Which of the
+#    five cases notices?

@@ -1,5 +1,8 @@
 """Chapter 9: from probabilities to text. Drawing a token, and drawing many texts at once with a key/value cache.
 
+After this chapter you can turn probabilities, a temperature and a nucleus into the distribution that is sampled, and
+know why its log-probabilities are what PPO needs.
+
 Four tokens with the probabilities 1/2, 1/4, 1/8, 1/8:
 
     temperature 1/2    squares 16/64, 4/64, 1/64, 1/64 -> 8/11, 2/11, 1/22, 1/22
@@ -404,3 +407,10 @@ def test_a_captured_graph_samples_what_the_plain_step_samples(monkeypatch):
                     for static in (False, True))
     assert plain.tokens.equal(graph.tokens)
     close(graph.logprobs, plain.logprobs)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_tokens_come_as_often_as_their_probability_says_and_with_its_logarithm: `({"top_p": 0.6}` -> `({"top_p":
+#    0.8}`. Which tokens are left, and how probable are they?
+# 2. test_rollouts_are_prompt_response_padding: `4, end_id=6` -> `3, end_id=6`. Which answers are cut?

@@ -8,9 +8,6 @@ reference it makes the answer, times beta.
 
 After this chapter you know why DPO starts at ln 2, which pairs move the policy most, and why the loss can fall while
 the chosen answer becomes less probable.
-
-Two questions. Double beta and halve every difference to the reference: what happens to the loss of DPO, and what to
-that of IPO? And at which margin does label_smoothing 0.5 put the minimum?
 """
 
 import pytest
@@ -326,3 +323,10 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
     with pytest.raises(ValueError) as error:
         call(torch.zeros(3), torch.zeros(1))
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_dpo_worked_example: `[-10.0, -9.0]` -> `[-9.0, -9.0]`. Pair A's margin grows by a half. What is the loss?
+# 2. test_dpo_label_smoothing: `pair(1.0)` -> `pair(-1.0)`. What does a wrong pair cost when one label in ten is
+#    wrong?

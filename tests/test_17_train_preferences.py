@@ -1,4 +1,7 @@
-"""Chapter 17: train_reward.py and train_dpo.py as they run: what they start from, what they log, what they leave."""
+"""Chapter 17: train_reward.py and train_dpo.py as they run: what they start from, what they log, what they leave.
+
+After this chapter you know the first line that a right DPO run logs, and what must not change when it is resumed.
+"""
 
 import json
 import math
@@ -450,3 +453,10 @@ def test_evaluation_scores_replies_with_a_reward_model(tmp_path, run, model_fold
     found = evaluate("--model", model_folder, "--reward_model", tmp_path / "reward", "--max_new_tokens", 5,
                      "--data", write(tmp_path / "q.jsonl", questions))
     assert math.isfinite(found["reward"]) and found["reward"] != 0
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_ipo_starts_at_its_targets_square: `"--beta", 0.25` -> `"--beta", 0.5`. What is the first loss?
+# 2. test_label_smoothing_reaches_the_loss: `"--label_smoothing", 0.5` -> `"--label_smoothing", 0.25`. Which of the
+#    four losses is still ln 2?

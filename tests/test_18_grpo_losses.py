@@ -8,9 +8,6 @@ only: what the sum over tokens is divided by, and how far up the clip lets a tok
 
 After this chapter you can turn the rewards of a group into advantages, say which tokens the clip stops, and tell k1
 from k3 by their signs.
-
-Two questions. Add 5 to every reward of a group, then double them: which advantages change, with and without the
-division by the standard deviation? And what happens to the shortest answer's weight when grpo becomes dapo?
 """
 
 import pytest
@@ -415,3 +412,11 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
     with pytest.raises(ValueError) as error:
         call(torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3, dtype=torch.bool))
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_advantages_worked_example: `[0.0, 0.0, 0.0, 4.0]` -> `[5.0, 5.0, 5.0, 13.0]`. Rewards doubled, and 5 more:
+#    what moves the fifth digit?
+# 2. test_ratio_one_gives_the_reinforce_gradient: `[True, True, True]]` -> `[True, True, False]]`. What does a token
+#    of answer 2 weigh in each of the three losses?

@@ -7,9 +7,6 @@ went than the critic had guessed: one step later (lambda 0), at the very end (la
 
 After this chapter you can compute GAE backwards by hand, and say for either sign of the advantage where the clip ends
 the gradient.
-
-Two questions. What is the first token's advantage in the example below with lambda 0.5? And which of the three
-advantages is the same for every lambda?
 """
 
 import pytest
@@ -408,3 +405,10 @@ def test_wrong_shapes_and_types_are_refused_in_one_line(call):
     with pytest.raises(ValueError) as error:
         call(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_gae_by_hand: `(1.0, 0.25, [0.275` -> `(1.0, 0.5, [0.275`. What are the three advantages?
+# 2. VALUES: `[[0.2, 0.4, 0.6]]` -> `[[0.2, 0.4, 1.0]]`. A critic that knows the score before the last token: which
+#    token gets the credit?

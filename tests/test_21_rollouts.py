@@ -1,5 +1,7 @@
 """Chapter 21: rollouts. Prompts go in, answers are scored, and what is trained on comes out in micro-batches.
 
+After this chapter you know how a rollout becomes mini-batches and micro-batches, and what is counted over all of them.
+
 Worked example for the last part: six answers, in the shuffled order 4 0 2 1 5 3, become two mini-batches of two
 micro-batches. Inside a mini-batch the answers are sorted by length, so that little padding is computed.
 
@@ -468,3 +470,11 @@ def test_explained_variance_by_hand(old_values, expected):
 def test_explained_variance_of_equal_returns_is_no_nan():
     parts = micro_batches([[0.0, 0.0]], returns=[[[1.0, 1.0]]], old_values=[[[1.0, 1.0]]])
     close(explained_variance(parts, CPU), 1.0)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_explained_variance_by_hand: `[[7.0]]], 1.0)` -> `[[8.0]]], 1.0)`. A constant error is not seen. And one that
+#    is constant but for one token?
+# 2. test_logprobs_and_entropy_are_those_of_the_distribution_that_was_sampled: `(0.5, [-0.4054651` -> `(2.0,
+#    [-0.4054651`. Which of the two log-probabilities rises against temperature 1?

@@ -1,5 +1,7 @@
 """Chapter 22: train_grpo.py as it runs: what a rollout becomes, what is trained on it, and what is not.
 
+After this chapter you know the first line that a right GRPO run logs, and what a token's gradient is divided by.
+
 The learner is random, knows 280 tokens, and answers in six of them. It is paid for the share of small letters in what
 it says, by a reward file of three lines; or in other ways, where a test says so.
 """
@@ -553,3 +555,11 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("out/sft is not there yet: run python train_sft.py first", "--model", "out/sft")
     refused("out/reward is not there yet: run python train_reward.py first", "--reward", "model")
     refused("model is no reward model", "--reward", "model", "--reward_model", "model")
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_an_answer_that_does_not_end_costs: `"--missing_eos_penalty", 0.5` -> `"--missing_eos_penalty", 0.7`. What is
+#    an answer worth that does not end?
+# 2. test_an_answer_that_does_not_end_costs: `[True, False, True, True]` -> `[False, False, False, False]`. No answer
+#    ends. Does the penalty teach the model to stop?

@@ -1,5 +1,7 @@
 """Chapter 23: train_ppo.py as it runs: four models, a reward for every token, and when to leave a rollout.
 
+After this chapter you can write down the reward of every token of an answer, and say when a rollout is left early.
+
 The learner is that of chapter 22. Worked example for the reward of each token: the log-probabilities of an answer of
 three tokens are 0.5, 0 and -0.25 above the reference's, kl_coef is 0.2, and the normalised score is 2:
 
@@ -389,3 +391,11 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("out/sft is not there yet: run python train_sft.py first", "--model", "out/sft")
     refused("out/reward is not there yet: run python train_reward.py first, or give another",
             "--reward_model", "out/reward")
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_every_token_pays_for_its_kl_and_the_last_one_has_the_score: `"--kl_coef", 0.2` -> `"--kl_coef", 0.4`. What
+#    are the three rewards?
+# 2. test_every_token_pays_for_its_kl_and_the_last_one_has_the_score: `"--gae_lambda", 1` -> `"--gae_lambda", 0`.
+#    Which changes: the rewards or the returns?

@@ -1,5 +1,8 @@
 """Chapter 24: can the benchmarks be trusted? They time fairly, count what they say, and compare the same work.
 
+After this chapter you can count the operations of a forward pass and the bytes that a decoding step reads, and know
+what a fair comparison needs.
+
 How fast anything runs is not tested here, because that depends on the machine.
 """
 
@@ -345,3 +348,11 @@ def test_an_unknown_part_is_named(bench):
 def test_an_unknown_method_is_named():
     with pytest.raises(UserError, match="--methods magic: must be of full, lora"):
         compare_peft.main(compare_peft.Config(methods=["magic"]))
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_operations_of_a_forward_pass: `(config, [3], 3) == 3 *` -> `(config, [4], 4) == 3 *`. How many pairs of
+#    tokens does a causal row of four have?
+# 2. test_what_a_decoding_step_has_to_read: `3, 10, torch.float32` -> `6, 10, torch.float32`. Twice the rows: twice
+#    the bytes?

@@ -1,5 +1,7 @@
 """Chapter 25. Machines: what is chosen on which hardware, and one line for everything that cannot run there.
 
+After this chapter you know what is chosen on which hardware, and by what.
+
 No machine has all of it. The tests fake what PyTorch and the system say about one (its processor, its GPU, its quota),
 and check what follows.
 """
@@ -477,3 +479,11 @@ def test_the_report_about_a_gpu_that_does_not_work(gpu, monkeypatch, capsys):
     runtime.main()
     device = rows(capsys.readouterr().out)["device"]
     assert device.startswith("cpu, ") and "(--device cuda:0 does not work: CUDA error: busy;" in device
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_quota_of_a_container_bounds_the_threads: `"250000 100000"}, 3)` -> `"210000 100000"}, 3)`. How many
+#    threads for 2.1 cores?
+# 2. test_threads_are_only_ever_taken_away: `(64, 2, [2])` -> `(64, 128, [2])`. What is set on a machine with more
+#    cores than threads?

@@ -1,5 +1,8 @@
 """Chapter 27. Several processes: the same command gives the same result, however many processes share the work.
 
+After this chapter you know what several processes must agree on so that their number does not matter, and how small the
+difference is.
+
 One torchrun job runs all stages one after the other; then this process runs them alone. The batches do not divide by
 the number of processes: 5 rows, 3 pairs or 3 prompts for two processes, and at the end of an epoch a single one.
 
@@ -196,3 +199,11 @@ if __name__ == "__main__":
             stop_and_resume(stage, "--shard")
     else:
         run_all(sys.argv[2], sys.argv[3:])
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_every_stage_gives_what_one_process_gives: `numbers <= 1e-5` -> `numbers <= 0`. Is the log the same to the
+#    last bit, too?
+# 2. test_every_stage_gives_what_one_process_gives: `processes, names = 2, QUICK` -> `processes, names = 3, QUICK`.
+#    The batches divide by 3: do the numbers differ less?

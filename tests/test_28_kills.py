@@ -1,5 +1,7 @@
 """Chapter 28. Every stage is killed everywhere, and resumed, and no bit is lost.
 
+After this chapter you know at which moments a run can die, and why none of them costs a bit.
+
 A run with two checkpoints is killed with SIGKILL: before, between and after the files of a save, while a file is
 written, in the token cache, in a rollout, in a step, in an evaluation, or at a random time. It is resumed, and perhaps
 killed again, until it ends. Weights, adapter, training state, log and summary must then be those of a run that nothing
@@ -292,3 +294,11 @@ def test_killed_and_resumed_every_stage_ends_as_if_nothing_had_happened(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     assert {run["stage"] for run in runs} == set(names)
     assert [run for run in runs if run["differences"]] == []
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. kill_one: `chance.random() < 0.7` -> `chance.random() < 0.0`. Every kill comes at a random time: is anything
+#    lost?
+# 2. EVERYWHERE: `--save_every 2` -> `--save_every 9`. No checkpoint before the last step: what does a kill cost now,
+#    time or bits?

@@ -380,3 +380,11 @@ def test_every_bug_names_its_report():
     assert len(bugs) >= 20
     for bug in bugs:
         assert re.match(r"[\w.-]+/[\w.-]+#\d+[,:]", ast.get_docstring(bug)), bug.name
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_sequence_ratio_in_place_of_the_token_ratio: `math.log(1.1)` -> `math.log(1.05)`. Is the wrong ratio still
+#    clipped?
+# 2. test_a_ratio_that_is_not_1_under_autocast: `torch.zeros(1, 2, 600` -> `torch.zeros(1, 2, 256`. Is bf16 now above
+#    or below ln 1/256 = -5.545177?

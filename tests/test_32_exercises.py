@@ -4,9 +4,6 @@ After this chapter you will read a log as a doctor reads a chart: each mistake b
 is a finite number, and one logged metric gives it away within two steps. Find it before you read the test:
 
     python -m tests.exercise --broken 3 > broken.py && python broken.py --max_steps 2 --log_every 1
-
-Two questions. Which of the seven would nobody notice with --grad_accum 1, or at temperature 1? Which of them still ends
-with a better model than it began with?
 """
 
 import importlib
@@ -169,3 +166,10 @@ def test_7_the_second_pass_betrays_it(run):
     lines, _ = run(7, *RL, "--reward_model", "reward", "--max_steps", 2, "--batch_size", 8, "--update_epochs", 3,
                    "--target_kl", 0)
     assert all(line["ratio_mean"] == 1 and line["approx_kl"] == line["clip_fraction"] == 0 for line in lines)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_2_the_loss_betrays_it_with_more_micro_batches: `"--grad_accum", 4` -> `"--grad_accum", 1`. Who notices this
+#    mistake now?
+# 2. test_5_the_clip_fraction_betrays_it: `"--temperature", 0.5` -> `"--temperature", 1`. And this one?

@@ -3,9 +3,6 @@
 After this chapter you can read a line of blocks: the lowest value of a curve is the lowest block, the highest the full
 one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as
 the loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
-
-Two questions. What does the line of a run look like whose loss never moves? And which numbers follow the tokens of a
-model that knows the conversation by heart?
 """
 
 import json
@@ -146,3 +143,10 @@ def test_what_cannot_be_shown_is_refused_in_one_line(folders):
         view(folders, "text.jsonl", model=model)
     with pytest.raises(UserError, match="leave out --chat and --prompt"):
         view(folders, model=model, prompt="Hi")
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_curve_as_blocks: `[(1, 3.0), (2, 3.0)]` -> `[(1, 3.0), (2, 3.1)]`. A change of 0.1: which two blocks?
+# 2. test_without_a_terminal_the_number_stands_behind_the_token: `0.0, math.log(0.01)]` -> `0.0, math.log(0.1)]`.
+#    Which number follows Bo?
