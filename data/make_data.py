@@ -785,7 +785,8 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
                 continue
             asked.add(name)
             made += 1
-            lines.append({"prompt": question, "chosen": good, "rejected": bad, "kind": kind, "task": task, "lang": lang})
+            lines.append({"prompt": question, "chosen": good, "rejected": bad,
+                          "kind": kind, "task": task, "lang": lang})
     return dice.shuffled(lines)
 
 
