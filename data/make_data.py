@@ -32,7 +32,7 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_050_000
 PRETRAIN_EVAL_BYTES = 50_000
-SFT_EXAMPLES = {"compare": 1500, "sort": 2500, "count": 2600, "reverse": 1900}
+SFT_EXAMPLES = {"compare": 1500, "sort": 2500, "count": 2600, "reverse": 1800}
 REPLAY = 1000                # lines of sft.jsonl to mix with new data
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, a quarter of them twice
 JUDGE_PAIRS = 720            # each in both orders
@@ -411,7 +411,7 @@ def draw_sort(dice, lang):
 
 def draw_count(dice, lang):
     """(the letter to count, or "" for all; the letters). Easy: all of up to eight. Hard: one of two different ones."""
-    if dice.chance(0.75):
+    if dice.chance(0.8):
         return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 8))])
     letter, other = dice.sample(COUNTED, 2)
     n = dice.pick([3, 3, 4, 4, 5])
@@ -476,7 +476,7 @@ class Tasks:
             name = identity_of(task, content)
             if name in self.held_out:
                 continue
-            if task == "count" and not content[0] and not hold_out and dice.chance(0.7):
+            if task == "count" and not content[0] and not hold_out and dice.chance(0.77):
                 continue  # what trains has the hard questions more often: the easy ones are learned soon
             if hold_out:
                 self.held_out.add(name)
