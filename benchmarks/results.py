@@ -41,7 +41,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.data import encode_text
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, held_out_loss, prompt_messages, read_questions, sample_answers
+from minillm.evaluate import answer_questions, held_out_loss, read_questions, sample_answers
 from minillm.heads import load_reward_model
 from minillm.metrics import table
 from minillm.peft import load_adapter
@@ -208,9 +208,8 @@ def read_pairs(tokenizer) -> PairDataset:
 def judged_right(folder, device) -> dict:
     """{kind: share of the pairs of preference_test.jsonl that a judge decides right}, both orders averaged."""
     records = list(read_records("data/preference_test.jsonl"))
-    asked = [({"conversations": record["chosen"]}, record) for record in records]
-    pairs = [(prompt_messages(prompt), record["chosen"][-1]["content"], record["rejected"][-1]["content"], record)
-             for prompt, record in asked]
+    pairs = [([{"role": "user", "content": record["prompt"]}], record["chosen"], record["rejected"], record)
+             for record in records]
     with runtime.autocast(device):
         found = Judge(folder, device).compare(pairs)
     right = {}
