@@ -62,7 +62,7 @@ class Config(RunConfig):
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(5e-4, "peak learning rate", low=0, downloaded=1e-5)
+    lr: float = flag(5e-4, "peak learning rate", low=0, downloaded=1e-5, with_lora=1e-4)
     warmup_steps: int = flag(20, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0, downloaded=0.0)
     eval_every: int = flag(100, "steps between evaluations", low=1)

@@ -8,6 +8,8 @@ reference it makes the answer, times beta.
 
 After this chapter you know why DPO starts at ln 2, which pairs move the policy most, and why the loss can fall while
 the chosen answer becomes less probable.
+
+Drawn in tests/figures/pair.svg.
 """
 
 import pytest

@@ -8,6 +8,8 @@ only: what the sum over tokens is divided by, and how far up the clip lets a tok
 
 After this chapter you can turn the rewards of a group into advantages, say which tokens the clip stops, and tell k1
 from k3 by their signs.
+
+Drawn in tests/figures/group.svg.
 """
 
 import pytest
@@ -453,4 +455,4 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
 # 1. test_advantages_worked_example: `[0.0, 0.0, 0.0, 4.0]` -> `[5.0, 5.0, 5.0, 13.0]`. Rewards doubled, and 5 more:
 #    what moves the fifth digit?
 # 2. test_ratio_one_gives_the_reinforce_gradient: `[True, True, True]]` -> `[True, True, False]]`. What does a token
-#    of answer 2 weigh in each of the three losses?
+#    of answer 2 weigh in GRPO now?

@@ -7,6 +7,8 @@ went than the critic had guessed: one step later (lambda 0), at the very end (la
 
 After this chapter you can compute GAE backwards by hand, and say for either sign of the advantage where the clip ends
 the gradient.
+
+Drawn in tests/figures/gae.svg.
 """
 
 import pytest

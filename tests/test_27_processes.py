@@ -36,7 +36,7 @@ from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
-from tests.helpers import close
+from tests.helpers import close, keep_states
 from tests.test_22_train_grpo import ask, small_model, turn, write
 
 ROOT = Path(__file__).parent.parent
@@ -193,6 +193,7 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
     runtime.cpu_has_bf16 = lambda: False
+    keep_states()
     token_cache.CACHE = Path("cache")
     if sys.argv[2] == "sharded":
         for stage in sys.argv[3:]:
