@@ -41,7 +41,7 @@ from minillm import checkpoint, runtime
 from minillm.config import flag, parse_config
 from minillm.data import encode_text
 from minillm.errors import UserError
-from minillm.evaluate import answer_questions, held_out_loss, read_questions, sample_answers
+from minillm.evaluate import answer_questions, held_out_loss, prompt_messages, read_questions, sample_answers
 from minillm.heads import load_reward_model
 from minillm.metrics import table
 from minillm.peft import load_adapter
@@ -55,7 +55,7 @@ from minillm.tokenizer import Tokenizer
 FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 10, "epochs": 20,
         "eval_data": "data/identity_eval.jsonl"}
 NEW, OLD, OLD_LINES = ["data/identity.jsonl"], "old.jsonl", 2000  # OLD, in cfg.out: the first lines of data/sft.jsonl
-# A twentieth of the tokens are old. Each old line is read once, the new data as often as without old ones.
+# A twentieth of the tokens are old. Old lines are read once, and new ones as often as in the runs without old data.
 MIXED = {"data": [*NEW * 20, OLD], "epochs": 1, "eval_data": "data/identity_eval.jsonl"}
 # {name: (script, {flag that takes the folder of another run: that run}, flags)}
 STAGES = {
@@ -208,8 +208,9 @@ def read_pairs(tokenizer) -> PairDataset:
 def judged_right(folder, device) -> dict:
     """{kind: share of the pairs of preference_test.jsonl that a judge decides right}, both orders averaged."""
     records = list(read_records("data/preference_test.jsonl"))
-    pairs = [([{"role": "user", "content": record["prompt"]}], record["chosen"], record["rejected"], record)
-             for record in records]
+    asked = [({"conversations": record["chosen"]}, record) for record in records]
+    pairs = [(prompt_messages(prompt), record["chosen"][-1]["content"], record["rejected"][-1]["content"], record)
+             for prompt, record in asked]
     with runtime.autocast(device):
         found = Judge(folder, device).compare(pairs)
     right = {}
