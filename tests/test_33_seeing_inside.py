@@ -187,17 +187,17 @@ def test_what_is_kept_of_a_rollout(tmp_path, advantages, kept):
     assert len((tmp_path / "rollout.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
-def test_a_rollout_needs_no_model_to_be_shown(tmp_path, capsys):
-    (tmp_path / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "reward": 0}) + "\n",
-                                            encoding="utf-8")
-    assert view(tmp_path, "rollout.jsonl")["answers"][0] == ANSWER
+def test_a_rollout_needs_no_model_to_be_shown(folders, capsys):
+    (folders / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "reward": 0}) + "\n",
+                                           encoding="utf-8")
+    assert view(folders, "rollout.jsonl")["answers"][0] == ANSWER
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("4{0.50}</s>{-2.00}") == lines.count("4{1.25}</s>{1.00}") == 2
     assert lines[0] == "step 5, reward 1.000" and lines[9] == "step 5, reward 0.000"
     with pytest.raises(UserError, match="holds the numbers of its own policy; leave out --model"):
-        view(tmp_path, "rollout.jsonl", model="out/ppo")
+        view(folders, "rollout.jsonl", model="out/ppo")
     with pytest.raises(UserError, match="is a rollout; --tokens shows it"):
-        evaluation.main(evaluation.Config(model=str(tmp_path), data=str(tmp_path / "rollout.jsonl"), device="cpu"))
+        evaluation.main(evaluation.Config(model=str(folders / "flat"), data=str(folders / "rollout.jsonl"), device="cpu"))
 
 
 @pytest.mark.parametrize("change", [
