@@ -558,8 +558,8 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
 
 
 def test_what_show_every_prints_and_keeps(run, folder, capsys):
-    """The first group, best answer first; and answers token by token: in GRPO each has one advantage. In the second pass
-    over the rollout the policy has moved, so ratios are no longer 1.
+    """The first group, best answer first; and answers token by token: in GRPO each has one advantage. In the second
+    pass over the rollout the policy has moved, so ratios are no longer 1.
     """
     run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 2)
     assert "| reward | advantage |" in capsys.readouterr().out
