@@ -197,7 +197,8 @@ def test_a_rollout_needs_no_model_to_be_shown(folders, capsys):
     with pytest.raises(UserError, match="holds the numbers of its own policy; leave out --model"):
         view(folders, "rollout.jsonl", model="out/ppo")
     with pytest.raises(UserError, match="is a rollout; --tokens shows it"):
-        evaluation.main(evaluation.Config(model=str(folders / "flat"), data=str(folders / "rollout.jsonl"), device="cpu"))
+        evaluation.main(evaluation.Config(model=str(folders / "flat"), data=str(folders / "rollout.jsonl"),
+                                          device="cpu"))
 
 
 @pytest.mark.parametrize("change", [
