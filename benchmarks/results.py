@@ -55,7 +55,7 @@ from minillm.tokenizer import Tokenizer
 FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 10, "epochs": 20,
         "eval_data": "data/identity_eval.jsonl"}
 NEW, OLD, OLD_LINES = ["data/identity.jsonl"], "old.jsonl", 2000  # OLD, in cfg.out: the first lines of data/sft.jsonl
-# A twentieth of the tokens are old. Each old line is read once, and the new data as often as in the runs without old ones.
+# A twentieth of the tokens are old. Old lines are read once, and new ones as often as in the runs without old data.
 MIXED = {"data": [*NEW * 20, OLD], "epochs": 1, "eval_data": "data/identity_eval.jsonl"}
 # {name: (script, {flag that takes the folder of another run: that run}, flags)}
 STAGES = {
