@@ -90,7 +90,7 @@ class Config(RunConfig):
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = flag(0.95, "0: trust the critic, 1: trust the rewards", low=0, high=1)
-    kl_coef: float = flag(0.3, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
+    kl_coef: float = flag(0.15, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
     target_kl: float = flag(0.2, "leave a rollout once the policy is further than this, per token, from the one that "
                             "sampled it (0: never)", low=0)
     missing_eos_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
@@ -98,7 +98,7 @@ class Config(RunConfig):
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(6e-5, "peak learning rate of the policy", low=0, downloaded=1e-6, with_lora=2e-5)
+    lr: float = flag(1e-4, "peak learning rate of the policy", low=0, downloaded=1e-6, with_lora=2e-5)
     value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0, downloaded=1e-5, with_lora=1e-4)
     critic_steps: int = flag(10, "first rollouts, which train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)

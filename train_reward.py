@@ -16,6 +16,7 @@ score the same, and near 0 for a pair that is ranked clearly right. A number b(x
 In memory: one model, its gradients and moments.
 
     python train_reward.py                                # the pairs in data/, from out/sft
+    python train_reward.py --model out/grpo               # knows more right answers, so it ranks more pairs right
     python train_reward.py --sft_coef 0                   # InstructGPT's loss alone
     python train_reward.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-5 --epochs 1 --max_seq_len 1024
 

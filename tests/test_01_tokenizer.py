@@ -4,6 +4,8 @@ After this chapter you can merge byte pairs by hand, and say for each token of a
 
 Byte-pair encoding first on one word that fits on a napkin, then against its plain twin, then against the `tokenizers`
 package on text of every kind. After that special tokens, conversations and files, and what each of them refuses.
+
+Drawn in tests/figures/mask_and_shift.svg.
 """
 
 import gzip

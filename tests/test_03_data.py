@@ -9,6 +9,8 @@ The tokenizer of this chapter has no merges: every byte is one token. So a docum
 
     <|im_start|> user\n Hi <|im_end|> \n <|im_start|> assistant\n Yo <|im_end|> \n        trained: Yo <|im_end|>
          1        5     2      1      1       1           10       2      1     1         = 25 tokens, 3 trained
+
+Drawn in tests/figures/packed_row.svg.
 """
 
 import gzip

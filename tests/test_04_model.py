@@ -11,6 +11,8 @@ keys are (ln 3, 0, 0, 0) and (0, 0, 0, 0), the values (1, 0, 0, 0) and (5, 0, 0,
     output                        3/4 * 1 + 1/4 * 5 = 2
 
 The first token sees itself alone: its output is its own value, 1.
+
+Drawn in tests/figures/packed_row.svg.
 """
 
 import math

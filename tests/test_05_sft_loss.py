@@ -7,6 +7,8 @@ it? Supervised fine-tuning just makes that number larger for the tokens that a g
 
 After this chapter you can compute the loss of a text by hand, know which logit belongs to which token, and see what a
 mean of means does to it.
+
+Drawn in tests/figures/mask_and_shift.svg.
 """
 
 import pytest

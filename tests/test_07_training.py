@@ -242,7 +242,7 @@ class OnDevice:
     """As much of a model as compile_backbone looks at."""
 
     def __init__(self, device):
-        self.device, self.model, self.options = torch.device(device), self, None
+        self.device, self.model = torch.device(device), self
 
     def parameters(self):
         yield self  # what has a device and a size
@@ -250,20 +250,23 @@ class OnDevice:
     def numel(self):
         return 10**8
 
-    def compile(self, **options):
-        self.options = options
+    def forward(self, tokens):
+        return "plain"
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_backbone_is_compiled_on_cuda_where_that_works(monkeypatch, works):
     """Where it does not (chapter 25) the same command trains too, uncompiled. --no-compile and the CPU never compile.
-    """
+    What needs no gradients runs as it is."""
     monkeypatch.setattr(runtime, "can_compile", lambda device: works and device.type == "cuda")
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda tokens: f"compiled, dynamic: {dynamic}")
     for device, enabled, expected in (("cuda", True, works), ("cuda", None, works), ("cuda", False, False),
                                       ("cpu", True, False), ("cpu", None, False)):
         model = OnDevice(device)
         runtime.compile_backbone(model, enabled)
-        assert model.options == ({"dynamic": True} if expected else None)
+        assert model.forward("ab") == ("compiled, dynamic: True" if expected else "plain")
+        with torch.no_grad():
+            assert model.forward("ab") == "plain"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

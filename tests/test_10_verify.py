@@ -284,5 +284,5 @@ def test_judge_prompt():
 
 # ---------------------------------------------------------------- two questions
 # Change the number, say what you expect, and run the test. A failure shows what came out.
-# 1. test_answer_reward: `"The answer is 83."` -> `"The answer is 82 or 83."`. What is it paid?
+# 1. test_answer_reward: `"The answer is 83."` -> `"The answer is 82 or 83."`. How much does it earn?
 # 2. test_length_is_words_and_characters: `("a" * 13, 2)` -> `("a" * 25, 2)`. How long is a word of 25 letters?

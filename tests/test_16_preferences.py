@@ -9,6 +9,8 @@ A pair is one prompt and two answers. Its tokens are
     good<|im_end|>        bad<|im_end|>                             the answers: the only tokens that are compared
 
 DPO compares log p(answer | prompt) of the two. A reward model reads a score at the last token, <|im_end|>.
+
+Drawn in tests/figures/pair.svg.
 """
 
 import gzip

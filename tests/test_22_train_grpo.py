@@ -4,6 +4,8 @@ After this chapter you know the first line that a right GRPO run logs, and what 
 
 The learner is random, knows 280 tokens, and answers in six of them. It is paid for the share of small letters in what
 it says, by a reward file of three lines; or in other ways, where a test says so.
+
+Drawn in tests/figures/group.svg.
 """
 
 import json

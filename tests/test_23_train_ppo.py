@@ -7,6 +7,8 @@ three tokens are 0.5, 0 and -0.25 above the reference's, kl_coef is 0.2, and the
 
     reward     -0.1, 0, 0.05 + 2
     return     1.95, 2.05, 2.05         with gamma 1 and lambda 1: the sum of this reward and all later ones
+
+Drawn in tests/figures/reward_row.svg and tests/figures/four_models.svg.
 """
 
 import json

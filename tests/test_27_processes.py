@@ -52,7 +52,7 @@ STAGES = {
     "pretrain adamw": (train_pretrain, [*TEXT, "--optimizer", "adamw"]),
     "sft": (train_sft, CHATS),
     "sft adamw": (train_sft, [*CHATS, "--optimizer", "adamw"]),
-    "lora": (train_lora, CHATS),
+    "lora": (train_lora, [*CHATS, "--rank", 4, "--dropout", 0]),  # dropout differs from process to process
     "reward": (train_reward, PAIRS),
     "dpo": (train_dpo, [*PAIRS, "--beta", 0.1]),
     "ipo": (train_dpo, [*PAIRS, "--loss", "ipo"]),
