@@ -307,3 +307,15 @@ def _content_hash(path, *identity) -> str:  # identity: what changes when the fi
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, or of a model folder's weights, settings and tokenizer; raises UserError."""
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir()
+                       if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"))
+    try:
+        return " ".join(content_hash(file) for file in files)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None

@@ -1,11 +1,11 @@
-"""What tests share: the one comparison, and a GPU that must not be waited for."""
+"""What tests share: the one comparison, the states of finished runs, and a GPU that must not be waited for."""
 
 import contextlib
 
 import pytest
 import torch
 
-from minillm import runtime
+from minillm import run, runtime
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -28,6 +28,14 @@ def close(actual, expected) -> bool:
 
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, msg=message)
     return True
+
+
+def keep_states():
+    """A finished run removes its training state. Here it stays, so that tests can compare it, moments and all."""
+    def keep(folder):
+        pass
+
+    run.remove_training_state = keep
 
 
 @contextlib.contextmanager

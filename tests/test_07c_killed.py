@@ -22,7 +22,7 @@ from minillm import model as model_file
 from minillm import runtime, token_cache
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
-from tests.helpers import close
+from tests.helpers import close, keep_states
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -40,6 +40,7 @@ from minillm.errors import UserError
 from tests import test_07c_killed as tests
 
 torch.set_num_threads(1)
+tests.keep_states()
 replace, rename = os.replace, pathlib.Path.rename
 
 def child(work):
@@ -125,6 +126,7 @@ def like_the_fixtures():
     """In a process of its own: what the fixtures set."""
     torch.set_num_threads(1)
     token_cache.CACHE = Path("cache").absolute()
+    keep_states()
     runtime.autocast = lambda device: contextlib.nullcontext()
     model_file.PRESETS["tiny"] = (32, 2, 2, 1, 16, 64)
 

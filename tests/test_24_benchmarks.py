@@ -237,7 +237,8 @@ def small_project(tmp_path, monkeypatch):
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
     tokenizer = Tokenizer.load(ROOT / "data" / "tokenizer.json")
     torch.manual_seed(0)
-    config = small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=1024)
+    config = small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=1024,
+                          hidden_size=32, head_dim=16, intermediate_size=32)  # for a LoRA of the default rank
     save_model(tmp_path / "out" / "sft", CausalLM(config), tokenizer)
     save_reward_model(tmp_path / "out" / "reward", RewardModel.from_lm(CausalLM(config)), tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -261,7 +262,7 @@ def test_a_run_of_the_results(small_project):
 
 
 def test_runs_come_after_those_they_build_on():
-    assert results.needed(["ppo"]) == ["pretrain", "sft", "reward", "ppo"]
+    assert results.needed(["ppo"]) == ["pretrain", "sft", "grpo", "reward", "ppo"]
     assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "judge", "rlaif", "dpo_rlaif"]
 
 

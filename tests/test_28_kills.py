@@ -99,6 +99,12 @@ def start(name: str, resume: bool):
     stage.main(parse_config(stage.Config, "", argv))
 
 
+def set_aside(folder):
+    """What a finished run does with its training state, which is still to be compared."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.move(Path(folder) / "training_state.pt", "training_state.pt")  # a rename
+
+
 def watch(at):
     """Call at(name of the moment) wherever a kill could hurt."""
     def around(owner, name, describe):
@@ -120,6 +126,7 @@ def watch(at):
     around(os, "replace", target)
     around(pathlib.Path, "rename", target)
     around(os, "fsync", lambda descriptor: "flushing a file")
+    around(run_file, "remove_training_state", lambda folder: "the end")
     around(token_cache, "encode_lines", lambda *_: "tokenising")
     around(run_file.Run, "_after_step", lambda *_: "a step's end")
     for stage in (train_grpo, train_ppo):
@@ -152,6 +159,7 @@ def fork(name: str, resume: bool, moment: int = 0, events=None) -> int:
             if len(passed) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        run_file.remove_training_state = set_aside
         if moment or events:
             watch(at)
         start(name, resume)
@@ -262,7 +270,8 @@ def differences(folder: str, whole: str) -> list:
             found.append(what)
 
     differ("files in OUT", names(a), names(b))
-    left = {path.name for path in a.iterdir()} - {"out", "out.lock", "cache", "said.txt", "events.txt"}
+    left = {path.name for path in a.iterdir()} - {"out", "out.lock", "cache", "said.txt", "events.txt",
+                                                  "training_state.pt"}
     if any((a / "out.bak").glob("*model.safetensors")) and not (a / "out.bak" / "training_state.pt").exists():
         left.remove("out.bak")  # killed between the first weights and the first state: weights are never removed
     differ("files beside OUT", left, set())
@@ -274,7 +283,7 @@ def differences(folder: str, whole: str) -> list:
     for name in names(a):
         if not name.endswith((".pt", "metrics.jsonl", "summary.json", "run_config.json")):  # it says --resume
             differ(name, (a / "out" / name).read_bytes(), (b / "out" / name).read_bytes())
-    differ("state", list(flat(load_training_state(a / "out"))), list(flat(load_training_state(b / "out"))))
+    differ("state", list(flat(load_training_state(a))), list(flat(load_training_state(b))))
     differ("log", steps_of(a / "out"), steps_of(b / "out"))
     one, other = (json.loads((x / "out" / "summary.json").read_text(encoding="utf-8")) for x in (a, b))
     for key in ("data", "steps", "before", "after"):

@@ -34,7 +34,7 @@ from minillm.optim import make_optimizers, update
 from minillm.peft import load_adapter, save_adapter
 from minillm.preferences import encode_pair, load_pairs
 from minillm.prefix import apply_prefix
-from minillm.run import fingerprint
+from minillm.records import fingerprint
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import Tokenizer, train_tokenizer
