@@ -240,8 +240,8 @@ def metric_names():
         for function in tree_of(ROOT / "minillm" / f"{module}.py").body:
             if getattr(function, "name", "") in functions:
                 for node in ast.walk(function):
-                    if isinstance(node, ast.Return) or (isinstance(node, ast.Assign)
-                                                        and ast.unparse(node.targets[0]) in ("stats", "metrics", "levels")):
+                    assigned = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+                    if isinstance(node, ast.Return) or assigned in ("stats", "metrics", "levels"):
                         found.update(keys(node))
     return found
 
