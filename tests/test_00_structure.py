@@ -28,7 +28,7 @@ IMPORTS = {
     "records": "chat forms runtime",
     "config": "runtime",
     "losses": "logprobs",
-    "token_view": "logprobs runtime",
+    "token_view": "logprobs runtime safetensors",
     "optim": "runtime",
     "shard": "",
     "curves": "",
