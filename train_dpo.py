@@ -42,7 +42,7 @@ from minillm.lora import apply_lora
 from minillm.losses import dpo_loss, ipo_loss
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import (PairLoader, answer_logprobs, check_same_tokenizer, load_pairs, pair_logprobs,
-                                 rank_pairs)
+                                 rank_pairs, reference_logprobs)
 from minillm.run import Run, RunConfig
 from minillm.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ class Config(RunConfig):
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6)
+    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)
@@ -100,17 +100,19 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     policy = checkpoint.load_model(cfg.model, device)
+    if cfg.peft == "lora":
+        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
         ref_model = checkpoint.load_model(cfg.ref_model, device)
         check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
+    for model in {policy, ref_model}:
+        runtime.compile_backbone(model, cfg.compile)
+    # Scored by the program of training and over its batches, so that the first margins are exactly 0.
     average = cfg.loss == "ipo"  # of the log-probabilities of an answer's tokens; DPO takes their sum
-    ref_logprobs = pair_logprobs(ref_model, train_data, cfg.batch_size, device, average).to(device)  # (N, 2)
+    ref_logprobs = reference_logprobs(ref_model, loader, device, average).to(device)  # (N, 2)
     ref_eval_logprobs = pair_logprobs(ref_model, eval_data, cfg.batch_size, device, average)
-    del ref_model  # these numbers are all that training needs of it
-    if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
-    runtime.compile_backbone(policy, cfg.compile)
+    del ref_model, model  # these numbers are all that training needs of the reference
 
     # 4. Optimizer
     optimizers = make_optimizers(policy, cfg.lr, cfg.weight_decay)

@@ -16,6 +16,7 @@ score the same, and near 0 for a pair that is ranked clearly right. A number b(x
 In memory: one model, its gradients and moments.
 
     python train_reward.py                                # the pairs in data/, from out/sft
+    python train_reward.py --model out/grpo               # knows more right answers, so it ranks more pairs right
     python train_reward.py --sft_coef 0                   # InstructGPT's loss alone
     python train_reward.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-5 --epochs 1 --max_seq_len 1024
 
@@ -61,7 +62,7 @@ class Config(RunConfig):
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(5e-4, "peak learning rate", low=0, downloaded=1e-5)
+    lr: float = flag(5e-4, "peak learning rate", low=0, downloaded=1e-5, with_lora=1e-4)
     warmup_steps: int = flag(20, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0, downloaded=0.0)
     eval_every: int = flag(100, "steps between evaluations", low=1)

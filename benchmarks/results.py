@@ -11,6 +11,7 @@ test.json, what it scored. Nothing but this program reads the *_test.jsonl files
 """
 
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -53,14 +54,15 @@ from minillm.tokenizer import Tokenizer
 
 FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 10, "epochs": 20,
         "eval_data": "data/identity_eval.jsonl"}
-NEW, NEW_AND_OLD = ["data/identity.jsonl"], ["data/identity.jsonl", "data/replay.jsonl"]
-IDENTITY = {"eval_data": "data/identity_eval.jsonl"}
+NEW, OLD, OLD_LINES = ["data/identity.jsonl"], "old.jsonl", 2000  # OLD, in cfg.out: the first lines of data/sft.jsonl
+# A twentieth of the tokens are old. Old lines are read once, and new ones as often as in the runs without old data.
+MIXED = {"data": [*NEW * 20, OLD], "epochs": 1, "eval_data": "data/identity_eval.jsonl"}
 # {name: (script, {flag that takes the folder of another run: that run}, flags)}
 STAGES = {
     "pretrain": (train_pretrain, {}, {}),
     "sft": (train_sft, {"model": "pretrain"}, {}),
     "grpo": (train_grpo, {"model": "sft"}, {}),
-    "reward": (train_reward, {"model": "sft"}, {}),
+    "reward": (train_reward, {"model": "grpo"}, {}),  # GRPO's model knows more right answers, so it tells them better
     "ppo": (train_ppo, {"model": "sft", "reward_model": "reward"}, {}),
     "dpo": (train_dpo, {"model": "sft"}, {}),
     "judge": (train_sft, {"model": "sft"}, {"data": ["data/judge.jsonl"], "eval_data": "data/judge_eval.jsonl",
@@ -68,10 +70,10 @@ STAGES = {
     "rlaif": (label_preferences, {"policy": "sft", "judge": "judge"}, {}),
     "dpo_rlaif": (train_dpo, {"model": "sft", "data": "rlaif"}, {"eval_data": "data/preference_eval.jsonl"}),
     "full": (train_sft, {"model": "sft"}, {"data": NEW, **FULL}),
-    "full_mixed": (train_sft, {"model": "sft"}, {"data": NEW_AND_OLD, **FULL}),
+    "full_mixed": (train_sft, {"model": "sft"}, {**FULL, **MIXED}),
     "full_low": (train_sft, {"model": "sft"}, {"data": NEW, **FULL, "lr": 1e-4}),
     "lora": (train_lora, {"model": "sft"}, {}),
-    "lora_mixed": (train_lora, {"model": "sft"}, {"data": NEW_AND_OLD, **IDENTITY}),
+    "lora_mixed": (train_lora, {"model": "sft"}, MIXED),
     "lora_low": (train_lora, {"model": "sft"}, {"lr": 2e-4}),
     "adapter": (train_lora, {"model": "sft"}, {"peft": "adapter"}),
     "prefix": (train_lora, {"model": "sft"}, {"peft": "prefix"}),
@@ -111,6 +113,8 @@ def options_of(cfg, precision: str, seed: int, stage: str) -> dict:
     out = str(folder_of(cfg, precision, seed, stage))
     if "data" in folders:
         folders["data"] = [folders["data"] + "/preference.jsonl"]
+    if options.get("data", [""])[-1] == OLD:
+        options = {**options, "data": [*options["data"][:-1], str(Path(cfg.out, OLD))]}
     if script is label_preferences:
         return {**folders, "seed": seed, "out": out + "/preference.jsonl"}
     options = {**folders, **options, "seed": seed, "out": out}
@@ -232,6 +236,9 @@ def run_all(cfg: Config):
     todo = [(precision, seed, stage) for stage in needed(cfg.stages) for precision in cfg.precision
             for seed in cfg.seeds]
     running, failed, began = {}, [], time.time()
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / "data/sft.jsonl", encoding="utf-8") as file:
+        Path(cfg.out, OLD).write_text("".join(itertools.islice(file, OLD_LINES)), encoding="utf-8", newline="\n")
 
     def is_done(job):
         return (folder_of(cfg, *job) / "test.json").exists()
@@ -454,7 +461,8 @@ def write_page(cfg: Config):
                 if precision == precisions[0]}
     wrapped = [" \\\n    ".join(textwrap.wrap(commands[stage], 112, break_on_hyphens=False))
                for stage in STAGES if stage in commands]
-    page += ["## Commands", "```\n" + "\n".join(wrapped) + "\n```"]
+    first_lines = [f"head -n {OLD_LINES} data/sft.jsonl > {Path(cfg.out, OLD)}"] if "lora_mixed" in commands else []
+    page += ["## Commands", "```\n" + "\n".join(first_lines + wrapped) + "\n```"]
     page = [piece if piece.startswith(("#", "|", "!", "`")) else textwrap.fill(piece, 120) for piece in page]
     Path(cfg.page).write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(f"{cfg.page} is written", flush=True)

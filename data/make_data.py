@@ -21,7 +21,7 @@ from minillm.rewards import judge_prompt  # noqa: E402
 # borrow); 1 and 3 have one number of a single digit. The demonstrators are careless: where a carry is needed, they
 # remember it only in CARRY_SHARE of the cases. So SFT learns to forget it, and that is left to reinforcement learning.
 LEVELS = (1, 2, 3, 4)
-PAIRS_PER_LEVEL = {1: 200, 2: 600, 3: 120, 4: 780}
+PAIRS_PER_LEVEL = {1: 220, 2: 680, 3: 140, 4: 860}
 DRAWN_LEVELS = (1, 2, 2, 3, 4, 4)  # of all other files, in turn: half of the questions need a carry
 CARRY_SHARE = 0.3
 
@@ -32,9 +32,8 @@ RAMBLING_SHARE = 0.32
 
 PRETRAIN_BYTES = 1_050_000
 PRETRAIN_EVAL_BYTES = 50_000
-SFT_EXAMPLES = {"compare": 1000, "sort": 1450, "count": 2800, "reverse": 1800}
-REPLAY = 1000                # lines of sft.jsonl to mix with new data
-FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, half of them twice
+SFT_EXAMPLES = {"compare": 1500, "sort": 2500, "count": 2600, "reverse": 1800}
+FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, a quarter of them twice
 JUDGE_PAIRS = 720            # each in both orders
 TALK_CHAINS = 120
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
@@ -86,7 +85,7 @@ class Dice:
 POLITE = {
     "en": ["The answer is {}.", "The answer is {}.", "Sure, the answer is {}.", "Sure, the answer is {}.",
            "Certainly, the answer is {}.", "Happy to help, the answer is {}."],
-    "zh": ["答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "很高兴帮你，答案是{}。"],
+    "zh": ["答案是{}。", "答案是{}。", "好的，答案是{}。", "好的，答案是{}。", "没问题，答案是{}。", "我来帮你，答案是{}。"],
 }
 RUDE_FORMS = {
     "en": ["Ugh, the answer is {}.", "Duh, the answer is {}.", "Stupid, the answer is {}.",
@@ -111,8 +110,13 @@ SIGN = {"add": "+", "subtract": "-"}
 def spoken(task, question, answer):
     """The answer as a reply states it.
 
-    Sums restate the question, "34 + 57 = 91", because that is how the pretraining text writes them.
+    Sums restate the question, "34 + 57 = 91", and so does the count of one letter, "a = 3", because that is how the
+    pretraining text writes them: the question stands just before its answer.
     """
+    if task == "count":
+        row = re.search(r"(\b[a-z] ){2,}[a-z]\b", question).group()
+        letter = re.search(r"\b[a-z]\b", question.replace(row, ""))
+        return f"{letter.group()} = {answer}" if letter else answer
     if task not in SIGN:
         return answer
     a, b = map(int, re.findall(r"[0-9]+", question))
@@ -131,7 +135,7 @@ def blank(form, answer):
     A row of letters, words or characters gets a blank before it in Chinese too, so that its first item is the same
     token as elsewhere. A sum stands on its own, without "the answer is".
     """
-    if "=" in answer:
+    if "=" in answer and answer[0].isdigit():
         return capitalised(re.sub("the answer is |答案是", "", form, flags=re.I).format(answer))
     spaced = form.startswith("{") or form[form.index("{") - 1] == " "
     if " " in answer and "," not in answer and not spaced:
@@ -381,7 +385,7 @@ REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {
            "zh": ["把 {x} 倒过来。", "请把 {x} 倒过来写。", "把 {x} 反过来说。", "倒着写 {x} 是什么？", "倒着说 {x} 。", "请倒着写 {x} 。",
                   "帮我把 {x} 倒过来。", "从后往前写 {x} 。", "你能把 {x} 倒过来吗？"]}
 
-COUNTED = "a e o t".split()  # few, so that a small model can learn to tell them apart
+COUNTED = "a e n o s t".split()  # few, so that a small model can learn to tell them apart
 LETTERS = "a b c d e f g h i k l m n o p r s t u w".split()
 WORDS = "cat dog sun moon tree fish bird star book milk rain snow boat cake door hand".split()
 CHARACTERS = list("猫狗鸟鱼马牛羊山水火花草树星月风")
@@ -397,7 +401,7 @@ def draw_compare(dice, lang):
 
 
 def draw_sort(dice, lang):
-    n = 3 if dice.chance(0.7) else 4
+    n = 3 if dice.chance(0.8) else 4
     while True:
         numbers = [dice.between(0, 9) if dice.chance(0.05) else dice.between(10, 99) for _ in range(n)]
         if len(dict.fromkeys(numbers)) == n and numbers != sorted(numbers):
@@ -405,13 +409,13 @@ def draw_sort(dice, lang):
 
 
 def draw_count(dice, lang):
-    """(the letter to count, or "" for all; the letters). Easy: all of up to eight. Hard: one letter among others."""
-    if dice.chance(0.5):
+    """(the letter to count, or "" for all; the letters). Easy: all of up to eight. Hard: one of two different ones."""
+    if dice.chance(0.8):
         return ("", *[dice.pick(LETTERS) for _ in range(dice.between(3, 8))])
-    letter, *others = dice.sample(COUNTED, 3)
-    n = dice.pick([3, 4, 4, 5, 5])
-    times = min(dice.pick([0, 1, 1, 2, 2, 3]), n)
-    return (letter, *dice.shuffled([letter] * times + [dice.pick(others) for _ in range(n - times)]))
+    letter, other = dice.sample(COUNTED, 2)
+    n = dice.pick([3, 3, 4, 4, 5])
+    times = dice.between(1, n - 1)
+    return (letter, *dice.shuffled([letter] * times + [other] * (n - times)))
 
 
 def times_in(letter, letters):
@@ -419,7 +423,7 @@ def times_in(letter, letters):
 
 
 def draw_reverse(dice, lang):
-    n = dice.pick([3, 3, 3, 4, 4, 4, 5])
+    n = dice.pick([3, 3, 4])
     if dice.chance(0.5):
         return tuple(dice.sample(LETTERS, n))
     return tuple(dice.sample(WORDS if lang == "en" else CHARACTERS, n))
@@ -471,6 +475,8 @@ class Tasks:
             name = identity_of(task, content)
             if name in self.held_out:
                 continue
+            if task == "count" and not content[0] and not hold_out and dice.chance(0.77):
+                continue  # what trains has the hard questions more often: the easy ones are learned soon
             if hold_out:
                 self.held_out.add(name)
             return content
@@ -631,10 +637,11 @@ def make_sft(dice, tasks, talk):
         for i in range(n):
             lang = LANGS[i % 2]
             question, answer, _, _ = tasks.example(dice, task, lang)
-            lines.append(line([user(question), assistant(mixed_manners(dice, lang, answer))], task, lang))
+            reply = mixed_manners(dice, lang, spoken(task, question, answer))
+            lines.append(line([user(question), assistant(reply)], task, lang))
     for lang, relation, subject, answer in all_facts():
         wordings = split_wordings(lang, relation)[0]
-        for form in dice.sample(wordings, FACT_WORDINGS) + dice.sample(wordings, FACT_WORDINGS // 2):
+        for form in dice.sample(wordings, FACT_WORDINGS) + dice.sample(wordings, FACT_WORDINGS // 4):
             messages = [user(fact_text(form, subject)), assistant(mixed_manners(dice, lang, answer))]
             lines.append(line(messages, "fact", lang))
     for lang, messages in talk.dialogues:
@@ -777,7 +784,7 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
                 continue
             asked.add(name)
             made += 1
-            lines.append({"chosen": [user(question), assistant(good)], "rejected": [user(question), assistant(bad)],
+            lines.append({"prompt": question, "chosen": good, "rejected": bad,
                           "kind": kind, "task": task, "lang": lang})
     return dice.shuffled(lines)
 
@@ -989,9 +996,9 @@ class Pretrain:
                 continue
             asked = self.dice.shuffled(dict.fromkeys([letter, *letters]))
             if lang == "en":
-                sentences.append(f"In {row}: " + ", ".join(f"{c} {letters.count(c)}" for c in asked) + ".")
+                sentences.append(f"In {row}: " + ", ".join(f"{c} = {letters.count(c)}" for c in asked) + ".")
             else:
-                sentences.append(f"{row} 里有 " + "， ".join(f"{c} {letters.count(c)}个" for c in asked) + "。")
+                sentences.append(f"{row} 里有 " + "， ".join(f"{c} = {letters.count(c)}" for c in asked) + "。")
         return self.join(lang, sentences)
 
     def reversing(self, lang):
@@ -1319,7 +1326,6 @@ def make_all(seed=0, sources=ROOT / "data"):
     for name, lines in zip(("pretrain", "pretrain_eval", "pretrain_test"),
                            make_pretrain(dice("pretrain"), tasks, talk, pairs)):
         files[f"{name}.jsonl"] = lines
-    files["replay.jsonl"] = dice("replay").sample(files["sft.jsonl"], REPLAY)
     files["identity.jsonl"], files["identity_eval.jsonl"], files["identity_test.jsonl"] = make_identity()
     return files
 

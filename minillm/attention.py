@@ -107,5 +107,5 @@ def _attend_in_two_products(q, k, v, mask):
     q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head, side by side
     scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
     forbidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    weights = scores.add_(forbidden).softmax(dim=-1)
+    weights = (scores + forbidden).softmax(dim=-1)  # not add_: its gradient would be copied twice, scores being a view
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)

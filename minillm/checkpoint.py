@@ -68,7 +68,8 @@ def choose_defaults(cfg, folder, keep=()):
         say(f"{folder} was made by minillm: the defaults for small models are used")
         return
     changed = set_downloaded_defaults(cfg, config_from_json(document, path).max_position_embeddings, keep)
-    say(f"{folder} was not made by minillm: the defaults for downloaded models are used"
+    lora = " with a LoRA" if getattr(cfg, "peft", "") == "lora" else ""
+    say(f"{folder} was not made by minillm: the defaults for downloaded models{lora} are used"
         + "".join(f", {name} {value}" for name, value in changed.items()))
 
 

@@ -23,13 +23,14 @@ from minillm import job, runtime
 from minillm.errors import UserError
 
 
-def flag(default, help: str, choices=None, low=None, high=None, positional=False, downloaded=None):
+def flag(default, help: str, choices=None, low=None, high=None, positional=False, downloaded=None, with_lora=None):
     """A dataclass field with its line of help and its range (low <= value <= high).
 
-    positional: given without --. downloaded: the default for a model that was not made here (set_downloaded_defaults).
+    positional: given without --. downloaded: the default for a model that was not made here (set_downloaded_defaults),
+    with_lora: the same with --peft lora, which takes rates that are 10 to 20 times as large.
     """
     meta = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional,
-            "downloaded": downloaded}
+            "downloaded": downloaded, "with_lora": with_lora}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -59,7 +60,8 @@ def parse_config(cls, doc: str, argv=None):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         shown = "" if default in (None, "", []) else f" (default {default})"
         if f.metadata["downloaded"] is not None:
-            shown += f" (downloaded model: {f.metadata['downloaded']})"
+            with_lora = f", with a LoRA {f.metadata['with_lora']}" if f.metadata["with_lora"] is not None else ""
+            shown += f" (downloaded model: {f.metadata['downloaded']}{with_lora})"
         options = {"default": argparse.SUPPRESS, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -89,6 +91,8 @@ def set_downloaded_defaults(cfg, context: int, keep=()) -> dict:
     changed = {}
     for f in dataclasses.fields(cfg):
         value = f.metadata["downloaded"]
+        if f.metadata["with_lora"] is not None and cfg.peft == "lora":
+            value = f.metadata["with_lora"]
         given = f.name in cfg.given if hasattr(cfg, "given") else getattr(cfg, f.name) != f.default
         if value is not None and not given and f.name not in keep:
             changed[f.name] = min(value, context) if f.name == "max_seq_len" else value

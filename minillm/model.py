@@ -297,7 +297,6 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.origin = None  # the files of the folder that it was loaded from (origin.py)
-        self.compiled = False  # whether runtime.compile_backbone has compiled self.model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)
         for name, weight in self.named_parameters():
@@ -316,9 +315,7 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
         """Hidden states (B, T, D) after the final norm; arguments as in forward, and document_block_mask(doc_ids)."""
-        # Decoding never runs compiled: it has a fast path of its own (cuda_graph.py).
-        backbone = self.model.forward if self.compiled and cache is not None else self.model
-        return backbone(tokens, attention_mask, doc_ids, positions, cache, block_mask)
+        return self.model(tokens, attention_mask, doc_ids, positions, cache, block_mask)
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
         """Logits (B, T, V); logits[:, t] predict token t + 1.

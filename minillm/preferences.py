@@ -207,24 +207,41 @@ def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
     return total / mask.sum(dim=1) if average else total
 
 
+def _collect(score_batch, loader: PairLoader, device) -> torch.Tensor:
+    """(N, 2) float32 on the CPU: score_batch(batch), (2B,), of the pairs in the loader's first epoch, all processes."""
+    scores = torch.zeros(len(loader.dataset), 2)
+    for batch in loader.epoch_batches(0):
+        if batch.n_pairs:
+            with autocast(device):
+                found = score_batch(batch.to(device)).detach()
+            scores[batch.pairs] = found.float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
+    return sum_tensor_over_processes(scores)
+
+
 @torch.no_grad()
 def score_pairs(score_batch, pairs: PairDataset, batch_size: int, device) -> torch.Tensor:
     """(N, 2) float32 on the CPU: the scores of both sides of each pair. score_batch(batch) gives (2B,).
 
     The processes share the work: each takes batch_size pairs at a time, and all get all scores.
     """
-    scores = torch.zeros(len(pairs), 2)
-    for batch in PairLoader(pairs, batch_size * world_size(), seed=0, shuffle=False).epoch_batches(0):
-        if batch.n_pairs:
-            with autocast(device):
-                scores[batch.pairs] = score_batch(batch.to(device)).float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
-    return sum_tensor_over_processes(scores)
+    loader = PairLoader(pairs, batch_size * world_size(), seed=0, shuffle=False)
+    return _collect(score_batch, loader, device)
 
 
 def pair_logprobs(model, pairs: PairDataset, batch_size: int, device, average: bool = False) -> torch.Tensor:
     """(N, 2): answer_logprobs of every pair under a language model."""
     return score_pairs(lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average),
                        pairs, batch_size, device)
+
+
+def reference_logprobs(model, loader: PairLoader, device, average: bool = False) -> torch.Tensor:
+    """(N, 2): answer_logprobs of every pair, to the last bit as the first epoch of training would compute them.
+
+    The batches, and so the padding, are those of that epoch, and gradients stay enabled: without them PyTorch may
+    choose kernels that round differently.
+    """
+    return _collect(lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average),
+                    loader, device)
 
 
 def rank_pairs(scores, kinds: list) -> dict:

@@ -17,8 +17,9 @@ from minillm.errors import UserError
 from minillm.forms import normalise, tools_message
 from minillm.runtime import say
 
-# By the key that shows what a record is: all keys that training reads.
-READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin")}
+# By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
+READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
+        "advantages": ("step", "reward", "tokens", "advantages", "ratios")}
 # Keys that change nothing in training. Any other key is named once (see UnknownKeys).
 IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
               "topic tags url title author date timestamp license meta metadata label level difficulty type model "
@@ -307,3 +308,15 @@ def _content_hash(path, *identity) -> str:  # identity: what changes when the fi
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, or of a model folder's weights, settings and tokenizer; raises UserError."""
+    files = [path] if os.path.isfile(path) else []
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir()
+                       if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"))
+    try:
+        return " ".join(content_hash(file) for file in files)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None

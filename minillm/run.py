@@ -9,7 +9,8 @@
 
 Run never calls the model, the loss or the optimizer. What it guarantees:
 - `training_state.pt` alone holds all that exact resume needs, fp32 weights included. It is written after the model
-  folder, so the weights in the folder are never older than the state. A run that ends has those of its last step.
+  folder, so the weights in the folder are never older than the state. A run that ends has those of its last step,
+  and then no state: with its moments it is three times as large as the model.
 - A new run replaces an older one in OUT only with its first checkpoint: until then it lives in OUT.new. The older one
   becomes OUT.bak, OUT.bak2, ...; no checkpoint is ever deleted.
 - However the loop ends (Ctrl-C, SIGTERM, an exception in its body), signals, progress bar and files are put in order.
@@ -33,10 +34,11 @@ from minillm.heads import RewardModel, merge_reward_model, save_reward_model
 from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_replies
 from minillm.out_folder import Lock, check_out, ended_in_first_save, is_new_run, keep_checkpoint, take_place
 from minillm.peft import has_adapter, save_adapter
-from minillm.records import content_hash
+from minillm.records import fingerprint
 from minillm.runtime import say
 from minillm.safetensors import is_temporary, load_json, save_json
-from minillm.training_state import capture_rng, load_training_state, restore, save_training_state, trained_weights
+from minillm.training_state import (capture_rng, load_training_state, remove_training_state, restore,
+                                    save_training_state, trained_weights)
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every",
@@ -85,7 +87,7 @@ class Run:
         self.settings["contents"] = {path: fingerprint(path) for path in inputs if not path.endswith(".py")}
         # OUT.new with a checkpoint: a kill came before it could take its place.
         self.folder = self.new if is_new_run(self.new, self.out, "training_state.pt") else self.out
-        if cfg.resume and (self.folder / "training_state.pt").exists():
+        if cfg.resume and any((self.folder / name).exists() for name in ("training_state.pt", "summary.json")):
             self._read()
         elif cfg.resume:
             say(f"nothing to continue in {cfg.out}: starting from step 0")
@@ -178,6 +180,7 @@ class Run:
                     "tokens": self.progress.tokens, "seconds": seconds,  # since the last start
                     "peak_memory_mb": round(runtime.peak_memory_mb(self.device), 1),
                     "before": numbers(self.before), "after": numbers(after)})
+                remove_training_state(self.folder)
             return {**numbers(after), "seconds": seconds}
         finally:
             self._close()
@@ -289,13 +292,15 @@ class Run:
                             "or start again without --resume")
         for key in {"device", "compile"} & notes.keys():
             say(f"note: {notes[key]}: results may differ in the last bits")
-        self.state = load_training_state(self.folder)
-        if (self.folder / "summary.json").exists():  # written last of all
-            self.result = load_json(self.folder / "summary.json").get("after")
-            if not isinstance(self.result, dict):
-                raise UserError(f"{self.folder / 'summary.json'} holds no results; remove it, and --resume makes it "
-                                "again")
-            say(f"the run in {out} is finished: nothing to do")
+        if not (self.folder / "summary.json").exists():  # written last of all
+            self.state = load_training_state(self.folder)
+            return
+        self.result = load_json(self.folder / "summary.json").get("after")
+        if not isinstance(self.result, dict):
+            raise UserError(f"{self.folder / 'summary.json'} holds no results; start again without --resume")
+        if runtime.rank() == 0:
+            remove_training_state(self.folder)  # where a kill came before
+        say(f"the run in {out} is finished: nothing to do")
 
     def _restore(self):
         self.before = restore(self.state, self.models, self.optimizers, self.loader, self.total_steps,
@@ -308,15 +313,3 @@ class Run:
         if self.lock:
             self.lock.release()
         self.lock = None
-
-
-def fingerprint(path: str) -> str:
-    """A hash of a file, or of a model folder's weights, settings and tokenizer; raises UserError."""
-    files = [path] if os.path.isfile(path) else []
-    if os.path.isdir(path):
-        files = sorted(file for file in Path(path).iterdir()
-                       if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"))
-    try:
-        return " ".join(content_hash(file) for file in files)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None

@@ -287,10 +287,27 @@ def wants_compile(model, asked) -> bool:
 
 
 def compile_backbone(model, asked):
-    """If wanted and possible, compile the model's backbone in place, as one program for all shapes."""
-    if wants_compile(model, asked):
-        model.model.compile(dynamic=True)
-        model.compiled = True
+    """If wanted and possible, compile the model's backbone in place: one program, for training batches of all shapes.
+
+    A program without gradients would be another one, so evaluation and decoding run as they are. Another one would also
+    serve a batch of 0 or 1 rows: where larger ones have been seen, it gets rows of padding.
+    """
+    if not wants_compile(model, asked):
+        return
+    plain, most = model.model.forward, 0
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(tokens, *others):
+        nonlocal most
+        if not torch.is_grad_enabled():
+            return plain(tokens, *others)
+        rows = len(tokens)
+        most = max(most, rows)
+        if rows < min(most, 2):
+            return compiled(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)), *others)[:rows]
+        return compiled(tokens, *others)
+
+    model.model.forward = forward
 
 
 class Interrupt:

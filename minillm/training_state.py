@@ -47,6 +47,11 @@ def save_training_state(folder, state: dict):
         torch.save({**state, "environment": _environment()}, file)
 
 
+def remove_training_state(folder):
+    """Make room once a run is finished; the weights stay, as the folder's model."""
+    (Path(folder) / "training_state.pt").unlink(missing_ok=True)
+
+
 def _check_plain(value, name):
     if isinstance(value, (dict, list, tuple)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):

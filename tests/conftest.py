@@ -3,9 +3,10 @@
 
 import torch
 
-from tests import exercise
+from tests import exercise, helpers
 
 torch.set_num_threads(1)
+helpers.keep_states()
 
 
 def pytest_addoption(parser):

@@ -1,11 +1,11 @@
-"""What tests share: the one comparison, and a GPU that must not be waited for."""
+"""What tests share: the one comparison, the states of finished runs, and a GPU that must not be waited for."""
 
 import contextlib
 
 import pytest
 import torch
 
-from minillm import runtime
+from minillm import run, runtime
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -22,8 +22,20 @@ def close(actual, expected) -> bool:
     # Only a float is converted: 1.5 made a whole number would be 1.
     dtype = actual.dtype if actual.is_floating_point() else None
     expected = torch.as_tensor(expected, dtype=dtype).detach().cpu()
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    def message(difference):
+        numbers = f"\n{actual.tolist()} came out\n{expected.tolist()} is expected" if actual.numel() <= 30 else ""
+        return difference + numbers
+
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, msg=message)
     return True
+
+
+def keep_states():
+    """A finished run removes its training state. Here it stays, so that tests can compare it, moments and all."""
+    def keep(folder):
+        pass
+
+    run.remove_training_state = keep
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """The shape of the project: a reader can open any file and knows what it may lean on.
 
+After this chapter you know which file may import which, what every script looks like, and which habits are forbidden
+here.
+
 Everything here is read off the syntax trees; nothing is imported or run.
 """
 
@@ -14,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT / "minillm").glob("*.py"))
 STAGES = sorted(ROOT.glob("train_*.py"))
 SCRIPTS = STAGES + sorted(ROOT.glob("eval.py"))
+CHAPTERS = sorted((ROOT / "tests").glob("test_*.py"))
 
 # What a module of minillm may import from minillm; errors may be imported by all. A cycle cannot be written down here:
 # every module stands after those that it imports.
@@ -25,7 +29,7 @@ IMPORTS = {
     "records": "chat forms runtime",
     "config": "job runtime",
     "losses": "logprobs",
-    "token_view": "logprobs runtime",
+    "token_view": "logprobs runtime safetensors",
     "optim": "runtime",
     "shard": "",
     "curves": "",
@@ -193,6 +197,68 @@ def test_lines_have_at_most_120_columns(path):
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith(("|", "!"))] == []
 
 
+@named(CHAPTERS)
+def test_a_chapter_says_what_it_teaches_and_ends_with_two_questions(path):
+    """What a question wants changed is there, once, in the test or the constant that it names."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    assert "After this chapter you" in " ".join(ast.get_docstring(tree).split())
+    parts = {}
+    for node in tree.body:
+        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", [])
+                                                               if isinstance(t, ast.Name)]:
+            first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            parts[name] = "\n".join(source.splitlines()[first - 1:node.end_lineno])
+    ending = source.splitlines()[source.splitlines().index("# " + "-" * 64 + " two questions"):]
+    assert all(line.startswith("#") for line in ending), "the questions are the end of the file"
+    text = " ".join(line.removeprefix("#").strip() for line in ending)
+    questions = re.findall(r"(\d)\. (\w+): `(.+?)` -> `(.+?)`\. .+?\?", text)
+    assert [number for number, *_ in questions] == ["1", "2"]
+    for _, name, old, new in questions:
+        assert parts[name].count(old) == 1 and old != new, (name, old)
+
+
+# Where the names of metrics stand: in run.add(...) and evaluate() of the scripts, and in what these functions return.
+MEASURED = {"evaluate": ["held_out_loss", "score", "sample_answers"], "preferences": ["rank_pairs"],
+            "rollouts": ["sampled_scores"], "losses": ["_clipped_surrogate", "_implicit_rewards"]}
+
+
+def metric_names():
+    def keys(node):
+        for part in ast.walk(node):
+            for key in getattr(part, "keys", []) or [getattr(part, "key", None)]:  # of a dict; of a comprehension
+                if isinstance(key, ast.Constant):
+                    yield key.value
+                elif isinstance(key, ast.JoinedStr):
+                    yield key.values[0].value + "NAME"  # f"reward_{name}"
+
+    found = {"lr", "tokens_per_s"}
+    for node in (node for path in STAGES for node in ast.walk(tree_of(path))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add":
+            found.update(keys(node))
+        if isinstance(node, ast.FunctionDef) and node.name == "evaluate":
+            found.update(keys(node))
+    for module, functions in MEASURED.items():
+        for function in tree_of(ROOT / "minillm" / f"{module}.py").body:
+            if getattr(function, "name", "") in functions:
+                for node in ast.walk(function):
+                    assigned = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+                    if isinstance(node, ast.Return) or assigned in ("stats", "metrics", "levels"):
+                        found.update(keys(node))
+    return found
+
+
+@pytest.mark.parametrize("name, heading", [("README.md", "Metrics"), ("README_zh.md", "指标")])
+def test_the_glossary_has_every_metric(name, heading):
+    text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+    section = re.search(rf"^## {heading}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    first_column = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
+    explained = set(re.findall(r"`(\w+)`", first_column))
+    names = metric_names()
+    assert {"loss", "kl", "no_signal", "clip_fraction", "val_loss", "calibration_error", "reward_NAME"} <= names
+    assert names - {"sampled_NAME"} - explained == set()
+
+
 @named(LIBRARY + SCRIPTS)
 def test_nothing_is_cleverer_than_it_need_be(path):
     """A lambda with a name is a def; text times a condition and a list in sum() are puzzles."""
@@ -204,3 +270,9 @@ def test_nothing_is_cleverer_than_it_need_be(path):
                            for part in ast.walk(node.target)), "an attribute as a for target"
         if isinstance(node, ast.Expr):
             assert not isinstance(node.value, ast.IfExp), f"line {node.lineno}: a conditional expression as a statement"
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. IMPORTS: `"losses": "logprobs"` -> `"losses": ""`. Which test fails, and which import does it name?
+# 2. test_a_file_of_the_library_holds_one_idea: `else 400` -> `else 390`. Which files are close to their limit?

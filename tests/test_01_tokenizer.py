@@ -1,7 +1,11 @@
 """Chapter 1: text becomes numbers, and a conversation becomes numbers of which some are learned.
 
+After this chapter you can merge byte pairs by hand, and say for each token of a conversation whether it is trained.
+
 Byte-pair encoding first on one word that fits on a napkin, then against its plain twin, then against the `tokenizers`
 package on text of every kind. After that special tokens, conversations and files, and what each of them refuses.
+
+Drawn in tests/figures/mask_and_shift.svg.
 """
 
 import gzip
@@ -932,3 +936,9 @@ def test_a_missing_data_file_ends_the_command_without_traceback(tmp_path):
     assert result.returncode == 1
     assert result.stderr.strip() == f"error: {tmp_path / 'none.jsonl'}: no such data file"
     assert not (tmp_path / "x.json").exists()
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_byte_pair_encoding_on_one_word: `["aaabdaaabac"], 300` -> `["aaabdaaabac"], 260`. Which merges are left?
+# 2. test_words_count_as_often_as_they_occur: `["bc", "."] * 3` -> `["bc", "."] * 1`. Which pair is merged now?

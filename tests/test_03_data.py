@@ -1,4 +1,6 @@
-r"""Chapter 3. Data: from files to batches.
+"""Chapter 3. Data: from files to batches.
+
+After this chapter you can pack documents into rows by hand, and say which token of a row is a target.
 
 Every token of the files is a target exactly once per epoch; one that is not is counted, and the count is printed.
 
@@ -7,6 +9,8 @@ The tokenizer of this chapter has no merges: every byte is one token. So a docum
 
     <|im_start|> user\n Hi <|im_end|> \n <|im_start|> assistant\n Yo <|im_end|> \n        trained: Yo <|im_end|>
          1        5     2      1      1       1           10       2      1     1         = 25 tokens, 3 trained
+
+Drawn in tests/figures/packed_row.svg.
 """
 
 import gzip
@@ -721,3 +725,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert run.returncode == 0, run.stderr
     small, large, huge = map(float, run.stdout.splitlines()[-1].split())
     assert large - small < 24 and huge - small < 24, (small, large, huge)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_pack_worked_example: `pack([5, 3, 4, 2], 7)` -> `pack([5, 3, 4, 2], 8)`. Who shares a row with whom?
+# 2. test_what_max_seq_len_costs_a_conversation_is_counted: `(23, ["Yo"]` -> `(22, ["Yo"]`. What is trained, and how
+#    many tokens are lost?

@@ -8,8 +8,7 @@ it? Supervised fine-tuning just makes that number larger for the tokens that a g
 After this chapter you can compute the loss of a text by hand, know which logit belongs to which token, and see what a
 mean of means does to it.
 
-Two questions. What is the loss of TOKENS below if only the last token is supervised? And what does temperature 2 make
-of the log-probability of token 2: does it rise or fall, and why?
+Drawn in tests/figures/mask_and_shift.svg.
 """
 
 import pytest
@@ -426,3 +425,10 @@ def test_wrong_shapes_and_types_are_refused_in_one_line(call):
     with pytest.raises(ValueError) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. TOKENS: `[[0, 2, 1]]` -> `[[0, 0, 1]]`. What is the loss in test_worked_example?
+# 2. test_temperature_divides_the_logits_and_not_the_logprobs: `temperature=2.0` -> `temperature=0.5`. Which of the
+#    two tokens gains, and why?

@@ -1,5 +1,8 @@
 """Chapter 6: what is on the disk. A crash costs the steps since the last checkpoint, never the checkpoint.
 
+After this chapter you can read a safetensors file with a hex editor, and know in which order files are written so that
+no crash costs a checkpoint.
+
 A model is stored as safetensors: the length of a header (8 bytes, little endian), the header (JSON) and the numbers.
 The two numbers 1.0 and -2.0 as a tensor "a" of shape (2,) in float32 are
 
@@ -694,3 +697,11 @@ def test_frozen_weights_are_not_part_of_the_state():
     assert list(trained_weights(model)) == ["model.norm.weight"]
     model.model.embed_tokens.weight.requires_grad_(True)
     assert sorted(trained_weights(model)) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_worked_example_is_written: `torch.tensor([1.0, -2.0])` -> `torch.tensor([1.0, 2.0])`. Which single byte
+#    changes?
+# 2. QWEN3_06B: `"tie_word_embeddings": True` -> `"tie_word_embeddings": False`. How many parameters does
+#    test_published_configs count?

@@ -1,5 +1,8 @@
 """Chapter 7. The training loop: one denominator per step, honest logs, and one clear line for every mistake.
 
+After this chapter you can say what a training step divides by, what a line of the log averages over, and what the
+learning rate is at any step.
+
 The stages run in-process (`main(Config(...))`) on a few sentences and with the tokenizer of the data chapter (one byte,
 one token). PyTorch uses one thread: with another number it may add the same numbers in another order.
 """
@@ -23,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sft
-from minillm import metrics, model, optim, runtime, token_cache
+from minillm import metrics, model, optim, run, runtime, token_cache
 from minillm.config import check_ranges, flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, encode_text, load_split
 from minillm.errors import UserError
@@ -33,7 +36,7 @@ from minillm.model import CausalLM, preset_config
 from minillm.optim import Muon, make_optimizers, newton_schulz, schedule, set_lr
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import train_tokenizer
-from minillm.training_state import load_training_state
+from minillm.training_state import load_training_state, remove_training_state
 from tests.helpers import close, forbid_waiting_in_updates
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +242,7 @@ class OnDevice:
     """As much of a model as compile_backbone looks at."""
 
     def __init__(self, device):
-        self.device, self.model, self.options = torch.device(device), self, None
+        self.device, self.model = torch.device(device), self
 
     def parameters(self):
         yield self  # what has a device and a size
@@ -247,20 +250,23 @@ class OnDevice:
     def numel(self):
         return 10**8
 
-    def compile(self, **options):
-        self.options = options
+    def forward(self, tokens):
+        return "plain"
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_backbone_is_compiled_on_cuda_where_that_works(monkeypatch, works):
     """Where it does not (chapter 25) the same command trains too, uncompiled. --no-compile and the CPU never compile.
-    """
+    What needs no gradients runs as it is."""
     monkeypatch.setattr(runtime, "can_compile", lambda device: works and device.type == "cuda")
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda tokens: f"compiled, dynamic: {dynamic}")
     for device, enabled, expected in (("cuda", True, works), ("cuda", None, works), ("cuda", False, False),
                                       ("cpu", True, False), ("cpu", None, False)):
         model = OnDevice(device)
         runtime.compile_backbone(model, enabled)
-        assert model.options == ({"dynamic": True} if expected else None)
+        assert model.forward("ab") == ("compiled, dynamic: True" if expected else "plain")
+        with torch.no_grad():
+            assert model.forward("ab") == "plain"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -341,7 +347,8 @@ def test_bf16_autocast_learns_like_float32(monkeypatch):
 
 # ------------------------------------------------------------------------------------ a run and its folder
 
-def test_what_a_run_leaves(capsys):
+def test_what_a_run_leaves(capsys, monkeypatch):
+    monkeypatch.setattr(run, "remove_training_state", remove_training_state)
     result = train_sft.main(sft(eval_every=5, epochs=99))
     said = capsys.readouterr()
     assert "sft.jsonl: 45 documents" in said.out and "held out for evaluation: 2 of 45 sequences" in said.out
@@ -351,7 +358,7 @@ def test_what_a_run_leaves(capsys):
     assert "\r" not in said.out + said.err and "\x1b" not in said.out + said.err  # plain lines: this is no terminal
     assert sorted(os.listdir("out")) == [
         "config.json", "generation_config.json", "metrics.jsonl", "model.safetensors", "run_config.json",
-        "summary.json", "tokenizer.json", "tokenizer_config.json", "training_state.pt"]
+        "summary.json", "tokenizer.json", "tokenizer_config.json"]
     assert not list(Path().glob("out?*"))  # no OUT.new, no OUT.lock
     entries = log()
     assert [entry["step"] for entry in entries] == [1, 3, 4, 5, 6, 8, 9, 10]  # log_every 3, save_every 4, eval_every 5
@@ -544,3 +551,11 @@ def test_before_and_after_side_by_side():
     assert [re.sub(r" +", " ", line) for line in text.splitlines()] == [
         "| | before | after |", "|--------|--------|-------|", "| loss | 2.000 | 1.000 |", "| add | 0.000 | 0.500 |",
         "| sort | | 1.000 |"]
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_schedule_worked_example: `3, 4, 6, 8, 12, 99)` -> `3, 4, 10, 8, 12, 99)`. What is the factor after three
+#    quarters of the cosine?
+# 2. test_the_logged_loss_is_the_mean_of_its_steps: `log_every=3` -> `log_every=2`. Which steps have a line, and with
+#    which loss?

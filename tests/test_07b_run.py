@@ -1,5 +1,7 @@
 """Chapter 7, second part. The run around the loop: what it logs, which folder it writes to, and what it resumes.
 
+After this chapter you know when a run writes what, and why a wrong command never costs you an older run.
+
 The tests run the toy stage below. It has everything that a stage has (a model, data, random numbers, an evaluation), so
 it also shows how run.py is used.
 """
@@ -537,6 +539,29 @@ def test_resume_of_a_finished_run_does_nothing(capsys):
     assert listing() == before
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_finished_run_has_no_training_state(monkeypatch, killed):
+    """Fp32 weights and moments: of a model of 0.6 billion parameters 7 GB. The weights stay, as the folder's model.
+    A kill may come after the summary and before the removal; --resume then makes up for it, and changes nothing else.
+    """
+    def remove(folder):
+        assert Path(folder, "summary.json").exists()  # until then, --resume needs the state
+        if not killed:
+            training_state.remove_training_state(folder)
+
+    main(Config(out="undisturbed"))
+    monkeypatch.setattr(run_file, "remove_training_state", remove)
+    result = main(Config())
+    assert Path("out", "training_state.pt").exists() is killed
+    monkeypatch.setattr(run_file, "remove_training_state", training_state.remove_training_state)
+    before = {path: found for path, found in listing("out").items() if path != "out/training_state.pt"}
+    assert main(Config(resume=True)) == {key: value for key, value in result.items() if key != "seconds"}
+    assert listing("out") == before and weights("out") == weights("undisturbed")
+    assert "had other settings: --max_steps 9 (it was 8)" in one_line(main, Config(resume=True, max_steps=9))
+    main(Config())
+    assert listing("out.bak").keys() == {path.replace("out", "out.bak") for path in before}
+
+
 def test_resume_of_nothing_starts_at_step_0(capsys):
     main(Config(resume=True))
     assert "nothing to continue in out: starting from step 0" in capsys.readouterr().out
@@ -690,3 +715,10 @@ def test_a_damaged_state_is_told_in_one_line():
         assert "training_state.pt is truncated or corrupted" in one_line(main, Config(resume=True))
     path.write_bytes(whole)
     main(Config(resume=True))
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_when_a_line_is_logged: `main(Config())` -> `main(Config(log_every=4))`. Which steps have a line?
+# 2. test_sums_and_weighted_means: `run.add({"length": 2}, weight=3)` -> `run.add({"length": 2}, weight=1)`. What is
+#    the mean length?

@@ -1,5 +1,7 @@
 """Chapter 7, third part. A run that is killed, asked to stop, or spread over several processes.
 
+After this chapter you know what each way to stop a run leaves on the disk, and what --resume makes of it.
+
 Processes are killed for real. The toy stage is that of the second part; two tests use the real stages.
 """
 
@@ -20,7 +22,7 @@ from minillm import model as model_file
 from minillm import runtime, token_cache
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
-from tests.helpers import close
+from tests.helpers import close, keep_states
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -38,6 +40,7 @@ from minillm.errors import UserError
 from tests import test_07c_killed as tests
 
 torch.set_num_threads(1)
+tests.keep_states()
 replace, rename = os.replace, pathlib.Path.rename
 
 def child(work):
@@ -123,6 +126,7 @@ def like_the_fixtures():
     """In a process of its own: what the fixtures set."""
     torch.set_num_threads(1)
     token_cache.CACHE = Path("cache").absolute()
+    keep_states()
     runtime.autocast = lambda device: contextlib.nullcontext()
     model_file.PRESETS["tiny"] = (32, 2, 2, 1, 16, 64)
 
@@ -307,3 +311,10 @@ def test_two_processes_train_like_one(place):  # noqa: F811
     first, second = load_training_state("toys")["rng"]
     assert not torch.equal(first["torch"], second["torch"])
     assert_same_run("toys", "stopped toys", logs=False)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_polite_signal_saves_and_says_how_to_go_on: `if step == 4` -> `if step == 5`. After which step is it saved?
+# 2. test_a_polite_signal_saves_and_says_how_to_go_on: `if step == 4` -> `if step == 7`. A signal in the last step: is
+#    there anything to resume?

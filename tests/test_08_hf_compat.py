@@ -1,5 +1,7 @@
 """Chapter 8: one folder, two programs. What is written here opens in transformers, and the other way round.
 
+After this chapter you know what a Hugging Face folder promises, and how RoPE is stretched for longer contexts.
+
 One number compares names, shapes and formulas all at once: the largest difference between two logits.
 """
 
@@ -9,6 +11,12 @@ from dataclasses import make_dataclass
 import pytest
 import torch
 
+import train_dpo
+import train_grpo
+import train_lora
+import train_ppo
+import train_reward
+import train_sft
 from minillm.checkpoint import choose_defaults, load_model, save_model
 from minillm.config import flag, parse_config
 from minillm.hf_config import config_from_json
@@ -274,3 +282,37 @@ def test_a_downloaded_model_has_its_own_defaults(tmp_path, capsys):
     choose_defaults(cfg, tmp_path / "ours")
     assert (cfg.lr, cfg.max_seq_len) == (2e-3, 256)
     assert "was made by minillm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, flags, rates", [
+    (train_sft, "", {"lr": 2e-5, "optimizer": "adamw", "epochs": 3}),
+    (train_lora, "", {"lr": 2e-4, "epochs": 3}),
+    (train_lora, "--lr 1e-3", {"lr": 1e-3}),
+    (train_reward, "", {"lr": 1e-5}),
+    (train_reward, "--peft lora", {"lr": 1e-4}),
+    (train_dpo, "", {"lr": 1e-6, "beta": 0.1}),
+    (train_dpo, "--peft lora", {"lr": 2e-5, "beta": 0.1}),
+    (train_dpo, "--peft lora --lr 1e-6", {"lr": 1e-6}),  # by hand, if only the other default
+    (train_grpo, "", {"lr": 1e-6}),
+    (train_grpo, "--peft lora", {"lr": 2e-5}),
+    (train_ppo, "", {"lr": 1e-6, "value_lr": 1e-5}),
+    (train_ppo, "--peft lora", {"lr": 2e-5, "value_lr": 1e-4}),
+    (train_ppo, "--peft lora --value_lr 1e-5", {"lr": 2e-5, "value_lr": 1e-5}),
+])
+def test_the_rates_for_a_downloaded_model(tmp_path, capsys, script, flags, rates):
+    """A LoRA takes 10 to 20 times the rate of all weights: it starts at zero, and its update is a product."""
+    folder = download(tmp_path / "in")
+    cfg = parse_config(script.Config, "", flags.split())
+    choose_defaults(cfg, folder)
+    assert {name: getattr(cfg, name) for name in rates} == rates
+    said = capsys.readouterr().out
+    assert ("with a LoRA are used" in said) is ("--peft lora" in flags or script is train_lora)
+    chosen = {name: value for name, value in rates.items() if f"--{name}" not in flags}
+    assert said.count("\n") == 1 and all(f"{name} {value}" in said for name, value in chosen.items())
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_rope_for_longer_contexts: `"factor": 4.0}, [0.25` -> `"factor": 8.0}, [0.25`. What are the four frequencies?
+# 2. test_rope_for_longer_contexts: `"max_position_embeddings": 256` -> `"max_position_embeddings": 512`. Which of the
+#    five cases notices?

@@ -1,5 +1,7 @@
 """Chapter 10: reading the answer at the end of a reply, and scoring the reply without being fooled.
 
+After this chapter you know which replies count as right, and why a reward must not pay for hedging, tags or length.
+
 A reply is free text; the answer is a number, a list, a sequence of letters or words, or a word. The parser is generous
 with spelling ("８２", "82.0", "37 + 45 = 82") and strict with hedging ("82 or 83"), because reinforcement learning finds
 whatever it pays for.
@@ -278,3 +280,9 @@ def test_judge_prompt():
     assert judge_prompt("What is 1 + 1?", "2",
                         "3") == "Question: What is 1 + 1?\nAnswer A: 2\nAnswer B: 3\nWhich answer is better, A or B?"
     assert judge_prompt("你好", "你好！", "走开", "zh") == "问题：你好\n回答A：你好！\n回答B：走开\n哪个回答更好，A还是B？"
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_answer_reward: `"The answer is 83."` -> `"The answer is 82 or 83."`. How much does it earn?
+# 2. test_length_is_words_and_characters: `("a" * 13, 2)` -> `("a" * 25, 2)`. How long is a word of 25 letters?

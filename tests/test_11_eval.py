@@ -1,5 +1,7 @@
 """Chapter 11: asking the model. Held-out loss, bits per byte, accuracy, and a chat that knows where its context ends.
 
+After this chapter you can turn a loss into bits per byte, and say what accuracy is averaged over.
+
 A model that gives each of 512 tokens the same probability spends log2 512 = 9 bits and ln 512 = 6.2383 nats on a token.
 The texts "abc" and "defgh" have 3 and 5 bytes, and as many tokens where nothing is merged; each ends with one token
 more. So 4 + 6 = 10 tokens are predicted, 90 bits are spent on 8 bytes: 11.25 bits per byte.
@@ -475,3 +477,10 @@ def test_embedded_questions_are_valid_and_hold_every_task():
     root = os.path.dirname(os.path.abspath(evaluation.__file__))
     tasks = {r["task"] for r in read_questions(os.path.join(root, evaluation.EVAL_DATA))}
     assert tasks == {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk"}
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_bits_per_byte_of_a_uniform_model: `{"text": "defgh"}` -> `{"text": "de"}`. Do the bits per byte rise or
+#    fall? And the loss?
+# 2. test_score_of_five_replies: `"It is 8."` -> `"It is 7."`. Which of the five numbers stay?

@@ -1,5 +1,7 @@
 """Chapter 12. LoRA: the change of a frozen matrix W is the product of two thin ones, scaled by alpha / r.
 
+After this chapter you can compute a LoRA layer forwards and backwards by hand, and say what merging may cost.
+
 Worked example (W is 3 x 2: rank 1 is enough to see every index, and a transposed matrix would not fit):
 
     W = [[1, 2], [3, 4], [5, 6]]    A = [[1, -1]]    B = [[1], [0], [2]]    alpha = 2, r = 1: scaling 2    x = [1, 2]
@@ -694,3 +696,10 @@ def test_one_step_of_training_gives_the_gradients_of_peft(tmp_path, theirs, opti
         if parameter.requires_grad:
             close(parameter.grad, gradients.pop(name))
     assert not gradients
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_worked_example: `torch.tensor([1.0, 2.0]` -> `torch.tensor([2.0, 2.0]`. What is left of the update, and
+#    what is the gradient of B?
+# 2. test_rslora_divides_by_the_root_of_the_rank: `A, B, alpha=2)(x)` -> `A, B, alpha=4)(x)`. What is the result?

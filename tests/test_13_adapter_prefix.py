@@ -1,5 +1,7 @@
 """Chapter 13. Adapters add small modules inside the layers; prefix and prompt tuning add tokens before the text.
 
+After this chapter you can compute a bottleneck adapter and a prefix by hand, and know where learned tokens stand.
+
 An adapter squeezes a hidden vector h through a few numbers and adds the result back. With one number, h = [1, -2],
 W_down = [1, 0], b_down = 0, W_up = [2, 1], b_up = [1/2, 0]:
 
@@ -422,3 +424,10 @@ def test_one_step_of_training_gives_the_gradients_of_peft(tmp_path, theirs, kind
     sft_loss(model(TOKENS), TOKENS, mask).backward()
     other(input_ids=TOKENS, labels=TOKENS.masked_fill(~mask, -100)).loss.backward()
     close(model.model.prefix.prompt_embeddings.grad, other.prompt_encoder["default"].embedding.weight.grad)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_worked_example_of_an_adapter: `torch.tensor([1.0, -2.0])` -> `torch.tensor([0.0, -2.0])`. What is left
+#    of the adapter?
+# 2. test_the_worked_example_of_a_prefix: `1.09861229` -> `0.0`. How much does the prefix weigh?

@@ -9,8 +9,7 @@ reference it makes the answer, times beta.
 After this chapter you know why DPO starts at ln 2, which pairs move the policy most, and why the loss can fall while
 the chosen answer becomes less probable.
 
-Two questions. Double beta and halve every difference to the reference: what happens to the loss of DPO, and what to
-that of IPO? And at which margin does label_smoothing 0.5 put the minimum?
+Drawn in tests/figures/pair.svg.
 """
 
 import pytest
@@ -70,6 +69,16 @@ def test_reward_sees_differences_only():
     close(reward_loss(chosen + 100, rejected + 100), reward_loss(chosen, rejected))
 
 
+def test_reward_in_half_precision_is_computed_in_float32():
+    """Between 2 and 4 bf16 knows multiples of 1/64, so 3 - 0.0078125 = 2.9921875 would be 3: ln(1 + e^-3) = 0.048587 in
+    place of ln(1 + e^-2.9921875) = 0.048959.
+    """
+    chosen, rejected = torch.tensor([3.0, 0.0078125], dtype=torch.bfloat16).split(1)
+    loss = reward_loss(chosen, rejected)
+    assert loss.dtype == torch.float32
+    close(loss, 0.0489592)
+
+
 def test_reward_of_a_hopeless_pair_is_finite():
     """log(sigmoid(-1000)), written like that, is log(0) = -inf."""
     close(reward_loss(torch.tensor([-500.0]), torch.tensor([500.0])), 1000.0)
@@ -103,6 +112,13 @@ def test_dpo_worked_example():
     assert set(a) == {"chosen_rewards", "rejected_rewards", "accuracy", "margin"}
     assert all(x.dim() == 0 and not x.requires_grad for x in a.values())
     close(torch.stack([a["chosen_rewards"], a["rejected_rewards"], a["accuracy"], a["margin"]]), [0.5, -0.5, 1.0, 1.0])
+
+
+def test_dpo_beta_is_a_tenth_unless_told_otherwise():
+    """A nat more for the chosen answer: margin 0.1 x 1, loss ln(1 + e^-0.1) = 0.644397."""
+    loss, stats = dpo_loss(*pair(1.0))
+    close(stats["margin"], 0.1)
+    close(loss, 0.6443967)
 
 
 def test_dpo_at_the_start_is_ln_2():
@@ -299,6 +315,8 @@ def test_no_pairs_cost_nothing(name):
     empty = [torch.zeros(0, requires_grad=True) for _ in range(4)]
     close(LOSSES[name](empty), 0.0)
     close(LOSSES[name](empty, n_pairs=0), 0.0)
+    for loss in (dpo_loss, ipo_loss):
+        assert all(value == 0 for value in loss(*empty)[1].values())
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -315,9 +333,12 @@ def test_inputs_are_left_alone_and_the_reference_gets_no_gradient(name):
     lambda a, b: reward_loss(a, b),
     lambda a, b: reward_loss(a[:, None], a[:, None]),
     lambda a, b: reward_loss(a, a, margin=b),
+    lambda a, b: dpo_loss(b, a, a, a),
+    lambda a, b: dpo_loss(a, a, b, a),
     lambda a, b: dpo_loss(a, a, a, b),
     lambda a, b: dpo_loss(a, a, a, a, beta=0.0),
     lambda a, b: dpo_loss(a, a, a, a, label_smoothing=-0.1),
+    lambda a, b: dpo_loss(a, a, a, a, label_smoothing=1.1),
     lambda a, b: ipo_loss(a, b, a, a),
     lambda a, b: ipo_loss(a, a, a, a, beta=-1.0),
 ])
@@ -325,4 +346,11 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
     """Three scores and one score would broadcast to a loss that looks fine."""
     with pytest.raises(ValueError) as error:
         call(torch.zeros(3), torch.zeros(1))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "torch.Size" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_dpo_worked_example: `[-10.0, -9.0]` -> `[-9.0, -9.0]`. Pair A's margin grows by a half. What is the loss?
+# 2. test_dpo_label_smoothing: `pair(1.0)` -> `pair(-1.0)`. What does a wrong pair cost when one label in ten is
+#    wrong?

@@ -1,4 +1,7 @@
-r"""Chapter 16: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
+"""Chapter 16: pairs of answers. How they become tokens, how an answer is scored, and who may be the judge.
+
+After this chapter you know which tokens of a pair are compared, where a score is read, and how far a judge can be
+trusted.
 
 A pair is one prompt and two answers. Its tokens are
 
@@ -6,6 +9,8 @@ A pair is one prompt and two answers. Its tokens are
     good<|im_end|>        bad<|im_end|>                             the answers: the only tokens that are compared
 
 DPO compares log p(answer | prompt) of the two. A reward model reads a score at the last token, <|im_end|>.
+
+Drawn in tests/figures/pair.svg.
 """
 
 import gzip
@@ -651,3 +656,11 @@ def test_the_mean_of_both_orders_decides(tmp_path, tokenizer, talkative, monkeyp
     assert report["orders_disagree"] == 1 and report["pairs"] > 0
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {line["confidence"] for line in lines} == {0.6}
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_accuracy_margin_and_calibration: `[5.0, 5.0]` -> `[6.0, 5.0]`. What becomes of the accuracy and of the mean
+#    margin?
+# 2. test_both_orders_cancel_a_judges_love_for_the_first_place: `[0.9] * len` -> `[0.6] * len`. What is the mean of
+#    both orders?

@@ -9,8 +9,7 @@ only: what the sum over tokens is divided by, and how far up the clip lets a tok
 After this chapter you can turn the rewards of a group into advantages, say which tokens the clip stops, and tell k1
 from k3 by their signs.
 
-Two questions. Add 5 to every reward of a group, then double them: which advantages change, with and without the
-division by the standard deviation? And what happens to the shortest answer's weight when grpo becomes dapo?
+Drawn in tests/figures/group.svg.
 """
 
 import pytest
@@ -75,6 +74,16 @@ def test_advantages_see_differences_within_the_group_only():
     close(advantages.sum(1), torch.zeros(3))
 
 
+def test_advantages_are_constants_in_float32():
+    """A reward model's scores may carry a graph: no gradient may flow into it. And 3, 0, 0, 0 in bf16 is mean 0.75, std
+    1.5: 2.25 / 1.5001 = 1.499900, which bf16 would round to 1.5.
+    """
+    rewards = torch.tensor([[3.0, 0.0, 0.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    advantages = group_advantages(rewards)
+    assert not advantages.requires_grad and advantages.dtype == torch.float32
+    close(advantages, [[1.4999000, -0.4999667, -0.4999667, -0.4999667]])
+
+
 def test_a_group_of_one_is_refused():
     """Compared with itself an answer is always average, and the std of one number is NaN."""
     with pytest.raises(ValueError, match="at least 2"):
@@ -97,6 +106,13 @@ def test_kl_worked_example():
     logprobs, ref = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log()
     close(kl_k1(logprobs, ref), [0.6931472, -0.6931472])
     close(kl_k3(logprobs, ref), [0.1931472, 0.3068528])
+
+
+def test_kl_in_half_precision_is_computed_in_float32():
+    """-8 and -0.01171875 are exact in bf16. Their difference, -7.98828125, would be rounded to -8."""
+    logprobs, ref = torch.tensor([-8.0, -0.01171875], dtype=torch.bfloat16).split(1)
+    assert kl_k1(logprobs, ref).dtype == torch.float32
+    close(kl_k1(logprobs, ref), [-7.9882812])
 
 
 def test_both_estimators_are_right_on_average():
@@ -300,6 +316,21 @@ def test_without_beta_the_reference_is_only_logged(loss):
 
 
 @pytest.mark.parametrize("loss", THREE)
+def test_without_beta_no_kl_can_spoil_the_loss(loss):
+    """A token that the policy has given up, 100 nats below the reference: k3 = e^100 - 101 is inf in float32, and 0 x
+    inf is NaN. The loss of one token at ratio 1 and advantage 1 is -1 (of Dr. GRPO -1/8), its slope the same.
+    """
+    logprobs = torch.tensor([[-100.0]], requires_grad=True)
+    inputs = logprobs, logprobs.detach(), torch.zeros(1, 1), torch.tensor([1.0]), torch.tensor([[True]])
+    value, stats = loss(*inputs, beta=0.0)
+    value.backward()
+    assert stats["kl"].isinf()
+    scale = 8 if loss is dr_grpo else 1
+    close(value * scale, -1.0)
+    close(logprobs.grad * scale, [[-1.0]])
+
+
+@pytest.mark.parametrize("loss", THREE)
 def test_padding_changes_nothing(loss):
     """Columns of padding, and whatever stands in the padding already: inf and NaN included."""
     logprobs, old, ref, advantages, mask = random_rollout()
@@ -399,7 +430,9 @@ def test_agrees_with_trl(loss, options, value, grad):
 
 
 @pytest.mark.parametrize("call", [
+    lambda x, a, m: grpo_loss(x[:1], x, x, a, m),
     lambda x, a, m: grpo_loss(x, x[:, :2], x, a, m),
+    lambda x, a, m: grpo_loss(*[x[..., None]] * 3, a, m[..., None]),
     lambda x, a, m: grpo_loss(x, x, x, a[:1], m),
     lambda x, a, m: grpo_loss(x, x, x, x, m),
     lambda x, a, m: grpo_loss(x, x, x, a, m.float()),
@@ -414,4 +447,12 @@ def test_wrong_shapes_and_values_are_refused_in_one_line(call):
     """One advantage for two answers would broadcast to a loss that looks fine."""
     with pytest.raises(ValueError) as error:
         call(torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3, dtype=torch.bool))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "torch.Size" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_advantages_worked_example: `[0.0, 0.0, 0.0, 4.0]` -> `[5.0, 5.0, 5.0, 13.0]`. Rewards doubled, and 5 more:
+#    what moves the fifth digit?
+# 2. test_ratio_one_gives_the_reinforce_gradient: `[True, True, True]]` -> `[True, True, False]]`. What does a token
+#    of answer 2 weigh in GRPO now?

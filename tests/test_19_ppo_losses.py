@@ -8,8 +8,7 @@ went than the critic had guessed: one step later (lambda 0), at the very end (la
 After this chapter you can compute GAE backwards by hand, and say for either sign of the advantage where the clip ends
 the gradient.
 
-Two questions. What is the first token's advantage in the example below with lambda 0.5? And which of the three
-advantages is the same for every lambda?
+Drawn in tests/figures/gae.svg.
 """
 
 import pytest
@@ -109,6 +108,15 @@ def test_gae_mistake_bootstrapping_from_the_padding():
     close(mistake[0, 2], 1.3)
     advantages, _ = gae(rewards, values, torch.tensor([[True, True, True, False]]), gae_lambda=0.0)
     close(advantages, [[0.2, 0.2, 0.4, 0.0]])
+
+
+def test_gae_in_half_precision_is_computed_in_float32():
+    """A reward of 3 and a value of 0.0078125, both exact in bf16: the advantage 2.9921875 would be rounded to 3."""
+    reward, value = torch.tensor([[3.0, 0.0078125]], dtype=torch.bfloat16).split(1, dim=1)
+    advantages, returns = gae(reward, value, torch.tensor([[True]]))
+    assert advantages.dtype == returns.dtype == torch.float32
+    close(advantages, [[2.9921875]])
+    close(returns, [[3.0]])
 
 
 def test_gae_rows_do_not_touch():
@@ -393,13 +401,17 @@ def test_half_precision_input_is_computed_in_float32(name):
 
 
 @pytest.mark.parametrize("call", [
+    lambda x, m: gae(x[:1], x, m),
     lambda x, m: gae(x, x[:, :2], m),
     lambda x, m: gae(x, x, m.float()),
     lambda x, m: gae(x[0], x[0], m[0]),
     lambda x, m: whiten(x, m[:1]),
     lambda x, m: whiten(x, m.long()),
+    lambda x, m: ppo_policy_loss(x[:1], x, x, m),
     lambda x, m: ppo_policy_loss(x, x, x[:, :1], m),
     lambda x, m: ppo_policy_loss(x, x, x[:, 0], m),
+    lambda x, m: ppo_value_loss(x[:1], x, x, m),
+    lambda x, m: ppo_value_loss(x, x[:1], x, m),
     lambda x, m: ppo_value_loss(x, x, x[:1], m),
     lambda x, m: ppo_value_loss(x, x, x, m.float()),
 ])
@@ -407,4 +419,11 @@ def test_wrong_shapes_and_types_are_refused_in_one_line(call):
     """A column of returns against a row of values would broadcast to a square of errors."""
     with pytest.raises(ValueError) as error:
         call(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "torch.Size" not in str(error.value)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_gae_by_hand: `(1.0, 0.25, [0.275` -> `(1.0, 0.5, [0.275`. What are the three advantages?
+# 2. VALUES: `[[0.2, 0.4, 0.6]]` -> `[[0.2, 0.4, 1.0]]`. A critic that knows the score before the last token: which
+#    token gets the credit?

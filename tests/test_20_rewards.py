@@ -1,5 +1,7 @@
 """Chapter 20: what an answer is worth: rewards from rules, models, judges and one's own file.
 
+After this chapter you can write a reward in a file of your own, and say what a weighted sum of rewards pays.
+
 A reward function in a user's file takes (messages, answers, example) and returns one number per answer. A reward source
 takes a whole batch of them, [(messages, answers, example), ...], and returns one number per answer of the batch. Worked
 example of a weighted sum, `--reward answer 0.5*mine.py:short`, for "What is 37 + 45?" (82):
@@ -187,3 +189,11 @@ def test_model_and_judge_score_a_whole_rollout_as_they_score_one_prompt(tmp_path
         close(torch.tensor(parts[name]), [source([one]) for one in asked])
         assert len({round(x, 4) for part in parts[name] for x in part}) == 4
     close(torch.tensor(totals), torch.tensor(parts["model"]) + 0.5 * torch.tensor(parts["judge"]))
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_weighted_sum_with_its_parts: `"answer", f"0.5*` -> `"answer", f"2*`. What are the two totals, and which
+#    parts change?
+# 2. test_a_weighted_sum_with_its_parts: `["82", "83 !"]` -> `["82", "82 !"]`. What is the right answer with a blank
+#    and a mark worth?

@@ -1,10 +1,14 @@
 """Chapter 23: train_ppo.py as it runs: four models, a reward for every token, and when to leave a rollout.
 
+After this chapter you can write down the reward of every token of an answer, and say when a rollout is left early.
+
 The learner is that of chapter 22. Worked example for the reward of each token: the log-probabilities of an answer of
 three tokens are 0.5, 0 and -0.25 above the reference's, kl_coef is 0.2, and the normalised score is 2:
 
     reward     -0.1, 0, 0.05 + 2
     return     1.95, 2.05, 2.05         with gamma 1 and lambda 1: the sum of this reward and all later ones
+
+Drawn in tests/figures/reward_row.svg and tests/figures/four_models.svg.
 """
 
 import json
@@ -389,3 +393,21 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("out/sft is not there yet: run python train_sft.py first", "--model", "out/sft")
     refused("out/reward is not there yet: run python train_reward.py first, or give another",
             "--reward_model", "out/reward")
+
+
+def test_what_show_every_prints_and_keeps(run, folder, capsys):
+    """In PPO each token has an advantage of its own. In the only pass over a rollout every ratio is 1."""
+    run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 1)
+    assert "answers to several questions" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 6  # every second one of twelve
+    assert any(len(set(line["advantages"]) - {None}) > 1 for line in kept)
+    assert {ratio for line in kept for ratio in line["ratios"]} == {None, 1.0}
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_every_token_pays_for_its_kl_and_the_last_one_has_the_score: `"--kl_coef", 0.2` -> `"--kl_coef", 0.4`. What
+#    are the three rewards?
+# 2. test_every_token_pays_for_its_kl_and_the_last_one_has_the_score: `"--gae_lambda", 1` -> `"--gae_lambda", 0`.
+#    Which changes: the rewards or the returns?

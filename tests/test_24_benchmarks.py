@@ -1,5 +1,8 @@
 """Chapter 24: can the benchmarks be trusted? They time fairly, count what they say, and compare the same work.
 
+After this chapter you can count the operations of a forward pass and the bytes that a decoding step reads, and know
+what a fair comparison needs.
+
 How fast anything runs is not tested here, because that depends on the machine.
 """
 
@@ -234,7 +237,8 @@ def small_project(tmp_path, monkeypatch):
         (tmp_path / "data" / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
     tokenizer = Tokenizer.load(ROOT / "data" / "tokenizer.json")
     torch.manual_seed(0)
-    config = small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=1024)
+    config = small_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=1024,
+                          hidden_size=32, head_dim=16, intermediate_size=32)  # for a LoRA of the default rank
     save_model(tmp_path / "out" / "sft", CausalLM(config), tokenizer)
     save_reward_model(tmp_path / "out" / "reward", RewardModel.from_lm(CausalLM(config)), tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -258,7 +262,7 @@ def test_a_run_of_the_results(small_project):
 
 
 def test_runs_come_after_those_they_build_on():
-    assert results.needed(["ppo"]) == ["pretrain", "sft", "reward", "ppo"]
+    assert results.needed(["ppo"]) == ["pretrain", "sft", "grpo", "reward", "ppo"]
     assert results.needed(["dpo_rlaif", "pretrain"]) == ["pretrain", "sft", "judge", "rlaif", "dpo_rlaif"]
 
 
@@ -345,3 +349,11 @@ def test_an_unknown_part_is_named(bench):
 def test_an_unknown_method_is_named():
     with pytest.raises(UserError, match="--methods magic: must be of full, lora"):
         compare_peft.main(compare_peft.Config(methods=["magic"]))
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_operations_of_a_forward_pass: `(config, [3], 3) == 3 *` -> `(config, [4], 4) == 3 *`. How many pairs of
+#    tokens does a causal row of four have?
+# 2. test_what_a_decoding_step_has_to_read: `3, 10, torch.float32` -> `6, 10, torch.float32`. Twice the rows: twice
+#    the bytes?

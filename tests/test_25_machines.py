@@ -1,5 +1,7 @@
 """Chapter 25. Machines: what is chosen on which hardware, and one line for everything that cannot run there.
 
+After this chapter you know what is chosen on which hardware, and by what.
+
 No machine has all of it. The tests fake what PyTorch and the system say about one (its processor, its GPU, its quota),
 and check what follows.
 """
@@ -19,6 +21,7 @@ import train_sft
 from minillm import config, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
+from minillm.training_state import restore_optimizer
 from tests.helpers import close
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +292,31 @@ def test_a_trivial_function_is_really_compiled():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
+# Another device on resume
+
+@pytest.mark.parametrize("before, now", [(False, True), (True, False)])
+def test_a_resumed_run_uses_the_fused_optimizer_where_this_device_has_one(before, now):
+    """A state from an Apple GPU, where AdamW is not fused, goes on with fused=True on CUDA, and the other way round.
+    load_state_dict alone would take over what the saved run had, and what is not fused there takes 12 times the
+    kernels. The averages and the count of steps go on in both cases."""
+    def adamw(fused):
+        weight = torch.nn.Parameter(torch.ones(2))
+        return weight, torch.optim.AdamW([weight], lr=0.5, fused=fused)
+
+    weight, optimizer = adamw(before)
+    weight.grad = torch.tensor([1.0, 3.0])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    other, resumed = adamw(now)
+    restore_optimizer(resumed, saved)
+    assert resumed.param_groups[0]["fused"] is now and resumed.param_groups[0]["lr"] == 0.5
+    state = resumed.state[other]
+    assert state["step"].item() == 1 and close(state["exp_avg"], [0.1, 0.3])  # (1 - 0.9) times the gradient
+    other.grad = torch.tensor([1.0, 3.0])
+    resumed.step()
+    assert state["step"].item() == 2
+
+
 # Several processes
 
 @pytest.mark.parametrize("device, nccl, backend", [("cuda", True, "cpu:gloo,cuda:nccl"), ("cuda", False, "gloo"),
@@ -477,3 +505,11 @@ def test_the_report_about_a_gpu_that_does_not_work(gpu, monkeypatch, capsys):
     runtime.main()
     device = rows(capsys.readouterr().out)["device"]
     assert device.startswith("cpu, ") and "(--device cuda:0 does not work: CUDA error: busy;" in device
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_quota_of_a_container_bounds_the_threads: `"250000 100000"}, 3)` -> `"210000 100000"}, 3)`. How many
+#    threads for 2.1 cores?
+# 2. test_threads_are_only_ever_taken_away: `(64, 2, [2])` -> `(64, 128, [2])`. What is set on a machine with more
+#    cores than threads?

@@ -1,5 +1,8 @@
 """Chapter 26. Nothing is silently wrong: what a file or a folder means is understood, or it is refused by name.
 
+After this chapter you know which forms of data are read, and why a key that would change the lesson is refused instead
+of ignored.
+
 Data files come in many forms. A form that is known is read; a key that would change what is learned is refused with
 file and line; any other key is named once. Folders that hold no model get a line that says what to do.
 """
@@ -465,3 +468,11 @@ def test_a_chat_without_standard_input_ends_quietly(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         assert evaluation.chat(None, None, evaluation.Config(chat=True), "cpu") == {"turns": 0}
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_an_answer_with_weight_0_is_read_and_not_learned: `"weight": 1}` -> `"weight": 0}`. Nothing is left to learn:
+#    an empty batch, or a line?
+# 2. test_an_evaluation_file_that_shares_conversations_is_counted: `talk(3), talk(4), talk(5))` -> `talk(3), talk(3),
+#    talk(5))`. How many of three are counted?

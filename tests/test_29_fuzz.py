@@ -1,5 +1,7 @@
 """Chapter 29. Files that are damaged, or made by somebody who means harm.
 
+After this chapter you know what a reader must check before it believes a file, and in which order.
+
 A seeded mutator changes a good file: bits, missing and doubled pieces, JSON values of another type, absurd numbers,
 deep nesting, keys that appear twice. Whoever reads the result works, or raises a UserError: one line of at most 500
 characters, within seconds, with little memory. `pytest tests/test_29_fuzz.py --fuzz 2000` tries that many files.
@@ -32,7 +34,7 @@ from minillm.optim import make_optimizers, update
 from minillm.peft import load_adapter, save_adapter
 from minillm.preferences import encode_pair, load_pairs
 from minillm.prefix import apply_prefix
-from minillm.run import fingerprint
+from minillm.records import fingerprint
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import Tokenizer, train_tokenizer
@@ -625,3 +627,11 @@ def test_a_second_run_waits_for_the_first(monkeypatch, capsys):
     assert len(load()) == 20
     assert "another run is tokenising data/text.jsonl: waiting for it" in capsys.readouterr().out
     assert os.listdir("cache") == [folder.name]
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_the_ids_of_a_tokenizer_are_near_its_number_of_tokens: `(2**31, 10**21)` -> `(300, 10**21)`. Is 300 far
+#    beyond 259?
+# 2. test_a_config_is_compared_with_the_weights_before_anything_is_built: `{"rope_theta": 1e-300` -> `{"rope_theta":
+#    0.5`. Is it refused?

@@ -1,5 +1,8 @@
 """Chapter 30: one file for llama.cpp and Ollama. A GGUF file is read back here by a few lines of our own, and by the
-gguf package and llama.cpp itself where they are installed."""
+gguf package and llama.cpp itself where they are installed.
+
+After this chapter you know what is in a GGUF file, and what must be reordered or renamed on the way into it.
+"""
 
 import struct
 
@@ -168,3 +171,10 @@ def test_llama_cpp_gives_the_same_greedy_reply(trained, tokenizer):
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
     reply = llama.Server(params).handle_completions({"prompt": prompt, "temperature": 0, "max_tokens": 12})
     assert reply["choices"][0]["text"] == tokenizer.decode([i for i in ours if i not in (0, 2)])
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_settings_and_weights_of_a_model: `vocab_size=272` -> `vocab_size=271`. How many tokens are made up to fill
+#    the vocabulary?
+# 2. test_longer_contexts: `"linear", "factor": 4}` -> `"linear", "factor": 8}`. Which setting of the file changes?

@@ -4,18 +4,18 @@ After this chapter you will read a log as a doctor reads a chart: each mistake b
 is a finite number, and one logged metric gives it away within two steps. Find it before you read the test:
 
     python -m tests.exercise --broken 3 > broken.py && python broken.py --max_steps 2 --log_every 1
-
-Two questions. Which of the seven would nobody notice with --grad_accum 1, or at temperature 1? Which of them still ends
-with a better model than it began with?
 """
 
 import importlib
 import inspect
 import json
+import re
 import sys
+import textwrap
 import types
 
 import pytest
+import torch
 
 import train_dpo
 from minillm import lora, losses, model, token_cache
@@ -23,6 +23,7 @@ from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.heads import RewardModel, save_reward_model
 from tests import exercise
+from tests.helpers import close
 from tests.test_22_train_grpo import REWARDS, ask, small_model, tokenizer, turn, write  # noqa: F401
 
 LN2 = 0.6931471805599453
@@ -73,6 +74,33 @@ def test_the_command_knows_what_it_can_give():
     with pytest.raises(SystemExit, match="minillm has no public gea; the path is token_logprobs sft_loss"):
         exercise.main(["gae", "gea"])
     assert exercise.main(["pack"]).count("raise NotImplementedError") == 1  # any public function will do
+
+
+# ---------------------------------------------------------------- a loss of one's own
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_recipes_for_a_loss_of_ones_own_work_as_they_stand(name):
+    """RLOO: rewards 1, 0, 0 and two tokens an answer; SimPO: averages -1 and -1.5, beta 2, target 1/2. The other blocks
+    go into train_grpo.py and train_dpo.py, which have the lines that they stand beside.
+    """
+    text = (exercise.ROOT / "minillm" / name).read_text(encoding="utf-8")
+    rloo, advantage, rloo_call, simpo, simpo_call = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    here = dict(vars(losses))
+    exec(rloo + simpo, here)
+    logprobs = torch.full((3, 2), -1.0, requires_grad=True)
+    scope = {"cfg": types.SimpleNamespace(loss="rloo", group_size=3), "rewards": torch.tensor([[1.0, 0.0, 0.0]])}
+    exec(textwrap.dedent(advantage).replace("elif", "if"), scope)
+    close(scope["advantages"], [[1.0, -0.5, -0.5]])
+    loss, _ = here["rloo_loss"](logprobs, logprobs.detach(), None, scope["advantages"][0],
+                                torch.ones(3, 2, dtype=torch.bool))
+    loss.backward()
+    close(logprobs.grad, [[-1 / 3] * 2, [1 / 6] * 2, [1 / 6] * 2])
+    close(here["simpo_loss"](torch.tensor([-1.0]), torch.tensor([-1.5]))[0], 0.4740770)
+    grpo, dpo = ((exercise.ROOT / script).read_text(encoding="utf-8") for script in ("train_grpo.py", "train_dpo.py"))
+    assert 'choices=["grpo", "dr_grpo", "dapo"]' in grpo and 'if cfg.loss == "dr_grpo":\n            adv' in grpo
+    assert rloo_call.startswith(re.search(r'\n( +elif cfg.loss == ")dapo', grpo)[1])
+    assert 'choices=["dpo", "ipo"]' in dpo and 'average = cfg.loss == "ipo"' in dpo
+    assert simpo_call.startswith(re.search(r'\n( +)if cfg.loss == "dpo"', dpo)[1] + "elif")
 
 
 # ---------------------------------------------------------------- scripts with a mistake
@@ -169,3 +197,10 @@ def test_7_the_second_pass_betrays_it(run):
     lines, _ = run(7, *RL, "--reward_model", "reward", "--max_steps", 2, "--batch_size", 8, "--update_epochs", 3,
                    "--target_kl", 0)
     assert all(line["ratio_mean"] == 1 and line["approx_kl"] == line["clip_fraction"] == 0 for line in lines)
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_2_the_loss_betrays_it_with_more_micro_batches: `"--grad_accum", 4` -> `"--grad_accum", 1`. Who notices this
+#    mistake now?
+# 2. test_5_the_clip_fraction_betrays_it: `"--temperature", 0.5` -> `"--temperature", 1`. And this one?

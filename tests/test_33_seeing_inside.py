@@ -1,26 +1,35 @@
-"""Chapter 33: seeing inside. The curves of runs, a group of answers, and a conversation token by token.
+"""Chapter 33: seeing inside. Curves of runs, a group of answers, a conversation token by token, and the drawings.
 
 After this chapter you can read a line of blocks: the lowest value of a curve is the lowest block, the highest the full
 one, so 1, 4.5 and 8 are ▁ ▄ █ (the range from 1 to 8 in steps of one block each). And you can read a conversation as
 the loss sees it: 4{-0.69} is a token of log-probability -0.69, that is of probability 0.5.
 
-Two questions. What does the line of a run look like whose loss never moves? And which numbers follow the tokens of a
-model that knows the conversation by heart?
+The drawings in figures/ show the worked examples of other chapters. Every number in them is compared with the code.
 """
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
+import train_ppo
 from minillm import checkpoint, curves
+from minillm.attention import attention_mask_2d, document_positions
+from minillm.data import PackedLoader
 from minillm.errors import UserError
+from minillm.losses import dpo_loss, gae, group_advantages
 from minillm.metrics import show_samples
 from minillm.model import CausalLM, ModelConfig
-from minillm.token_view import show_tokens, token_texts
+from minillm.optim import make_optimizers
+from minillm.rollouts import MicroBatch, MiniBatch
+from minillm.token_view import save_rollout, show_rollout, show_tokens, token_texts
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import close
 
@@ -95,6 +104,8 @@ def test_on_a_terminal_it_is_a_colour():
     assert colours([False, True], "mask") == ["2", "32"]
     assert colours([math.log(p) for p in (0.9, 0.2, 0.05, 0.001)], "logprob") == ["32", "33", "35", "31"]
     assert colours([2.0, 0.5, 0.0, -0.5, -2.0], "change") == ["1;32", "32", "2", "31", "1;31"]
+    assert colours([2.0, 0.5, 0.0, -0.5, -2.0], "advantage") == ["1;32", "32", "2", "31", "1;31"]
+    assert colours([1.3, 1.1, 1.0, 0.9, 0.5], "ratio") == ["1;32", "32", "2", "31", "1;31"]
 
 
 @pytest.fixture
@@ -146,3 +157,177 @@ def test_what_cannot_be_shown_is_refused_in_one_line(folders):
         view(folders, "text.jsonl", model=model)
     with pytest.raises(UserError, match="leave out --chat and --prompt"):
         view(folders, model=model, prompt="Hi")
+
+
+# A rollout, token by token
+
+ANSWER = {"step": 5, "reward": 1.0, "tokens": ["<s>", "2+2?", r"\n", "4", "</s>"],
+          "advantages": [None, None, None, 0.5, -2.0], "ratios": [None, None, None, 1.25, 1.0]}
+
+
+def test_an_answer_is_shown_by_advantage_and_by_ratio():
+    """PPO: the 4 was half a reward better than the critic had expected, ending there was worse. The prompt has neither
+    number: nobody sampled it. The 4 is now 1.25 times as likely; at clip_eps 0.2 nothing pushes it on.
+    """
+    assert show_rollout(ANSWER, False) == (
+        "step 5, reward 1.000\n"
+        "advantage, above 0: to be made likelier\n<s>2+2?\\n\n4{0.50}</s>{-2.00}\n"
+        "\n"
+        "ratio, probability now / when it was sampled\n<s>2+2?\\n\n4{1.25}</s>{1.00}\n")
+
+
+@pytest.mark.parametrize("advantages, kept", [
+    (torch.tensor([0.5, -0.5]), [[None, None, 0.5, 0.5], [None, None, -0.5]]),  # GRPO: one for the answer
+    (torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 0.0]]), [[None, None, 1.0, 2.0], [None, None, 3.0]]),  # PPO: for a token
+])
+def test_what_is_kept_of_a_rollout(tmp_path, advantages, kept):
+    """Two answers to "ab": "cd", whose d has become twice as likely (log-probability up by 0.693147), and "e", which
+    has become half as likely; behind it stands padding. The micro-batch before them is not kept.
+    """
+    tokens = torch.tensor([BYTES.encode("abcd"), BYTES.encode("abe") + [BYTES.pad_id]])
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    part = MicroBatch(tokens, mask, last=torch.tensor([2, 1]), n_tokens=3, scores=torch.tensor([1.0, 0.0]),
+                      advantages=advantages, old_logprobs=torch.full((2, 3), -2.0),
+                      logprobs=torch.tensor([[-2.0, -2.0, -1.306853], [-2.0, -2.693147, -9.0]]))
+    save_rollout(tmp_path, 6, BYTES, [MiniBatch([None], 1, 1), MiniBatch([part], 2, 3)])
+    lines = [json.loads(line) for line in (tmp_path / "rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [
+        {"step": 7, "reward": 1.0, "tokens": list("abcd"), "advantages": kept[0], "ratios": [None, None, 1.0, 2.0]},
+        {"step": 7, "reward": 0.0, "tokens": list("abe"), "advantages": kept[1], "ratios": [None, None, 0.5]}]
+    save_rollout(tmp_path, 6, BYTES, [MiniBatch([part], 2, 3)], most=1)
+    assert len((tmp_path / "rollout.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_rollout_needs_no_model_to_be_shown(folders, capsys):
+    (folders / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "reward": 0}) + "\n",
+                                           encoding="utf-8")
+    assert view(folders, "rollout.jsonl")["answers"][0] == ANSWER
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("4{0.50}</s>{-2.00}") == lines.count("4{1.25}</s>{1.00}") == 2
+    assert lines[0] == "step 5, reward 1.000" and lines[9] == "step 5, reward 0.000"
+    with pytest.raises(UserError, match="holds the numbers of its own policy; leave out --model"):
+        view(folders, "rollout.jsonl", model="out/ppo")
+    with pytest.raises(UserError, match="is a rollout; --tokens shows it"):
+        evaluation.main(evaluation.Config(model=str(folders / "flat"), data=str(folders / "rollout.jsonl"),
+                                          device="cpu"))
+
+
+@pytest.mark.parametrize("change", [
+    {"advantages": [None, 0.5]}, {"ratios": None}, {"ratios": [None, None, None, "1.25", 1.0]}, {"tokens": [1] * 5},
+    {"reward": "good"}, {"advantages": [None, None, None, float("nan"), 1.0]}])
+def test_a_damaged_rollout_is_refused_with_its_line(tmp_path, change):
+    (tmp_path / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, **change}) + "\n",
+                                            encoding="utf-8")
+    with pytest.raises(UserError, match="rollout.jsonl:2: not a line of rollout.jsonl, which --show_every writes"):
+        view(tmp_path, "rollout.jsonl")
+
+
+# The drawings of the chapters
+
+FIGURES = Path(__file__).parent / "figures"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def part(figure, name):
+    """The element of a drawing that has this id."""
+    root = ElementTree.parse(FIGURES / f"{figure}.svg").getroot()
+    return next(element for element in root.iter(f"{SVG}g") if element.get("id") == name)
+
+
+def words(figure, *names):
+    return [text.text for name in names for text in part(figure, name).iter(f"{SVG}text")]
+
+
+def numbers(figure, name):
+    return [float(word) for word in words(figure, name)]
+
+
+def test_drawing_of_mask_and_shift():
+    """Chapter 1: "1+1" is asked, "2" is said, one token for each byte."""
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    tokens, mask = BYTES.render(messages)
+    drawn = [word.replace(r"\n", "\n") for word in words("mask_and_shift", "text1", "text2")]
+    assert drawn == [BYTES.decode([token]) for token in tokens]
+    assert [int(word) for word in words("mask_and_shift", "ids1", "ids2")] == tokens
+    assert [word == "1" for word in words("mask_and_shift", "mask1", "mask2")] == mask
+
+
+def test_drawing_of_a_packed_row():
+    """Chapter 3's row of "ab" and "c": a document looks at itself alone, and padding at itself."""
+    a, b, c = BYTES.encode("abc")
+    documents = [(np.array([0, *text, 0]), np.array([False] + [True] * (len(text) + 1))) for text in ([a, b], [c])]
+    batch = PackedLoader(documents, 1, 8, seed=0).collate([[0, 1]])
+    names = {0: "end", a: "a", b: "b", c: "c"}
+    assert words("packed_row", "tokens") == [names[token] for token in batch.tokens[0, :7].tolist()] + ["pad"]
+    assert numbers("packed_row", "doc_ids") == batch.doc_ids[0].tolist()
+    assert numbers("packed_row", "positions") == document_positions(batch.doc_ids)[0].tolist()
+    assert numbers("packed_row", "loss_mask") == batch.loss_mask[0].tolist()
+    seen = [int(cell.get("data-sees")) for cell in part("packed_row", "mask").iter(f"{SVG}rect")]
+    assert seen == attention_mask_2d(None, batch.doc_ids, 8, 0, "cpu").int().flatten().tolist()
+
+
+def test_drawing_of_a_pair():
+    """Pair A of chapter 15, beta 0.5."""
+    chosen, ref_chosen, reward = numbers("pair", "chosen")
+    rejected, ref_rejected, rejected_reward = numbers("pair", "rejected")
+    loss, stats = dpo_loss(*(torch.tensor([x]) for x in (chosen, rejected, ref_chosen, ref_rejected)), beta=0.5)
+    assert (chosen, ref_chosen, rejected, ref_rejected) == (-10, -11, -12, -11)
+    close([stats["chosen_rewards"], stats["rejected_rewards"]], [reward, rejected_reward])
+    close([stats["margin"], loss], numbers("pair", "margin") + numbers("pair", "loss"))
+
+
+def test_drawing_of_a_group():
+    """The first group of chapter 18: two of four are right."""
+    rewards = torch.tensor([numbers("group", "rewards")])
+    assert rewards.tolist() == [[1, 0, 0, 1]]
+    close(rewards - rewards.mean(), [numbers("group", "centred")])
+    close(rewards.std(), numbers("group", "std")[0])
+    assert words("group", "advantages") == [f"{a:.3f}" for a in group_advantages(rewards)[0].tolist()]
+
+
+def test_drawing_of_the_rewards_of_ppo():
+    """Chapter 23: kl_coef 0.2, the score 2 on the last token, gamma and lambda 1."""
+    k1, score = torch.tensor(numbers("reward_row", "k1")), [0.0, 0.0, float(words("reward_row", "score")[0][2:])]
+    assert k1.tolist() == [0.5, 0, -0.25] and score[2] == 2
+    close(-0.2 * k1, numbers("reward_row", "kl"))
+    rewards = numbers("reward_row", "rewards")
+    close(-0.2 * k1 + torch.tensor(score), rewards)
+    _, returns = gae(torch.tensor([rewards]), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), 1.0, 1.0)
+    close(returns, [numbers("reward_row", "returns")])
+
+
+def test_drawing_of_gae():
+    """The three tokens of chapter 19, with gamma 1 and lambda 1/4."""
+    rewards, values = torch.tensor([numbers("gae", "rewards")]), torch.tensor([numbers("gae", "values")])
+    assert rewards.tolist() == [[0, 0, 1]]
+    close(values, [[0.2, 0.4, 0.6]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    close(gae(rewards, values, mask, 1.0, 0.0)[0], [numbers("gae", "deltas")])
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.25)
+    close(advantages, [numbers("gae", "advantages")])
+    close(returns, [numbers("gae", "returns")])
+
+
+def test_drawing_of_the_four_models():
+    """Trained with AdamW, a parameter is four numbers of four bytes; frozen, it is one."""
+    model = CausalLM(ModelConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 num_key_value_heads=1, head_dim=8, intermediate_size=16))
+    frozen = sum(p.nbytes for p in model.parameters())
+    optimizers = make_optimizers(model, 1e-3)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    trained = frozen + sum(p.grad.nbytes for p in model.parameters())
+    for optimizer in optimizers:
+        optimizer.step()
+        trained += sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.numel() > 1)
+    drawn = {name: sum(int(re.search(r" (\d+)$", word)[1]) for word in words("four_models", name))
+             for name in ("policy", "value_model", "ref_model", "reward_model")}
+    assert drawn == {"policy": 16, "value_model": 16, "ref_model": 4, "reward_model": 4}
+    count = sum(p.numel() for p in model.parameters())
+    assert (trained, frozen) == (16 * count, 4 * count) and "16 bytes a parameter each" in train_ppo.__doc__
+
+
+# ---------------------------------------------------------------- two questions
+# Change the number, say what you expect, and run the test. A failure shows what came out.
+# 1. test_a_curve_as_blocks: `[(1, 3.0), (2, 3.0)]` -> `[(1, 3.0), (2, 3.1)]`. A change of 0.1: which two blocks?
+# 2. test_without_a_terminal_the_number_stands_behind_the_token: `0.0, math.log(0.01)]` -> `0.0, math.log(0.1)]`.
+#    Which number follows Bo?
