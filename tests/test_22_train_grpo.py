@@ -406,6 +406,15 @@ def state_of(folder):
     return torch.load(folder / "training_state.pt", weights_only=True)
 
 
+def test_of_many_held_out_prompts_some_are_asked(run, monkeypatch):
+    """Of four, the first and the last, before and after."""
+    asked = spy(monkeypatch, train_grpo, "answer_questions")
+    sampled = spy(monkeypatch, train_grpo, "sampled_scores")
+    run("grpo", "--max_steps", 1, "--max_questions", 2)
+    questions = [[record["conversations"][0]["content"] for record in call[0][2]] for call in asked]
+    assert questions == [["a!", "d!"], ["a!", "d!"]] and [len(call[0][2]) for call in sampled] == [2, 2]
+
+
 def test_without_signal_not_even_the_momentum_moves_the_policy(folder, run, monkeypatch):
     """The first rollout has a signal; in the others all rewards are equal. An optimizer step on a gradient of zeros
     would go on in the old direction, and the momentum would fade.
@@ -557,6 +566,21 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("out/sft is not there yet: run python train_sft.py first", "--model", "out/sft")
     refused("out/reward is not there yet: run python train_reward.py first", "--reward", "model")
     refused("model is no reward model", "--reward", "model", "--reward_model", "model")
+
+
+def test_what_show_every_prints_and_keeps(run, folder, capsys):
+    """The first group, best answer first; and answers token by token: in GRPO each has one advantage. In the second
+    pass over the rollout the policy has moved, so ratios are no longer 1.
+    """
+    run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 2)
+    assert "| reward | advantage |" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 8 and all(line["step"] == 1 and 0 <= line["reward"] <= 1 for line in kept)
+    for line in kept:
+        sampled = [text for text, ratio in zip(line["tokens"], line["ratios"]) if ratio is not None]
+        assert line["tokens"][0] == "<|im_start|>" and line["tokens"][-len(sampled):] == sampled
+        assert len(set(line["advantages"]) - {None}) == 1
+    assert any(abs(ratio - 1) > 0.01 for line in kept for ratio in line["ratios"] if ratio is not None)
 
 
 # ---------------------------------------------------------------- two questions
