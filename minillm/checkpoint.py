@@ -38,8 +38,8 @@ def checkpoint_folder(folder) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         if folder.suffix == ".gguf" and folder.exists():
-            raise UserError(f"{folder} is a GGUF file, which llama.cpp and Ollama run and nobody trains; give the folder "
-                            "of the model in safetensors that it was made from")
+            raise UserError(f"{folder} is a GGUF file, which llama.cpp and Ollama run and nobody trains; give the "
+                            "folder of the model in safetensors that it was made from")
         if folder.exists():
             raise UserError(f"{folder} is a file; give the folder that holds it, with config.json beside it")
         advice = advice_on_folder(folder) or "; give a checkpoint folder"
