@@ -8,6 +8,7 @@
     python eval.py --model out/dpo --ref out/sft --reward_model out/reward   # preferences, scored replies
     python eval.py --tokens                               # a conversation token by token: loss mask, log-probabilities
     python eval.py --tokens --compare out/sft out/dpo     # how the log-probability of each token changed
+    python eval.py --tokens --data out/ppo/rollout.jsonl  # sampled answers: advantage and ratio of each token
     python eval.py --chat --temperature 0.7 --top_p 0.9   # /help lists the commands
     python eval.py --prompt "What is 12 + 30?"            # prints one reply and nothing else
 
@@ -51,7 +52,7 @@ from minillm.records import advice_on_folder, is_text, read_records
 from minillm.rewards import load_rewards, score_answers
 from minillm.safetensors import load_json, save_json
 from minillm.token_cache import load_dataset
-from minillm.token_view import logprobs_of, show_tokens, token_texts
+from minillm.token_view import check_rollout, logprobs_of, show_rollout, show_tokens, token_texts
 from minillm.tokenizer import Tokenizer
 
 MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_eval.jsonl"
@@ -72,7 +73,7 @@ class Config:
     chat: bool = flag(False, "talk with the model")
     prompt: str = flag(None, "print the reply to this message")
     compare: list[str] = flag([], "two checkpoint folders, to be shown side by side")
-    tokens: bool = flag(False, "show the first conversation of --data token by token")
+    tokens: bool = flag(False, "show the first conversation of --data token by token, or the answers of a rollout")
     system: str = flag("", "system message for --chat and --prompt")
     temperature: float = flag(0.0, "0 takes the likeliest token, 1 samples from the model's distribution", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that together have this probability", low=0, high=1)
@@ -95,6 +96,8 @@ def main(cfg: Config) -> dict:
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")
     if (cfg.chat or cfg.prompt is not None or cfg.tokens) and len(cfg.adapter) > 1:
         raise UserError(f"--adapter {' '.join(cfg.adapter)}: for --chat, --prompt and --tokens, give one")
+    if cfg.tokens and cfg.data and kind_of(cfg.data) == "advantages":
+        return view_rollout(cfg)
     device = runtime.start(cfg.device, cfg.seed)
     if cfg.model and is_reward_model(cfg.model):
         return measure_reward_model(cfg, device)
@@ -165,11 +168,11 @@ def load(folder: str, device) -> tuple:
 # Measuring
 
 def kind_of(path: str) -> str:
-    """The key by which a data file's schema (data/README.md) is known: "conversations", "text" or "chosen"."""
+    """The key by which a file's schema is known: "conversations", "text", "chosen" (data/README.md), "advantages"."""
     if is_text(path):
         return "text"
     first = next(read_records(path))
-    for kind in ("conversations", "text", "chosen"):
+    for kind in ("conversations", "text", "chosen", "advantages"):
         if kind in first:
             return kind
     raise UserError(f'{path}:1: neither "conversations" nor "text" nor "chosen" is there; '
@@ -193,6 +196,8 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
             if not cfg.ref:
                 raise UserError(f"{path} holds pairs: give --ref, or the folder of a reward model with --model")
             continue
+        if kind == "advantages":
+            raise UserError(f"{path} is a rollout; --tokens shows it")
         # Questions without a reply of the assistant (prompts for reinforcement learning) have no loss.
         if kind == "text" or any(m["role"] == "assistant" for r in records for m in r["conversations"]):
             encode = encode_text if kind == "text" else encode_conversation
@@ -268,6 +273,18 @@ def view_tokens(model, tokenizer, cfg: Config, device) -> dict:
     if cfg.json:
         save_json(cfg.json, result)
     return result
+
+
+def view_rollout(cfg: Config) -> dict:
+    """--tokens with a rollout.jsonl: sampled answers, each token with its advantage and its ratio. No model runs."""
+    if cfg.model or cfg.adapter or cfg.compare:
+        raise UserError(f"{cfg.data} holds the numbers of its own policy; leave out --model, --adapter and --compare")
+    answers = list(read_records(cfg.data, check_rollout))
+    for answer in answers:
+        runtime.say(show_rollout(answer, sys.stdout.isatty()))
+    if cfg.json:
+        save_json(cfg.json, {"answers": answers})
+    return {"answers": answers}
 
 
 # Talking

@@ -58,6 +58,7 @@ from minillm.rewards import load_rewards
 from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sample_rollout,
                               sampled_scores, score_rollout, select, split_rollout)
 from minillm.run import Run, RunConfig
+from minillm.token_view import save_rollout
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/prompts.jsonl", "data/prompts_eval.jsonl"
@@ -97,7 +98,8 @@ class Config(RunConfig):
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
-    show_every: int = flag(0, "steps between printed samples with rewards and advantages (0: never)", low=0)
+    show_every: int = flag(0, "steps between printed samples with rewards and advantages, whose tokens are kept in "
+                              "OUT/rollout.jsonl for eval.py --tokens (0: never)", low=0)
 
 
 def main(cfg: Config) -> dict:
@@ -180,13 +182,13 @@ def main(cfg: Config) -> dict:
         # Shuffle the answers into mini-batches; without a gradient an answer is counted, but not computed
         keep = has_signal if cfg.loss == "dapo" or not cfg.beta else None  # None: all
         minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
-                                    advantages=advantages.flatten(), keep=keep)
+                                    scores=rewards.flatten(), advantages=advantages.flatten(), keep=keep)
 
         # Log-probabilities before the update, in the micro-batches of the update, so that the first ratio is exactly 1.
         # (Gradients stay enabled: without them PyTorch may choose kernels that round differently.)
         for part in [part for minibatch in minibatches for part in minibatch.parts]:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = logprobs.detach()
+            part.old_logprobs = part.logprobs = logprobs.detach()
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             run.add({"entropy": entropy}, weight=part.n_tokens)
@@ -204,9 +206,12 @@ def main(cfg: Config) -> dict:
                 elif cfg.loss == "dapo":
                     loss, loss_stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
+                part.logprobs = logprobs.detach()
                 run.add({"policy_loss": loss})
                 run.add(loss_stats, weight=part.n_tokens)
             update(policy, optimizers, cfg.max_grad_norm)
+        if cfg.show_every and step % cfg.show_every == 0:
+            save_rollout(run.folder, step, tokenizer, minibatches)
 
     # 6. Result
     return run.finish(stats)

@@ -64,6 +64,7 @@ from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, re
                               response_values, sample_rollout, sampled_scores, score_rollout, select, split_rollout,
                               whiten_advantages)
 from minillm.run import Run, RunConfig
+from minillm.token_view import save_rollout
 from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/prompts.jsonl", "data/prompts_eval.jsonl"
@@ -108,7 +109,8 @@ class Config(RunConfig):
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
-    show_every: int = flag(0, "steps between printed samples with rewards and advantages (0: never)", low=0)
+    show_every: int = flag(0, "steps between printed samples with rewards and advantages, whose tokens are kept in "
+                              "OUT/rollout.jsonl for eval.py --tokens (0: never)", low=0)
 
 
 def main(cfg: Config) -> dict:
@@ -203,7 +205,7 @@ def main(cfg: Config) -> dict:
         parts = [part for minibatch in minibatches for part in minibatch.parts]
         for part in parts:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = logprobs.detach()
+            part.old_logprobs = part.logprobs = logprobs.detach()
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             part.old_values = response_values(value_model, part).detach()
@@ -239,6 +241,7 @@ def main(cfg: Config) -> dict:
                     values, part.old_values, part.returns, part.mask, cfg.value_clip_eps, n_tokens)
                 loss = policy_loss + value_loss if policy_step >= 0 else value_loss
                 loss.backward()
+                part.logprobs = logprobs.detach()
                 approx_kl = approx_kl + policy_stats["approx_kl"] * part.n_tokens / n_tokens
                 run.add({"policy_loss": policy_loss, "value_loss": value_loss})
                 run.add({**policy_stats, "value_clip_fraction": value_stats["clip_fraction"]}, weight=part.n_tokens)
@@ -250,6 +253,8 @@ def main(cfg: Config) -> dict:
             update(value_model, value_optimizers, cfg.max_grad_norm)
             updates += 1
         run.add({"updates": updates}, weight=1)
+        if cfg.show_every and step % cfg.show_every == 0:
+            save_rollout(run.folder, step, tokenizer, minibatches)
 
     # 6. Result
     return run.finish(stats)

@@ -17,8 +17,9 @@ from minillm.errors import UserError
 from minillm.forms import normalise, tools_message
 from minillm.runtime import say
 
-# By the key that shows what a record is: all keys that training reads.
-READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin")}
+# By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
+READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
+        "advantages": ("step", "reward", "tokens", "advantages", "ratios")}
 # Keys that change nothing in training. Any other key is named once (see UnknownKeys).
 IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
               "topic tags url title author date timestamp license meta metadata label level difficulty type model "

@@ -212,7 +212,8 @@ class MicroBatch:
     n_tokens: int  # tokens of the answers
     scores: Tensor | None = None  # (b,): one for each answer
     advantages: Tensor | None = None  # (b,) in GRPO, (b, t - 1) in PPO
-    old_logprobs: Tensor | None = None  # (b, t - 1), like the next three
+    old_logprobs: Tensor | None = None  # (b, t - 1), like the next four
+    logprobs: Tensor | None = None  # of the last pass
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None

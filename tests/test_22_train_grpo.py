@@ -568,6 +568,21 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("model is no reward model", "--reward", "model", "--reward_model", "model")
 
 
+def test_what_show_every_prints_and_keeps(run, folder, capsys):
+    """The first group, best answer first; and answers token by token: in GRPO each has one advantage. In the second
+    pass over the rollout the policy has moved, so ratios are no longer 1.
+    """
+    run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 2)
+    assert "| reward | advantage |" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 8 and all(line["step"] == 1 and 0 <= line["reward"] <= 1 for line in kept)
+    for line in kept:
+        sampled = [text for text, ratio in zip(line["tokens"], line["ratios"]) if ratio is not None]
+        assert line["tokens"][0] == "<|im_start|>" and line["tokens"][-len(sampled):] == sampled
+        assert len(set(line["advantages"]) - {None}) == 1
+    assert any(abs(ratio - 1) > 0.01 for line in kept for ratio in line["ratios"] if ratio is not None)
+
+
 # ---------------------------------------------------------------- two questions
 # Change the number, say what you expect, and run the test. A failure shows what came out.
 # 1. test_an_answer_that_does_not_end_costs: `"--missing_eos_penalty", 0.5` -> `"--missing_eos_penalty", 0.7`. What is

@@ -395,6 +395,16 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
             "--reward_model", "out/reward")
 
 
+def test_what_show_every_prints_and_keeps(run, folder, capsys):
+    """In PPO each token has an advantage of its own. In the only pass over a rollout every ratio is 1."""
+    run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 1)
+    assert "answers to several questions" in capsys.readouterr().out
+    kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 6  # every second one of twelve
+    assert any(len(set(line["advantages"]) - {None}) > 1 for line in kept)
+    assert {ratio for line in kept for ratio in line["ratios"]} == {None, 1.0}
+
+
 # ---------------------------------------------------------------- two questions
 # Change the number, say what you expect, and run the test. A failure shows what came out.
 # 1. test_every_token_pays_for_its_kl_and_the_last_one_has_the_score: `"--kl_coef", 0.2` -> `"--kl_coef", 0.4`. What

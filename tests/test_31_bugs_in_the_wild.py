@@ -274,7 +274,7 @@ def test_the_mask_is_shifted_by_one():
 
 
 def test_padding_with_the_end_token_hides_the_end(tokenizer):
-    """mlabonne/llm-course#33, huggingface/trl#1623: with pad = eos the end was hidden along with the padding.
+    """mlabonne/llm-course#33, huggingface/trl#976: with pad = eos the end was hidden along with the padding.
 
     "Yo" and its end are three supervised tokens at a byte each. A mask that leaves out every token equal to the pad
     keeps two, and the model talks until it is cut. Here the pad is a token of its own, which no turn contains.
@@ -318,6 +318,9 @@ def test_the_prompt_of_a_pair_is_lost(tokenizer):
     (chosen, mask, _), (rejected, _) = encode_pair(beside, "line 1", tokenizer, 64, Counter())
     assert encode_pair(inside, "line 1", tokenizer, 64, Counter())[0][:2] == (chosen, mask)
     prompt = tokenizer.render([question], add_generation_prompt=True)[0]
+    wrong = tokenizer.render([good])[0]
+    assert tokenizer.decode(wrong) == "<|im_start|>assistant\nno<|im_end|>\n"  # what is left without it
+    assert tokenizer.decode(chosen) == "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>"
     assert chosen[:len(prompt)] == rejected[:len(prompt)] == prompt and sum(mask) == 3 == len(chosen) - len(prompt)
 
 

@@ -28,7 +28,8 @@ from minillm.losses import dpo_loss, gae, group_advantages
 from minillm.metrics import show_samples
 from minillm.model import CausalLM, ModelConfig
 from minillm.optim import make_optimizers
-from minillm.token_view import show_tokens, token_texts
+from minillm.rollouts import MicroBatch, MiniBatch
+from minillm.token_view import save_rollout, show_rollout, show_tokens, token_texts
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import close
 
@@ -103,6 +104,8 @@ def test_on_a_terminal_it_is_a_colour():
     assert colours([False, True], "mask") == ["2", "32"]
     assert colours([math.log(p) for p in (0.9, 0.2, 0.05, 0.001)], "logprob") == ["32", "33", "35", "31"]
     assert colours([2.0, 0.5, 0.0, -0.5, -2.0], "change") == ["1;32", "32", "2", "31", "1;31"]
+    assert colours([2.0, 0.5, 0.0, -0.5, -2.0], "advantage") == ["1;32", "32", "2", "31", "1;31"]
+    assert colours([1.3, 1.1, 1.0, 0.9, 0.5], "ratio") == ["1;32", "32", "2", "31", "1;31"]
 
 
 @pytest.fixture
@@ -154,6 +157,69 @@ def test_what_cannot_be_shown_is_refused_in_one_line(folders):
         view(folders, "text.jsonl", model=model)
     with pytest.raises(UserError, match="leave out --chat and --prompt"):
         view(folders, model=model, prompt="Hi")
+
+
+# A rollout, token by token
+
+ANSWER = {"step": 5, "reward": 1.0, "tokens": ["<s>", "2+2?", r"\n", "4", "</s>"],
+          "advantages": [None, None, None, 0.5, -2.0], "ratios": [None, None, None, 1.25, 1.0]}
+
+
+def test_an_answer_is_shown_by_advantage_and_by_ratio():
+    """PPO: the 4 was half a reward better than the critic had expected, ending there was worse. The prompt has neither
+    number: nobody sampled it. The 4 is now 1.25 times as likely; at clip_eps 0.2 nothing pushes it on.
+    """
+    assert show_rollout(ANSWER, False) == (
+        "step 5, reward 1.000\n"
+        "advantage, above 0: to be made likelier\n<s>2+2?\\n\n4{0.50}</s>{-2.00}\n"
+        "\n"
+        "ratio, probability now / when it was sampled\n<s>2+2?\\n\n4{1.25}</s>{1.00}\n")
+
+
+@pytest.mark.parametrize("advantages, kept", [
+    (torch.tensor([0.5, -0.5]), [[None, None, 0.5, 0.5], [None, None, -0.5]]),  # GRPO: one for the answer
+    (torch.tensor([[0.0, 1.0, 2.0], [0.0, 3.0, 0.0]]), [[None, None, 1.0, 2.0], [None, None, 3.0]]),  # PPO: for a token
+])
+def test_what_is_kept_of_a_rollout(tmp_path, advantages, kept):
+    """Two answers to "ab": "cd", whose d has become twice as likely (log-probability up by 0.693147), and "e", which
+    has become half as likely; behind it stands padding. The micro-batch before them is not kept.
+    """
+    tokens = torch.tensor([BYTES.encode("abcd"), BYTES.encode("abe") + [BYTES.pad_id]])
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    part = MicroBatch(tokens, mask, last=torch.tensor([2, 1]), n_tokens=3, scores=torch.tensor([1.0, 0.0]),
+                      advantages=advantages, old_logprobs=torch.full((2, 3), -2.0),
+                      logprobs=torch.tensor([[-2.0, -2.0, -1.306853], [-2.0, -2.693147, -9.0]]))
+    save_rollout(tmp_path, 6, BYTES, [MiniBatch([None], 1, 1), MiniBatch([part], 2, 3)])
+    lines = [json.loads(line) for line in (tmp_path / "rollout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [
+        {"step": 7, "reward": 1.0, "tokens": list("abcd"), "advantages": kept[0], "ratios": [None, None, 1.0, 2.0]},
+        {"step": 7, "reward": 0.0, "tokens": list("abe"), "advantages": kept[1], "ratios": [None, None, 0.5]}]
+    save_rollout(tmp_path, 6, BYTES, [MiniBatch([part], 2, 3)], most=1)
+    assert len((tmp_path / "rollout.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_rollout_needs_no_model_to_be_shown(folders, capsys):
+    (folders / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, "reward": 0}) + "\n",
+                                           encoding="utf-8")
+    assert view(folders, "rollout.jsonl")["answers"][0] == ANSWER
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("4{0.50}</s>{-2.00}") == lines.count("4{1.25}</s>{1.00}") == 2
+    assert lines[0] == "step 5, reward 1.000" and lines[9] == "step 5, reward 0.000"
+    with pytest.raises(UserError, match="holds the numbers of its own policy; leave out --model"):
+        view(folders, "rollout.jsonl", model="out/ppo")
+    with pytest.raises(UserError, match="is a rollout; --tokens shows it"):
+        evaluation.main(evaluation.Config(model=str(folders / "flat"), data=str(folders / "rollout.jsonl"),
+                                          device="cpu"))
+
+
+@pytest.mark.parametrize("change", [
+    {"advantages": [None, 0.5]}, {"ratios": None}, {"ratios": [None, None, None, "1.25", 1.0]}, {"tokens": [1] * 5},
+    {"reward": "good"}, {"advantages": [None, None, None, float("nan"), 1.0]}])
+def test_a_damaged_rollout_is_refused_with_its_line(tmp_path, change):
+    (tmp_path / "rollout.jsonl").write_text(json.dumps(ANSWER) + "\n" + json.dumps({**ANSWER, **change}) + "\n",
+                                            encoding="utf-8")
+    with pytest.raises(UserError, match="rollout.jsonl:2: not a line of rollout.jsonl, which --show_every writes"):
+        view(tmp_path, "rollout.jsonl")
 
 
 # The drawings of the chapters
