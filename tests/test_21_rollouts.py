@@ -88,6 +88,13 @@ def test_prompts_are_read_counted_and_held_out(tmp_path, tokenizer, capsys):
     assert tokenizer.decode(train[0].tokens) == "<|im_start|>user\nthing 2?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_held_out_prompt_for_which_there_is_no_room_is_dropped(tmp_path, tokenizer):
+    lines = [{"conversations": [turn("user", text)]} for text in ("a", "b" * 99)]
+    held_out = write_lines(tmp_path / "eval.jsonl", lines)
+    _, held, _ = load_prompts([write_lines(tmp_path / "p.jsonl", questions(3))], held_out, tokenizer, 60, 0)
+    assert [prompt.messages[-1]["content"] for prompt in held] == ["a"]
+
+
 def test_five_per_cent_are_held_out_and_no_prompt_is_on_both_sides(tmp_path, tokenizer):
     """20 questions, each three times: one question is held out, with its copies."""
     train, held, _ = load_prompts([write_lines(tmp_path / "p.jsonl", questions(20) * 3)], "", tokenizer, 60, 1)
