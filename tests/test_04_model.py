@@ -15,8 +15,10 @@ The first token sees itself alone: its output is its own value, 1.
 Drawn in tests/figures/packed_row.svg.
 """
 
+import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,12 @@ from minillm import attention, runtime
 from minillm.attention import attend, attention_mask_2d, document_block_mask, document_lengths, document_positions
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, llama3_frequencies,
                            apply_rope, packed_forward, preset_config)
+from minillm.generate import Rollout, generate
+from minillm.heads import RewardModel, ValueModel
+from minillm.lora import apply_lora, lora_off
+from minillm.preferences import PairLoader
 from minillm.prefix import apply_prefix
+from minillm.rollouts import split_rollout
 from tests.helpers import close, waiting_forbidden
 
 SIZES = dict(vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -456,6 +463,62 @@ def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
         tokens, doc_ids = ids(rows, 12), torch.arange(12).expand(rows, 12) // 5
         close(forward(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
     assert counter.frame_count == 1
+
+
+class Pairs:
+    """A data set for PairLoader: the pairs of answers have these lengths."""
+
+    margins = np.zeros(7, np.float32)
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, i):
+        return [(np.arange(n), np.arange(n) > 1) for n in (3 * i + 2, i + 5)]
+
+    def lengths(self):
+        return np.arange(7) * 3 + 5
+
+
+def micro_batches():
+    """10 answers in micro-batches of 1 to 3, of which three have no gradient."""
+    lengths = torch.tensor([4, 9, 3, 7, 5, 8, 12, 6, 11, 10])
+    mask = (torch.arange(12) > 1) & (torch.arange(12) < lengths[:, None])
+    rollout = Rollout(ids(10, 12), mask, torch.zeros(10, 12))
+    return [part for minibatch in split_rollout(rollout, 3, 2, torch.Generator().manual_seed(0), keep=lengths > 4)
+            for part in minibatch.parts]
+
+
+@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("rl", 1), ("critic", 1), ("lora", 2)])
+def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, programs):
+    """Batches of all heights and lengths, the last and smaller one, one of a single row and one without any. Evaluation
+    and decoding compile nothing. With a LoRA switched off the policy is its own reference: that is a second program."""
+    language_model, counter, compile_it = small_model(), CompileCounter(), torch.compile
+    heads = {"reward": RewardModel.from_lm, "critic": ValueModel.from_lm}
+    model = heads[stage](language_model) if stage in heads else language_model
+    if stage == "lora":
+        apply_lora(model, r=2, alpha=4)
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compile_it(function, backend=counter,
+                                                                               dynamic=dynamic, fullgraph=True))
+    runtime.compile_backbone(model, True)
+    loader = PairLoader(Pairs(), 3, seed=0)
+    batches = [*loader.epoch_batches(0), loader.collate([])] if stage in ("dpo", "reward") else micro_batches()
+    rows = [len(batch.tokens) for batch in batches]
+    assert {6, 2, 0} <= set(rows) if stage in ("dpo", "reward") else {1, 2} <= set(rows)
+    for batch in batches:
+        tokens = batch.tokens % 24
+        close(model.model(tokens), plain.model(tokens))
+        if stage == "lora":
+            with lora_off(model), lora_off(plain):
+                close(model.hidden(tokens), plain.hidden(tokens))
+        with torch.no_grad():
+            close(model.model(tokens), plain.model(tokens))
+    assert counter.frame_count == programs
+    if stage in ("rl", "lora"):
+        assert model.training is False and generate(model, [[1, 2]], 3, end_id=-1).tokens.shape == (1, 5)
+        assert counter.frame_count == programs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

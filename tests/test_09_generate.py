@@ -15,6 +15,7 @@ A cache must change nothing but the time: whatever is sampled with it, together 
 other rows have ended, has the log-probabilities of one plain forward pass over that text alone.
 """
 
+import contextlib
 import math
 
 import pytest
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minillm.cuda_graph import StaticStep
 from minillm.errors import UserError
 from minillm.generate import generate, sample, stream
 from minillm.losses import token_logprobs
@@ -376,6 +378,39 @@ def test_the_static_step_stops_where_the_plain_one_stops(monkeypatch):
         assert plain.tokens.equal(static.tokens) and plain.response_mask.equal(static.response_mask)
         ended |= {(end_id, n) for n in plain.response_mask.sum(1).tolist() if n < 16}
     assert len(ended) >= 4  # the test is about rows that end early
+
+
+def test_after_one_failed_capture_no_more_are_tried(monkeypatch):
+    """A capture that failed may leave the random generators unusable for another. Decoding goes on plainly, in this
+    generation and in all that follow; it is said once. The GPU is a fake."""
+    tried, model = [], tiny_model()
+
+    class NoGraph:
+        def capture_begin(self, *pool, capture_error_mode):
+            tried.append(capture_error_mode)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class OnDevice(StaticStep):
+        def __init__(self, model, cache):
+            super().__init__(model, cache)
+            self.captures = StaticStep.works  # as on CUDA
+
+    for name, fake in (("CUDAGraph", NoGraph), ("Stream", lambda device: Stream()), ("current_stream", Stream),
+                       ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("minillm.cuda_graph._capture_stream", lambda device: Stream())
+    monkeypatch.setattr(StaticStep, "works", True)
+    monkeypatch.setattr("minillm.generate.StaticStep", OnDevice)
+    expected = generate(model, PROMPTS, 6, end_id=-1, generator=seeded(), static=False)
+    with pytest.warns(UserWarning, match="without a CUDA graph, which is slower: operation not permitted") as said:
+        for _ in range(2):
+            found = generate(model, PROMPTS, 6, end_id=-1, generator=seeded(), static=True)
+            assert found.tokens.equal(expected.tokens)
+    assert tried == ["thread_local"] and len(said) == 1 and not StaticStep.works
 
 
 def test_a_random_number_falls_into_the_part_of_its_token():

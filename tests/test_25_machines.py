@@ -21,6 +21,7 @@ import train_sft
 from minillm import config, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
+from minillm.training_state import restore_optimizer
 from tests.helpers import close
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +290,31 @@ def test_a_trivial_function_is_really_compiled():
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     runtime._compile_something(runtime.pick_device())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+# Another device on resume
+
+@pytest.mark.parametrize("before, now", [(False, True), (True, False)])
+def test_a_resumed_run_uses_the_fused_optimizer_where_this_device_has_one(before, now):
+    """A state from an Apple GPU, where AdamW is not fused, goes on with fused=True on CUDA, and the other way round.
+    load_state_dict alone would take over what the saved run had, and what is not fused there takes 12 times the
+    kernels. The averages and the count of steps go on in both cases."""
+    def adamw(fused):
+        weight = torch.nn.Parameter(torch.ones(2))
+        return weight, torch.optim.AdamW([weight], lr=0.5, fused=fused)
+
+    weight, optimizer = adamw(before)
+    weight.grad = torch.tensor([1.0, 3.0])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    other, resumed = adamw(now)
+    restore_optimizer(resumed, saved)
+    assert resumed.param_groups[0]["fused"] is now and resumed.param_groups[0]["lr"] == 0.5
+    state = resumed.state[other]
+    assert state["step"].item() == 1 and close(state["exp_avg"], [0.1, 0.3])  # (1 - 0.9) times the gradient
+    other.grad = torch.tensor([1.0, 3.0])
+    resumed.step()
+    assert state["step"].item() == 2
 
 
 # Several processes
