@@ -505,14 +505,14 @@ def micro_batches():
             for part in minibatch.parts]
 
 
-@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("rl", 1), ("critic", 1), ("lora", 2)])
+@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 2)])
 def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, programs):
     """Batches of all heights and lengths, the last and smaller one, one of a single row and one without any. Evaluation
     and decoding compile nothing. With a LoRA switched off the policy is its own reference: that is a second program."""
-    language_model, counter, compile_it = small_model(), CompileCounter(), torch.compile
+    language_model, counter, compile_it = small_model(num_hidden_layers=1), CompileCounter(), torch.compile
     heads = {"reward": RewardModel.from_lm, "critic": ValueModel.from_lm}
     model = heads[stage](language_model) if stage in heads else language_model
-    if stage == "lora":
+    if "lora" in stage:
         apply_lora(model, r=2, alpha=4)
     plain = copy.deepcopy(model)
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
@@ -526,15 +526,14 @@ def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, program
     for batch in batches:
         tokens = batch.tokens % 24
         close(model.model(tokens), plain.model(tokens))
-        if stage == "lora":
+        if "lora" in stage:
             with lora_off(model), lora_off(plain):
                 close(model.hidden(tokens), plain.hidden(tokens))
         with torch.no_grad():
             close(model.model(tokens), plain.model(tokens))
     assert counter.frame_count == programs
-    if stage in ("rl", "lora"):
-        assert model.training is False and generate(model, [[1, 2]], 3, end_id=-1).tokens.shape == (1, 5)
-        assert counter.frame_count == programs
+    generate(language_model, [[1, 2]], 3, end_id=-1)
+    assert counter.frame_count == programs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
