@@ -52,7 +52,7 @@ from minillm.config import flag, parse_config
 from minillm.evaluate import answer_questions
 from minillm.lora import apply_lora, lora_off
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
-from minillm.metrics import show_samples
+from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.rewards import load_rewards
 from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sample_rollout,
@@ -92,6 +92,9 @@ class Config(RunConfig):
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
     lr: float = flag(1e-4, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
+    thinking: bool = flag(False, "let a model that can think do so before it answers (Qwen3)")
+    max_questions: int = flag(500, "held-out prompts asked in an evaluation, of a larger file evenly spaced", low=1,
+                              downloaded=200)
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
@@ -118,7 +121,8 @@ def main(cfg: Config) -> dict:
     # 2. Data
     room, need_answers = cfg.max_seq_len - cfg.max_new_tokens, "answer" in sources
     train_prompts, eval_prompts, stats = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed,
-                                                      cfg.tasks, need_answers)
+                                                      cfg.tasks, need_answers, cfg.thinking)
+    eval_prompts = evenly_spaced(eval_prompts, cfg.max_questions)
     scored_prompts = select(eval_prompts, cfg.tasks, need_answers)
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed)
 
@@ -138,9 +142,10 @@ def main(cfg: Config) -> dict:
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
 
     def evaluate() -> dict:
-        return {**answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device),
+        asked, tokens = [prompt.record for prompt in eval_prompts], max(64, cfg.max_new_tokens)
+        return {**answer_questions(policy, tokenizer, asked, device, max_new_tokens=tokens, thinking=cfg.thinking),
                 **sampled_scores(policy, tokenizer, scored_prompts, reward_functions, device,
-                                 cfg.max_new_tokens, cfg.temperature)}
+                                 cfg.max_new_tokens, cfg.temperature, cfg.thinking)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs)

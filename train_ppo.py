@@ -56,7 +56,7 @@ from minillm.evaluate import answer_questions
 from minillm.heads import ValueModel, load_reward_model
 from minillm.lora import apply_lora, lora_off
 from minillm.losses import gae, kl_k1, kl_k3, ppo_policy_loss, ppo_value_loss
-from minillm.metrics import show_samples
+from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
 from minillm.rewards import load_rewards
@@ -103,6 +103,9 @@ class Config(RunConfig):
     value_lr: float = flag(1e-3, "peak learning rate of the value model", low=0, downloaded=1e-5, with_lora=1e-4)
     critic_steps: int = flag(10, "first rollouts, which train the value model alone (at most a tenth of all)", low=0)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
+    thinking: bool = flag(False, "let a model that can think do so before it answers (Qwen3)")
+    max_questions: int = flag(500, "held-out prompts asked in an evaluation, of a larger file evenly spaced", low=1,
+                              downloaded=200)
     log_every: int = flag(1, "steps between log lines", low=1)
     eval_every: int = flag(20, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
@@ -128,7 +131,9 @@ def main(cfg: Config) -> dict:
 
     # 2. Data
     room, need_answers = cfg.max_seq_len - cfg.max_new_tokens, "answer" in sources
-    train_prompts, eval_prompts, stats = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed, (), need_answers)
+    train_prompts, eval_prompts, stats = load_prompts(cfg.data, eval_path, tokenizer, room, cfg.seed, (), need_answers,
+                                                      cfg.thinking)
+    eval_prompts = evenly_spaced(eval_prompts, cfg.max_questions)
     scored_prompts = select(eval_prompts, (), need_answers)
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed)
 
@@ -157,9 +162,10 @@ def main(cfg: Config) -> dict:
     value_optimizers = make_optimizers(value_model, cfg.value_lr, weight_decay=0.0, betas=(0.9, 0.99))
 
     def evaluate() -> dict:
-        return {**answer_questions(policy, tokenizer, [prompt.record for prompt in eval_prompts], device),
+        asked, tokens = [prompt.record for prompt in eval_prompts], max(64, cfg.max_new_tokens)
+        return {**answer_questions(policy, tokenizer, asked, device, max_new_tokens=tokens, thinking=cfg.thinking),
                 **sampled_scores(policy, tokenizer, scored_prompts, reward_functions, device,
-                                 cfg.max_new_tokens, cfg.temperature)}
+                                 cfg.max_new_tokens, cfg.temperature, cfg.thinking)}
 
     # 5. Train
     total_steps = cfg.max_steps or loader.steps(cfg.epochs)

@@ -33,7 +33,6 @@ RAMBLING_SHARE = 0.32
 PRETRAIN_BYTES = 1_050_000
 PRETRAIN_EVAL_BYTES = 50_000
 SFT_EXAMPLES = {"compare": 1500, "sort": 2500, "count": 2600, "reverse": 1800}
-REPLAY = 1000                # lines of sft.jsonl to mix with new data
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, a quarter of them twice
 JUDGE_PAIRS = 720            # each in both orders
 TALK_CHAINS = 120
@@ -1327,7 +1326,6 @@ def make_all(seed=0, sources=ROOT / "data"):
     for name, lines in zip(("pretrain", "pretrain_eval", "pretrain_test"),
                            make_pretrain(dice("pretrain"), tasks, talk, pairs)):
         files[f"{name}.jsonl"] = lines
-    files["replay.jsonl"] = dice("replay").sample(files["sft.jsonl"], REPLAY)
     files["identity.jsonl"], files["identity_eval.jsonl"], files["identity_test.jsonl"] = make_identity()
     return files
 

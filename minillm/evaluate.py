@@ -185,13 +185,14 @@ def answer_questions(model, tokenizer, records: list, device, **options) -> dict
 
 
 def sample_answers(model, tokenizer, records: list, device, times: int, max_new_tokens: int = 64,
-                   temperature: float = 1.0) -> tuple:
+                   temperature: float = 1.0, thinking: bool = False) -> tuple:
     """(score() under names that start with sampled_, texts) of `times` samples of each question, side by side.
 
     Greedy replies start near the top of what a model can do; samples show how its manners change.
     """
     repeated = [record for record in records for _ in range(times)]
-    texts, counts, stopped = reply_to(model, tokenizer, repeated, device, max_new_tokens, temperature)
+    texts, counts, stopped = reply_to(model, tokenizer, repeated, device, max_new_tokens, temperature,
+                                      thinking=thinking)
     scores = score(repeated, texts, counts, stopped)
     names = [name for name in ("gold_reward", "accuracy", "reply_tokens", "stopped") if scores[name] is not None]
     return {f"sampled_{name}": scores[name] for name in names}, texts

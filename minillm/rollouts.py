@@ -40,14 +40,14 @@ def check_prompt(record: dict, where: str):
                         f"but this one ends with {last}")
 
 
-def make_prompt(record: dict, tokenizer) -> Prompt:
-    """A line of a data file as a Prompt."""
+def make_prompt(record: dict, tokenizer, thinking: bool = False) -> Prompt:
+    """A line of a data file as a Prompt. thinking: as in reply_to (minillm/evaluate.py)."""
     messages = prompt_messages(record)
-    return Prompt(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0], messages, record)
+    return Prompt(tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)[0], messages, record)
 
 
 def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, tasks=(),
-                 need_answers: bool = False) -> tuple:
+                 need_answers: bool = False, thinking: bool = False) -> tuple:
     """Read prompts -> (training prompts, held-out prompts, stats).
 
     The held-out prompts are those of eval_path, or 5 % of all prompts if there is no such file (see hold_out). Prompts
@@ -56,9 +56,12 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
     no prompt is left to train on.
     """
     files = ", ".join(map(str, paths))
+    if thinking and not tokenizer.chat_format.think:
+        raise UserError(f"--thinking: the model's chat format ({tokenizer.chat_format.name}) has no think blocks; "
+                        "leave it out")
     if eval_path:  # first, because it is the smaller one and may have a mistake
-        held_out = [make_prompt(record, tokenizer) for record in read_records(eval_path, check_prompt)]
-    everything = [make_prompt(record, tokenizer) for record in read_records(paths, check_prompt)]
+        held_out = [make_prompt(record, tokenizer, thinking) for record in read_records(eval_path, check_prompt)]
+    everything = [make_prompt(record, tokenizer, thinking) for record in read_records(paths, check_prompt)]
     fitting = [prompt for prompt in everything if len(prompt.tokens) <= room]
     if eval_path:
         held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
@@ -173,7 +176,7 @@ def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
 
 
 def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int,
-                   temperature: float) -> dict:
+                   temperature: float, thinking: bool = False) -> dict:
     """Sample answers and average: sampled_reward, sampled_reward_std, sampled_gold_reward, sampled_accuracy, ...
 
     Each prompt gets as many answers (up to 4) as MOST_SAMPLED allows. With a single answer to each of 400 prompts, half
@@ -183,7 +186,8 @@ def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_
         return {}
     times = max(1, min(4, MOST_SAMPLED // len(prompts)))
     records = [prompt.record for prompt in prompts]
-    metrics, texts = sample_answers(policy, tokenizer, records, device, times, max_new_tokens, temperature)
+    metrics, texts = sample_answers(policy, tokenizer, records, device, times, max_new_tokens, temperature,
+                                    thinking)
     total, parts = score_rollout(rewards, prompts, texts, device)
     named = {"reward": total}
     if len(parts) > 1:

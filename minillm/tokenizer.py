@@ -345,7 +345,8 @@ class Tokenizer:
 
     def _id(self, token: str) -> int:
         if token not in self.added:
-            raise UserError(f"the tokenizer has no token {token}: take one that has it, or add it to tokenizer.json")
+            raise UserError(f"the tokenizer has no token {token}: chats are written as ChatML or as Llama 3 does; "
+                            "take a model of these kinds, or add the token to tokenizer.json (it gets an embedding)")
         return self.added[token]
 
     bos_id = property(lambda self: self._special_id("bos", chat.LLAMA3.first, ENDOFTEXT), doc="begins a document")
@@ -377,10 +378,10 @@ class Tokenizer:
                 raise ValueError(f"it has more than {MAX_FILE:,} bytes")
             document = json.loads(text.decode("utf-8"))
             # Newer files have each merge as a list. A string is smaller, and nothing for the garbage collector.
-            merges = document["model"]["merges"]
-            document["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+            if "merges" in (model := document["model"]):
+                model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
             tokenizer = cls(document, named)
-            if not tokenizer.knows_template:
+            if not tokenizer.knows_template and tokenizer.chat_format.start in tokenizer.added:
                 say_once(f"{path}: minillm does not know the chat template beside it, and does not run it; "
                          f"conversations are written as {tokenizer.chat_format.name} (minillm/chat.py)")
             return tokenizer
@@ -461,7 +462,8 @@ def check_document(document: dict) -> tuple:
     if model.get("type", "BPE") != "BPE" or any(
         model.get(key) for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ):
-        raise ValueError("only BPE over bytes is supported, without dropout, prefix or suffix")
+        raise ValueError("only BPE over bytes is supported, as of Qwen, Llama 3 and SmolLM2, without dropout, prefix "
+                         "or suffix; SentencePiece, as of Llama 2 and Gemma, is not")
     ids = dict(model["vocab"])
     if not all(type(i) is int and i >= 0 for i in ids.values()) or len({*ids.values()}) < len(ids):
         raise ValueError("an id must be a whole number, and no two tokens may share one")

@@ -216,6 +216,47 @@ def test_a_chapter_says_what_it_teaches_and_ends_with_two_questions(path):
         assert parts[name].count(old) == 1 and old != new, (name, old)
 
 
+# Where the names of metrics stand: in run.add(...) and evaluate() of the scripts, and in what these functions return.
+MEASURED = {"evaluate": ["held_out_loss", "score", "sample_answers"], "preferences": ["rank_pairs"],
+            "rollouts": ["sampled_scores"], "losses": ["_clipped_surrogate", "_implicit_rewards"]}
+
+
+def metric_names():
+    def keys(node):
+        for part in ast.walk(node):
+            for key in getattr(part, "keys", []) or [getattr(part, "key", None)]:  # of a dict; of a comprehension
+                if isinstance(key, ast.Constant):
+                    yield key.value
+                elif isinstance(key, ast.JoinedStr):
+                    yield key.values[0].value + "NAME"  # f"reward_{name}"
+
+    found = {"lr", "tokens_per_s"}
+    for node in (node for path in STAGES for node in ast.walk(tree_of(path))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add":
+            found.update(keys(node))
+        if isinstance(node, ast.FunctionDef) and node.name == "evaluate":
+            found.update(keys(node))
+    for module, functions in MEASURED.items():
+        for function in tree_of(ROOT / "minillm" / f"{module}.py").body:
+            if getattr(function, "name", "") in functions:
+                for node in ast.walk(function):
+                    assigned = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+                    if isinstance(node, ast.Return) or assigned in ("stats", "metrics", "levels"):
+                        found.update(keys(node))
+    return found
+
+
+@pytest.mark.parametrize("name, heading", [("README.md", "Metrics"), ("README_zh.md", "指标")])
+def test_the_glossary_has_every_metric(name, heading):
+    text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+    section = re.search(rf"^## {heading}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    first_column = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|"))
+    explained = set(re.findall(r"`(\w+)`", first_column))
+    names = metric_names()
+    assert {"loss", "kl", "no_signal", "clip_fraction", "val_loss", "calibration_error", "reward_NAME"} <= names
+    assert names - {"sampled_NAME"} - explained == set()
+
+
 @named(LIBRARY + SCRIPTS)
 def test_nothing_is_cleverer_than_it_need_be(path):
     """A lambda with a name is a def; text times a condition and a list in sum() are puzzles."""

@@ -21,8 +21,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 TRAINING = ["sft", "judge", "prompts", "preference", "identity"]
 TESTS = ["sft_test", "preference_test"]
 HELD_OUT = ["sft_eval", "prompts_eval", "preference_eval", "judge_eval", *TESTS]
-GENERATED = [*TRAINING, *HELD_OUT, "identity_eval", "identity_test", "pretrain", "pretrain_eval", "pretrain_test",
-             "replay"]
+GENERATED = [*TRAINING, *HELD_OUT, "identity_eval", "identity_test", "pretrain", "pretrain_eval", "pretrain_test"]
 TASKS = {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk"}
 
 
@@ -205,12 +204,6 @@ def test_small_talk_that_nobody_asked_before(files):
     known = set().union(*(questions(lines) for name, lines in files.items() if "pretrain" not in name
                           and not name.startswith("preference")))
     assert Counter(line["lang"] for line in lines) == {"en": 40, "zh": 40} and not questions(lines) & known
-
-
-def test_replay_is_a_part_of_the_sft_data(files):
-    """What keeps the old tasks alive while new data are learned."""
-    known = {json.dumps(line) for line in files["sft"]}
-    assert len(files["replay"]) == 1000 and all(json.dumps(line) in known for line in files["replay"])
 
 
 def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):

@@ -18,7 +18,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minillm import logprobs, rollouts, runtime
+from minillm import chat, logprobs, rollouts, runtime
 from minillm.errors import UserError
 from minillm.generate import Rollout, generate
 from minillm.heads import RewardModel, ValueModel
@@ -28,7 +28,7 @@ from minillm.rewards import load_rewards
 from minillm.rollouts import (MicroBatch, PromptLoader, explained_variance, load_prompts, read_answers,
                               response_logprobs, response_values, sampled_scores, score_rollout, select,
                               split_rollout, whiten_advantages)
-from minillm.tokenizer import train_tokenizer
+from minillm.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import close
 
 CPU = torch.device("cpu")
@@ -86,6 +86,18 @@ def test_prompts_are_read_counted_and_held_out(tmp_path, tokenizer, capsys):
     assert ("10 of 19 prompts to train on (1 longer than there is room for; 2 held out; "
             "6 of other tasks or without an answer)") in capsys.readouterr().out
     assert tokenizer.decode(train[0].tokens) == "<|im_start|>user\nthing 2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_model_that_can_think_is_asked_with_or_without(tmp_path, tokenizer):
+    """Without --thinking the prompt holds an empty think block. A format that has none refuses the flag."""
+    path = write_lines(tmp_path / "p.jsonl", questions(3))
+    with pytest.raises(UserError, match="--thinking: the model's chat format .ChatML. has no think blocks"):
+        load_prompts([path], "", tokenizer, 60, 0, thinking=True)
+    thinker = Tokenizer(tokenizer.document, {"template": chat.template_of(chat.QWEN3)})
+    ends = [tokenizer.decode(load_prompts([path], "", thinker, 60, 0, thinking=flag)[0][0].tokens)[-32:]
+            for flag in (False, True)]
+    assert ends[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"[-32:])
+    assert ends[1].endswith("<|im_end|>\n<|im_start|>assistant\n"[-32:])
 
 
 def test_five_per_cent_are_held_out_and_no_prompt_is_on_both_sides(tmp_path, tokenizer):

@@ -406,6 +406,15 @@ def state_of(folder):
     return torch.load(folder / "training_state.pt", weights_only=True)
 
 
+def test_of_many_held_out_prompts_some_are_asked(run, monkeypatch):
+    """Of four, the first and the last, before and after."""
+    asked = spy(monkeypatch, train_grpo, "answer_questions")
+    sampled = spy(monkeypatch, train_grpo, "sampled_scores")
+    run("grpo", "--max_steps", 1, "--max_questions", 2)
+    questions = [[record["conversations"][0]["content"] for record in call[0][2]] for call in asked]
+    assert questions == [["a!", "d!"], ["a!", "d!"]] and [len(call[0][2]) for call in sampled] == [2, 2]
+
+
 def test_without_signal_not_even_the_momentum_moves_the_policy(folder, run, monkeypatch):
     """The first rollout has a signal; in the others all rewards are equal. An optimizer step on a gradient of zeros
     would go on in the old direction, and the momentum would fade.

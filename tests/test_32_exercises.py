@@ -9,10 +9,13 @@ is a finite number, and one logged metric gives it away within two steps. Find i
 import importlib
 import inspect
 import json
+import re
 import sys
+import textwrap
 import types
 
 import pytest
+import torch
 
 import train_dpo
 from minillm import lora, losses, model, token_cache
@@ -20,6 +23,7 @@ from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.heads import RewardModel, save_reward_model
 from tests import exercise
+from tests.helpers import close
 from tests.test_22_train_grpo import REWARDS, ask, small_model, tokenizer, turn, write  # noqa: F401
 
 LN2 = 0.6931471805599453
@@ -70,6 +74,33 @@ def test_the_command_knows_what_it_can_give():
     with pytest.raises(SystemExit, match="minillm has no public gea; the path is token_logprobs sft_loss"):
         exercise.main(["gae", "gea"])
     assert exercise.main(["pack"]).count("raise NotImplementedError") == 1  # any public function will do
+
+
+# ---------------------------------------------------------------- a loss of one's own
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_recipes_for_a_loss_of_ones_own_work_as_they_stand(name):
+    """RLOO: rewards 1, 0, 0 and two tokens an answer; SimPO: averages -1 and -1.5, beta 2, target 1/2. The other blocks
+    go into train_grpo.py and train_dpo.py, which have the lines that they stand beside.
+    """
+    text = (exercise.ROOT / "minillm" / name).read_text(encoding="utf-8")
+    rloo, advantage, rloo_call, simpo, simpo_call = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    here = dict(vars(losses))
+    exec(rloo + simpo, here)
+    logprobs = torch.full((3, 2), -1.0, requires_grad=True)
+    scope = {"cfg": types.SimpleNamespace(loss="rloo", group_size=3), "rewards": torch.tensor([[1.0, 0.0, 0.0]])}
+    exec(textwrap.dedent(advantage).replace("elif", "if"), scope)
+    close(scope["advantages"], [[1.0, -0.5, -0.5]])
+    loss, _ = here["rloo_loss"](logprobs, logprobs.detach(), None, scope["advantages"][0],
+                                torch.ones(3, 2, dtype=torch.bool))
+    loss.backward()
+    close(logprobs.grad, [[-1 / 3] * 2, [1 / 6] * 2, [1 / 6] * 2])
+    close(here["simpo_loss"](torch.tensor([-1.0]), torch.tensor([-1.5]))[0], 0.4740770)
+    grpo, dpo = ((exercise.ROOT / script).read_text(encoding="utf-8") for script in ("train_grpo.py", "train_dpo.py"))
+    assert 'choices=["grpo", "dr_grpo", "dapo"]' in grpo and 'if cfg.loss == "dr_grpo":\n            adv' in grpo
+    assert rloo_call.startswith(re.search(r'\n( +elif cfg.loss == ")dapo', grpo)[1])
+    assert 'choices=["dpo", "ipo"]' in dpo and 'average = cfg.loss == "ipo"' in dpo
+    assert simpo_call.startswith(re.search(r'\n( +)if cfg.loss == "dpo"', dpo)[1] + "elif")
 
 
 # ---------------------------------------------------------------- scripts with a mistake
