@@ -230,8 +230,10 @@ def needed(stages: list) -> list:
     return [name for name in STAGES if name in wanted]
 
 
-def run_all(cfg: Config):
+def run_all(cfg: Config) -> list:
     """Run what is not finished, up to cfg.jobs runs at a time. A run that fails is named; those that need it are left.
+
+    Returns the runs that failed.
     """
     todo = [(precision, seed, stage) for stage in needed(cfg.stages) for precision in cfg.precision
             for seed in cfg.seeds]
@@ -263,6 +265,7 @@ def run_all(cfg: Config):
         time.sleep(0.2)
     if todo:
         print("not run:", ", ".join("/".join(map(str, job)) for job in todo), flush=True)
+    return failed
 
 
 def start(cfg: Config, job: tuple) -> subprocess.Popen:
@@ -342,6 +345,28 @@ MEASURES = {"sums, greedy": (arithmetic, 100, 1), "other tasks, greedy": (others
             "right, sampled": (sampled_right, 100, 1), "gold, sampled": (sampled_gold, 1, 3)}
 
 
+def each_seed(runs: dict, seeds: list) -> list:
+    """{stage: {seed: test.json}} -> rows of stage, measure and its value for each seed, without a mean over them."""
+    def all_pairs(found):
+        return found["preference_accuracy"]
+
+    def wrong_pairs(found):
+        return found["accuracy_by_kind"]["wrong"]
+
+    def new(found):
+        return found["new"]
+
+    def old(found):
+        return found["old"]
+
+    pairs = {"pairs ranked right": (all_pairs, 100, 1), "of the kind wrong": (wrong_pairs, 100, 1)}
+    kinds = [*((stage, MEASURES) for stage in POLICIES), *((stage, pairs) for stage in ("reward", "dpo", "dpo_rlaif")),
+             *((stage, {"new": (new, 100, 1), "old": (old, 100, 1)}) for stage in PEFT)]
+    return [[stage, name, *(f"{factor * measure(runs[stage][seed]):.{digits}f}" if seed in runs[stage] else "-"
+                            for seed in seeds)]
+            for stage, measures in kinds if runs.get(stage) for name, (measure, factor, digits) in measures.items()]
+
+
 def section(cfg: Config, precision: str, runs: dict) -> list:
     """The tables of one precision, as pieces of Markdown."""
     def of(stage):
@@ -393,7 +418,12 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
              spread([run["seconds"] for run in of(stage).values()], 1, 0)] for stage in PEFT if of(stage)]
     if rows:
         out += ["### Fine-tuning on `identity.jsonl`",
+                "full: all weights. low: at a tenth of the learning rate. mixed: the new data twenty times and "
+                f"{OLD_LINES:,} lines of `sft.jsonl` once, instead of the new data alone.",
                 table([["", "new: identity_test", "old: sft_test", "old, share of SFT's", "seconds"], *rows])]
+    rows = each_seed({stage: of(stage) for stage in STAGES}, seeds)
+    if rows:
+        out += ["### Each seed", table([["", "", *(f"seed {seed}" for seed in seeds)], *rows])]
     return out
 
 
@@ -444,10 +474,11 @@ def write_page(cfg: Config):
     if not runs:
         raise UserError(f"{cfg.out} holds no finished run; run without --report")
     precisions = sorted({precision for precision, _ in runs})
-    page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults; settings "
-            "were chosen on `*_eval.jsonl` (what was tried: [LOG.md](LOG.md)), and these figures come from the "
-            "`*_test.jsonl` files. Levels 1 and 2 of the sums and differences need no carry, 3 and 4 do; in 1 and 3 "
-            "one number has a single digit."]
+    Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
+    page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults but for the "
+            "flags shown at the end; settings were chosen on `*_eval.jsonl` (what was tried: [LOG.md](LOG.md)), and "
+            "these figures come from the `*_test.jsonl` files. Levels 1 and 2 of the sums and differences need no "
+            "carry, 3 and 4 do; in 1 and 3 one number has a single digit."]
     page += draw(cfg, precisions[0], runs)
     for precision in precisions:
         page += section(cfg, precision, runs)
@@ -475,9 +506,11 @@ def main(cfg: Config):
             raise UserError(f"--{name} {' '.join(unknown)}: must be of {', '.join(allowed)}")
     if cfg.job:
         return run_job(cfg)
-    if not cfg.report:
-        run_all(cfg)
+    failed = [] if cfg.report else run_all(cfg)
     write_page(cfg)
+    if failed:
+        logs = ", ".join(f"{folder_of(cfg, *job)}.log" for job in failed)
+        raise UserError(f"these runs failed and are not on the page: {logs} say why; the same command runs the rest")
 
 
 if __name__ == "__main__":

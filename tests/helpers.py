@@ -23,7 +23,7 @@ def close(actual, expected) -> bool:
     dtype = actual.dtype if actual.is_floating_point() else None
     expected = torch.as_tensor(expected, dtype=dtype).detach().cpu()
     def message(difference):
-        numbers = f"\n{actual.tolist()} came out\n{expected.tolist()} is expected" if actual.numel() <= 30 else ""
+        numbers = f"\n{actual.tolist()} came out\n{expected.tolist()} is expected" if actual.numel() <= 40 else ""
         return difference + numbers
 
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, msg=message)

@@ -39,7 +39,7 @@ IMPORTS = {
     "generate": "cuda_graph model",
     "tokenizer": "chat config records runtime safetensors unicode_ranges",
     "token_cache": "records runtime safetensors tokenizer",
-    "data": "chat records runtime token_cache tokenizer",
+    "data": "attention chat records runtime token_cache tokenizer",
     "hf_config": "model",
     "origin": "safetensors",
     "checkpoint": "config hf_config model origin records runtime safetensors",

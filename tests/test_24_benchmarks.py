@@ -287,8 +287,29 @@ def test_the_page_of_results(tmp_path):
     results.main(results.Config(out=str(tmp_path), page=str(page), report=True))
     text = page.read_text(encoding="utf-8")
     assert "50.0 (40.0 to 60.0)" in text and "80.0 (70.0 to 90.0)" in text and "30.0 (30.0 to 30.0)" in text
+    each = [line.replace(" ", "") for line in text.splitlines() if "sums, greedy" in line]
+    assert "|sft|sums,greedy|40.0|60.0|" in each and "|grpo|sums,greedy|70.0|90.0|" in each
     assert "a laptop; today; seeds 0, 1" in text and "python sft\npython grpo" in text
     assert "![right answers by level](levels.svg)" in text and (tmp_path / "levels.svg").exists()
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    """Of two seeds one breaks off in pretraining. The page holds the other; the command fails and names the log."""
+    def start(cfg, job):
+        folder = results.folder_of(cfg, *job)
+        folder.mkdir(parents=True)
+        if job[1] == 0:
+            found = {"bits_per_byte": 0.6, "seconds": 1, "date": "today", "machine": "a laptop", "command": "python x"}
+            (folder / "test.json").write_text(json.dumps(found), encoding="utf-8")
+        return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({job[1]})"])
+
+    monkeypatch.setattr(results, "start", start)
+    page = tmp_path / "RESULTS.md"
+    with pytest.raises(UserError, match=r"these runs failed.*seed1.pretrain\.log"):
+        results.main(results.Config(seeds=[0, 1], stages=["pretrain"], jobs=2, out=str(tmp_path / "runs"),
+                                    page=str(page)))
+    assert "0.600, 1 seconds" in page.read_text(encoding="utf-8")
+    assert (tmp_path / "runs" / "old.jsonl").read_text(encoding="utf-8").count("\n") == results.OLD_LINES
 
 
 def test_a_chart(tmp_path):
