@@ -156,7 +156,7 @@ def main(cfg: Config) -> dict:
         for batch in micro_batches:
             batch, n_tokens = batch.to(device), batch.n_tokens
             with runtime.autocast(device):
-                hidden = forward(batch.tokens, doc_ids=batch.doc_ids)  # (B, T, D)
+                hidden = forward(batch.tokens, batch.doc_ids, batch.blocks)  # (B, T, D)
             # the loss mask: what the assistant says, and the <|im_end|> that closes it
             loss = linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_targets,
                                         batch.targets)

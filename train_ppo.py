@@ -234,13 +234,15 @@ def main(cfg: Config) -> dict:
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
             for part in minibatch.parts:
-                logprobs, values = response_logprobs(policy, part, cfg.temperature), response_values(value_model, part)
+                logprobs = response_logprobs(policy, part, cfg.temperature)
                 policy_loss, policy_stats = ppo_policy_loss(
                     logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
+                if policy_step >= 0:
+                    policy_loss.backward()  # before the critic's forward pass: the activations of one model at a time
+                values = response_values(value_model, part)
                 value_loss, value_stats = ppo_value_loss(
                     values, part.old_values, part.returns, part.mask, cfg.value_clip_eps, n_tokens)
-                loss = policy_loss + value_loss if policy_step >= 0 else value_loss
-                loss.backward()
+                value_loss.backward()
                 part.logprobs = logprobs.detach()
                 approx_kl = approx_kl + policy_stats["approx_kl"] * part.n_tokens / n_tokens
                 run.add({"policy_loss": policy_loss, "value_loss": value_loss})

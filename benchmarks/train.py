@@ -128,17 +128,15 @@ def padded(batch: Batch) -> Batch:
         for d in range(int(doc_ids.max()) + 1):
             here = doc_ids == d
             parts.append((tokens[here], loss_mask[here], torch.zeros_like(doc_ids[here])))
-    tokens, loss_mask, doc_ids = zip(*parts)
-    loss_mask = pad_sequence(loss_mask, batch_first=True)
-    return Batch(pad_sequence(tokens, batch_first=True), loss_mask,
-                 pad_sequence(doc_ids, batch_first=True, padding_value=-1), loss_mask.flatten().nonzero()[:, 0])
+    columns = zip(zip(*parts), (0, False, -1))  # tokens, loss_mask, doc_ids, each with what pads it
+    return Batch.of(*(pad_sequence(rows, batch_first=True, padding_value=pad).numpy() for rows, pad in columns))
 
 
 # The loss in four ways. forward is the model or its `hidden`, perhaps compiled; n_tokens counts the supervised tokens.
 
 def ours(model, forward, batch, n_tokens):
     with runtime.autocast(batch.tokens.device):
-        hidden = forward(batch.tokens, doc_ids=batch.doc_ids)
+        hidden = forward(batch.tokens, batch.doc_ids, batch.blocks)
     return linear_cross_entropy(hidden, model.lm_head.weight, batch.tokens, batch.loss_mask, n_tokens, batch.targets)
 
 
@@ -261,9 +259,8 @@ def memory(shapes, lengths, cfg, device) -> list:
             model = apply_lora(model, r=8, alpha=16)
         model.model.recompute = "recompute" in method
         step, _ = trainer(WAYS["minillm"], model, cfg.compile)
-        tokens = torch.randint(config.vocab_size, (1, length), device=device)
-        positions = torch.arange(length, device=device)
-        batch = Batch(tokens, positions[None] > 0, torch.zeros_like(tokens), positions[1:])
+        tokens = torch.randint(config.vocab_size, (1, length)).numpy()
+        batch = Batch.of(tokens, np.arange(length)[None] > 0, np.zeros_like(tokens)).to(device)
         for _ in range(2):  # the optimizer has its state from the second one on
             step(batch, length - 1)
 

@@ -3,9 +3,12 @@
 Shape symbols as in model.py: B rows, T queries, S keys, H heads, K key/value heads, d head_dim.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # tokens of a block of flex attention, which has no kernel for shorter rows
 
 
 def document_positions(doc_ids):
@@ -36,30 +39,41 @@ def attention_mask_2d(attention_mask, doc_ids, T: int, past: int, device, prefix
     return F.pad(allowed | (key == query)[None], (prefix, 0), value=True)[:, None]
 
 
-def document_block_mask(doc_ids, block: int = 128) -> BlockMask:
+def document_blocks(doc_ids, block: int = BLOCK) -> tuple:
+    """What document_block_mask needs for packed rows, in NumPy, so that the loader's thread can make it.
+
+    doc_ids (B, T) -> counts (4, B, 1, n) and lists (4, B, 1, n, n), int32, of n blocks. The four: for each block of
+    queries those of keys that are read through the mask, and those that hold only allowed pairs; then both the other
+    way round, for each block of keys. A list begins with the blocks that it is about, and counts says how many.
+
+    The first and the last document of each block are enough to know that: within a row the ids never fall, except for
+    the -1 of padding at its end.
+    """
+    T = doc_ids.shape[1]
+    ordered = np.where(doc_ids < 0, T, doc_ids)
+    first = ordered[:, ::block]  # (B, n), as last
+    last = np.pad(ordered, ((0, 0), (0, -T % block)), constant_values=T + 1)[:, block - 1::block]
+    key = np.arange(first.shape[1])
+    query = key[:, None]
+    some = (key <= query) & (last[:, None, :] >= first[:, :, None])  # (B, n of queries, n of keys)
+    whole = (key < query) & (first[:, None, :] == last[:, :, None])
+    kinds = some & ~whole, whole
+    chosen = np.stack([*kinds, *(kind.swapaxes(1, 2) for kind in kinds)])[:, :, None]  # (4, B, 1, n, n); the 1: heads
+    return chosen.sum(-1, dtype=np.int32), (~chosen).argsort(axis=-1, kind="stable").astype(np.int32)
+
+
+def document_block_mask(doc_ids, counts, lists, block: int = BLOCK) -> BlockMask:
     """attention_mask_2d for packed rows, doc_ids (B, T), in the form of flex attention (arXiv 2412.05496).
 
-    It says which blocks of queries and keys hold no allowed pair and are skipped, and which hold only allowed pairs and
-    need no mask. The first and the last document of each block are enough to know that: within a row the ids never
-    fall, except for the -1 of padding at its end.
+    counts, lists: document_blocks(doc_ids) as tensors. They say which blocks of queries and keys hold no allowed pair
+    and are skipped, and which hold only allowed pairs and need no mask.
     """
     def same_document(b, h, query, key):
         return (key <= query) & (doc_ids[b, query] == doc_ids[b, key])
 
     T = doc_ids.shape[1]
-    ordered = doc_ids.masked_fill(doc_ids < 0, T)
-    first = ordered[:, ::block]  # (B, blocks), as last
-    last = F.pad(ordered, (0, -T % block), value=T + 1)[:, block - 1::block]
-    key = torch.arange(first.shape[1], device=doc_ids.device)
-    query = key[:, None]
-    some = (key <= query) & (last[:, None, :] >= first[:, :, None])  # (B, blocks of queries, blocks of keys)
-    whole = (key < query) & (first[:, None, :] == last[:, :, None])
-    lists = []
-    for chosen in (some & ~whole, whole):
-        chosen = chosen[:, None]  # the 1 is for the heads
-        counts = chosen.sum(-1, dtype=torch.int32)
-        lists += [counts, chosen.int().argsort(dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=same_document, seq_lengths=(T, T))
+    pairs = [tensor for pair in zip(counts, lists) for tensor in pair]
+    return BlockMask((T, T), *pairs, BLOCK_SIZE=(block, block), mask_mod=same_document)
 
 
 def document_lengths(doc_ids) -> list:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minillm import runtime
+from minillm.attention import document_blocks
 from minillm.chat import lost_think
 from minillm.records import check_conversation, check_text, require
 from minillm.runtime import say
@@ -134,12 +135,20 @@ class Batch:
     """Packed rows: tokens (B, T) int64; loss_mask (B, T) bool; doc_ids (B, T) int64, one per document, -1: padding.
 
     targets (N,) int64: where loss_mask.flatten() is True. To count them a GPU would have to be waited for.
+    blocks: attention.document_blocks of doc_ids, for flex attention. Dozens of kernels would make it on a GPU.
     """
 
     tokens: torch.Tensor
     loss_mask: torch.Tensor
     doc_ids: torch.Tensor
     targets: torch.Tensor
+    blocks: tuple
+
+    @classmethod
+    def of(cls, tokens, loss_mask, doc_ids):
+        """A Batch of these NumPy arrays, with the rest of what it holds."""
+        given = map(torch.from_numpy, (tokens, loss_mask, doc_ids, np.flatnonzero(loss_mask)))
+        return cls(*given, tuple(map(torch.from_numpy, document_blocks(doc_ids))))
 
     @property
     def n_tokens(self) -> int:
@@ -153,7 +162,8 @@ class Batch:
 
     def to(self, device):
         """The same batch on a device."""
-        return Batch(*(to_device(t, device) for t in (self.tokens, self.loss_mask, self.doc_ids, self.targets)))
+        tensors = (self.tokens, self.loss_mask, self.doc_ids, self.targets)
+        return Batch(*(to_device(t, device) for t in tensors), tuple(to_device(t, device) for t in self.blocks))
 
 
 def pack(lengths, row_length: int) -> list:
@@ -319,4 +329,4 @@ class PackedLoader(Loader):
                 mask[b, at] = False  # the first token of a document has no context to be predicted from
                 doc_ids[b, at:end] = document
                 at = end
-        return Batch(*map(torch.from_numpy, (tokens, mask, doc_ids, np.flatnonzero(mask))))
+        return Batch.of(tokens, mask, doc_ids)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm import runtime
-from minillm.attention import attend, attention_mask_2d, document_block_mask, document_lengths, document_positions
+from minillm.attention import (BLOCK, attend, attention_mask_2d, document_block_mask, document_lengths,
+                               document_positions)
 
 
 @dataclass
@@ -314,7 +315,7 @@ class CausalLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def hidden(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
-        """Hidden states (B, T, D) after the final norm; arguments as in forward, and document_block_mask(doc_ids)."""
+        """Hidden states (B, T, D) after the final norm; arguments as in forward, and document_block_mask's result."""
         return self.model(tokens, attention_mask, doc_ids, positions, cache, block_mask)
 
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None):
@@ -328,27 +329,31 @@ class CausalLM(nn.Module):
 
 
 def packed_forward(model: CausalLM, asked=None):
-    """model.hidden for packed rows of one length, as f(tokens, doc_ids=doc_ids).
+    """model.hidden for packed rows of one length, as f(tokens, doc_ids, blocks), which are those of a Batch.
 
     Where runtime.wants_compile(model, asked), it is compiled, with flex attention, which skips what lies outside a
-    document; its plain twin is model.hidden itself. A smaller batch, such as the last one of an epoch, gets rows of
-    padding, because each new shape would be compiled anew.
+    document; its plain twin is model.hidden itself. A smaller batch, such as the last one of an epoch, gets copies of
+    its first row, because each new shape would be compiled anew.
     """
-    def plain(tokens, doc_ids):
+    def plain(tokens, doc_ids, blocks):
         return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
 
     if not runtime.wants_compile(model, asked):
         return plain
     hidden, most = torch.compile(model.hidden), 0
 
-    def forward(tokens, doc_ids):
+    def forward(tokens, doc_ids, blocks):
         nonlocal most
         rows = len(tokens)
         most = max(most, rows)
-        more = (0, 0, 0, most - rows)
-        tokens, doc_ids = F.pad(tokens, more), F.pad(doc_ids, more, value=-1)
-        # flex attention has no kernel for rows shorter than a block
-        blocks = document_block_mask(doc_ids) if tokens.shape[1] >= 128 else None
-        return hidden(tokens, doc_ids=doc_ids, block_mask=blocks)[:rows]
+
+        def filled(x, dim=0):
+            more = list(x.shape)
+            more[dim] = most - rows
+            return torch.cat([x, x.narrow(dim, 0, 1).expand(more)], dim)
+
+        tokens, doc_ids, blocks = filled(tokens), filled(doc_ids), [filled(x, dim=1) for x in blocks]
+        mask = document_block_mask(doc_ids, *blocks) if tokens.shape[1] >= BLOCK else None
+        return hidden(tokens, doc_ids=doc_ids, block_mask=mask)[:rows]
 
     return forward

@@ -127,6 +127,28 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
         assert not torch.equal(logprobs[mask], old[mask]) and stats["approx_kl"] > 1e-6
 
 
+def test_the_policys_activations_are_gone_before_the_critic_runs(run, monkeypatch):
+    """What each model's backward pass needs is most of the memory, and the two share no parameter: one after the other
+    has the gradients of one backward pass through both, in half of it. Two micro-batches."""
+    events = []
+
+    def spied(name, original):
+        def call(*args, **options):
+            result = original(*args, **options)
+            events.append(name)
+            result = result[0] if isinstance(result, tuple) else result
+            result.register_hook(lambda gradient: events.append(f"{name} backward"))
+            return (result, torch.zeros(())) if options.get("with_entropy") else result
+        return call
+
+    for name in ("response_logprobs", "response_values"):
+        monkeypatch.setattr(train_ppo, name, spied(name.removeprefix("response_"), getattr(train_ppo, name)))
+    run("ppo", "--max_steps", 1, "--update_epochs", 1, "--num_minibatches", 1, "--grad_accum", 2)
+    before, update = events[:6], events[6:]
+    assert before == ["logprobs", "logprobs", "values"] * 2  # policy, reference, critic
+    assert update == ["logprobs", "logprobs backward", "values", "values backward"] * 2
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, float32, temperature):  # noqa: F811
     ragged(monkeypatch, train_ppo)
