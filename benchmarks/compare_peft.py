@@ -48,7 +48,7 @@ FULL = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 1
 METHODS = {
     "full": FULL,
     "lora": {"peft": "lora"},
-    "lora q,v": {"peft": "lora", "target_modules": ["q_proj", "v_proj"]},
+    "lora q,v": {"peft": "lora", "rank": 8, "alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "rslora": {"peft": "lora", "rslora": True},
     "dora": {"peft": "dora"},
     "adapter": {"peft": "adapter"},

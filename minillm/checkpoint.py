@@ -37,6 +37,9 @@ def checkpoint_folder(folder) -> Path:
     """The folder as a Path; raises UserError, with advice, when it holds no model."""
     folder = Path(folder)
     if not folder.is_dir():
+        if folder.suffix == ".gguf" and folder.exists():
+            raise UserError(f"{folder} is a GGUF file, which llama.cpp and Ollama run and nobody trains; give the "
+                            "folder of the model in safetensors that it was made from")
         if folder.exists():
             raise UserError(f"{folder} is a file; give the folder that holds it, with config.json beside it")
         advice = advice_on_folder(folder) or "; give a checkpoint folder"
@@ -50,6 +53,12 @@ def checkpoint_folder(folder) -> Path:
                             "this with --adapter; to train on, make a whole model with train_lora.py --merge")
         if (folder / "training_state.pt").is_file():
             raise UserError(f"{folder} holds an unfinished run; finish it with --resume first")
+        if snapshots := sorted(folder.glob("snapshots/*/config.json")):  # the hub's cache: models--Qwen--Qwen3-0.6B
+            raise UserError(f"{folder} is a folder of the Hugging Face cache; give the model in it, "
+                            f"{snapshots[-1].parent}")
+        if any(folder.glob("*.gguf")):
+            raise UserError(f"{folder} holds a GGUF file, which llama.cpp and Ollama run and nobody trains; give the "
+                            "folder of the model in safetensors that it was made from")
         raise UserError(f"{folder} is no checkpoint folder: config.json is missing")
     return folder
 

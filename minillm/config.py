@@ -19,7 +19,7 @@ import typing
 
 import torch
 
-from minillm import runtime
+from minillm import job, runtime
 from minillm.errors import UserError
 
 
@@ -148,7 +148,11 @@ def _out_of_memory(cls, error) -> str:
 
 
 def _one_line(cls, kind, error, trace):
-    if issubclass(kind, UserError):
+    if issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    elif not job.is_first_to_fail():
+        pass  # of several processes one says why
+    elif issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif _is_out_of_memory(error):
         print(f"error: {_out_of_memory(cls, error)}", file=sys.stderr, flush=True)
@@ -157,7 +161,8 @@ def _one_line(cls, kind, error, trace):
     elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume",
               file=sys.stderr, flush=True)
-    elif issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    elif job.has_lost_another(error):
+        job.say_lost()
     else:
         sys.__excepthook__(kind, error, trace)
+    job.end(1)

@@ -95,7 +95,7 @@ def tokens_without_rows(folder, vocab_size: int) -> list:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return []
-    document = load_json(path)
+    document = load_json(path, MOST_BYTES)  # Qwen3's has 11 million
     model, added = document.get("model"), document.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict) or not isinstance(added, list):

@@ -34,6 +34,7 @@ from minillm.config import flag
 from minillm.errors import UserError
 from minillm.heads import RewardModel, merge_reward_model, save_reward_model
 from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_replies
+from minillm.out_folder import Lock, check_out, ended_in_first_save, is_new_run, keep_checkpoint, take_place
 from minillm.peft import has_adapter, save_adapter
 from minillm.records import fingerprint
 from minillm.runtime import say
@@ -43,7 +44,7 @@ from minillm.training_state import (capture_rng, load_training_state, remove_tra
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
 FREE_ON_RESUME = ("out", "resume", "device", "compile", "save_every", "log_every", "eval_every", "show_every",
-                  "save_dtype", "shard")
+                  "save_dtype", "shard", "keep_last")
 # A folder that holds one of these is kept.
 RUN_FILES = ("config.json", "adapter_config.json", "summary.json", "training_state.pt")
 
@@ -59,6 +60,7 @@ class RunConfig:
     log_every: int = flag(20, "steps between log lines", low=1)
     eval_every: int = flag(500, "steps between evaluations", low=1)
     save_every: int = flag(500, "steps between checkpoints", low=1)
+    keep_last: int = flag(0, "keep the last N checkpoints, also as OUT/step_N (default: only the newest)", low=0)
     device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
     seed: int = flag(0, "seed of everything random", low=0)
     compile: bool = flag(None, "torch.compile on CUDA (default: models above 16 million parameters)")
@@ -114,6 +116,7 @@ class Run:
                 self._restore()
                 if runtime.rank() == 0:
                     cut_metrics(self.folder / "metrics.jsonl", self.step)
+                    keep_checkpoint(self.folder, self.step, self.cfg.keep_last)  # unless a kill came before it
             else:
                 self.before = self.evaluate()
             self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
@@ -262,6 +265,7 @@ class Run:
             take_place(self.new, self.out)
             self.folder = self.out
             self.progress.open_file(self.out)
+        keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
 
     def _save_model(self):
         if isinstance(self.model, RewardModel):
@@ -311,85 +315,3 @@ class Run:
         if self.lock:
             self.lock.release()
         self.lock = None
-
-
-# The folder
-
-def check_out(out: Path, inputs: list):
-    """Raise UserError for an --out that is no folder, or that holds what the run reads."""
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"--out {out}: {place} is a file; give a folder")
-    for path in [*inputs, os.getcwd()]:
-        for place in (out, Path(f"{out}.new")):
-            if Path(path).resolve().is_relative_to(place.resolve()):
-                raise UserError(f"--out {out}: {place} holds {path}, which this run needs; give another --out")
-
-
-def is_new_run(new: Path, out: Path, name: str) -> bool:
-    """Whether OUT.new belongs to a run to OUT (the name alone proves nothing) and holds a file of this name."""
-    if not (new / "run_config.json").exists() or not (new / name).exists():
-        return False
-    return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
-
-
-def ended_in_first_save(folder: Path) -> bool:
-    """Whether a folder is what a run left that was killed before it had any weights. Removes its temporary files."""
-    found = [path.name for path in folder.iterdir()]
-    for name in found:
-        if is_temporary(name):
-            (folder / name).unlink(missing_ok=True)
-    kept = [name for name in found if name.endswith(".safetensors") or name in ("training_state.pt", "summary.json")]
-    return "run_config.json" in found and not kept
-
-
-def take_place(new: Path, out: Path):
-    """OUT becomes the first of OUT.bak, OUT.bak2, ... that is free, and OUT.new becomes OUT; raises UserError."""
-    number = 1
-    while (backup := out.with_name(f"{out.name}.bak{number if number > 1 else ''}")).exists():
-        number += 1
-    try:
-        if out.exists():
-            out.rename(backup)
-            say(f"{out} held an older run; it is now {backup}")
-        new.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot rename {out} to {backup} and {new} to {out}: {error.strerror or error}; "
-                        "do it yourself, then use --resume") from None
-
-
-class Lock:
-    """OUT.lock keeps a second run out of OUT. The system drops the lock when the process ends, however it ends.
-
-    Raises UserError when another run holds it. Windows and some network drives have no such locks: take care there.
-    """
-
-    def __init__(self, out: Path):
-        self.path = out.with_name(out.name + ".lock")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.file.truncate(0)
-            self.file.write(str(os.getpid()))
-            self.file.flush()
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "unknown"
-            self.file.close()
-            raise UserError(f"another run (process {holder}) is writing to {out}; wait for it, end it, "
-                            "or give another --out") from None
-        except (ImportError, OSError):
-            pass
-
-    def release(self):
-        """Let others in."""
-        try:
-            self.path.unlink(missing_ok=True)  # before the lock goes: after it the file may be another run's
-        except OSError:  # Windows removes no open file
-            pass
-        self.file.close()

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from minillm import job
 from minillm.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much of the machine a container may use
@@ -80,15 +81,20 @@ def start(device_name: str, seed: int) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most batches have a new one
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if job.has_several():
+            job.watch()
         # Counts and objects are summed and gathered on the CPU, gradients where they are. Windows has no NCCL.
         nccl = device.type == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
+        hook = sys.excepthook  # PyTorch puts another in its place, which holds back what is printed until it returns
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=job.PATIENCE)
+        sys.excepthook = hook
         atexit.register(_leave)
     say(describe(device), file=sys.stderr)
     return device
 
 
 def _leave():
+    job.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

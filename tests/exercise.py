@@ -87,7 +87,9 @@ def exercise(names: list) -> str:
         own = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | {
             target.id for n in tree.body if isinstance(n, ast.Assign) for target in n.targets
             if isinstance(target, ast.Name)}
-        used = sorted({n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)} & own - set(names))
+        mentioned = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)} & own
+        functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+        used = sorted((mentioned | functions) - set(names))  # the file's other functions are there to be called
         if used:
             imports[f"from minillm.{path.stem} import {', '.join(used)}"] = None
         if path not in files:  # the rules of the file are a part of the exercise

@@ -23,10 +23,11 @@ CHAPTERS = sorted((ROOT / "tests").glob("test_*.py"))
 # every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "", "chat": "",
-    "attention": "", "logprobs": "", "runtime": "", "safetensors": "", "verify": "",
+    "attention": "", "job": "", "logprobs": "", "safetensors": "", "verify": "",
+    "runtime": "job",
     "forms": "verify",
     "records": "chat forms runtime",
-    "config": "runtime",
+    "config": "job runtime",
     "losses": "logprobs",
     "token_view": "logprobs runtime safetensors",
     "optim": "runtime",
@@ -48,7 +49,8 @@ IMPORTS = {
     "adapter": "", "prefix": "model",
     "peft": "adapter checkpoint lora prefix safetensors",
     "gguf": "checkpoint config model runtime safetensors tokenizer unicode_ranges",
-    "run": "checkpoint config heads metrics peft records runtime safetensors shard training_state",
+    "out_folder": "runtime safetensors",
+    "run": "checkpoint config heads metrics out_folder peft records runtime safetensors shard training_state",
     "rewards": "checkpoint generate heads runtime tokenizer verify",
     "evaluate": "chat data generate logprobs metrics records runtime verify",
     "preferences": "chat data evaluate logprobs records runtime token_cache tokenizer",

@@ -278,6 +278,14 @@ def test_pack_worked_example():
     assert pack([5, 3, 4, 2], 7) == [[0, 3], [2, 1]]
 
 
+def test_pack_takes_the_row_with_the_least_room():
+    """7 and 6 open rows of 10, with room for 3 and for 4. The 3 fits both and fills the first. Put where there is most
+    room, it would leave 3 and 1.
+    """
+    assert pack([7, 6, 3, 1], 10) == [[0, 2], [1, 3]]
+    assert pack([], 10) == []
+
+
 def test_a_sequence_longer_than_the_row_is_refused():
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a row of 8"):
         pack([3, 9], 8)
@@ -302,6 +310,7 @@ def test_collate_worked_example(tmp_path):
     assert batch.doc_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1, -1, -1, -1, -1]]
     assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [1, 2, 3, 5, 6, 9, 10]
     assert (batch.n_tokens, batch.n_targets) == (10, 7)
+    assert [batch.tokens.dtype, batch.loss_mask.dtype] == [torch.int64, torch.bool]
 
 
 def test_the_first_token_of_a_document_is_never_a_target():
@@ -338,6 +347,18 @@ def test_an_epoch_holds_every_token_once(tmp_path, monkeypatch, window, span, sh
         assert contents(batches) == everything(dataset)
         assert len(batches) == loader.batches(epoch)
         assert not any(batch.loss_mask[batch.doc_ids < 0].any() for batch in batches)
+
+
+def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
+    """Texts of 1 to 9 characters (2 tokens more) in rows of 12: the 11 tokens of the longest alone, then 10, 9, ...
+    with what fits beside them. Shuffled, which is what a loader does unless told otherwise, the rows come in another
+    order, so that the first batches are not those of the longest texts.
+    """
+    dataset = load(write(tmp_path / "a.jsonl", [{"text": "x" * n} for n in range(1, 10)]))
+    plain = [row.tolist() for row in PackedLoader(dataset, 1, 12, seed=0, shuffle=False).order(0)]
+    assert plain == [[8], [7], [6, 0], [5, 1], [4, 2], [3]]
+    shuffled = [row.tolist() for row in PackedLoader(dataset, 1, 12, seed=0).order(0)]
+    assert sorted(shuffled) == sorted(plain) and shuffled != plain
 
 
 def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
@@ -377,7 +398,7 @@ def test_the_loader_goes_on_where_it_was(tmp_path):
     for _ in range(steps):
         states.append(json.loads(json.dumps(loader.state())))
         batches.append(next(stream))
-    assert epoch >= 4 and len({state["epoch"] for state in states}) == 3
+    assert epoch >= 4 and {state["epoch"] for state in states} == {0, 1, 2}
     for start, state in enumerate(states):
         other = PackedLoader(dataset, 3, 64, seed=0)
         other.load_state(state)

@@ -155,6 +155,18 @@ def test_attention_worked_example():
         assert close(output[0, 0, :, 0], [1.0, 2.0])
 
 
+@pytest.mark.parametrize("plainly", [False, True])
+def test_query_heads_share_a_key_head(monkeypatch, plainly):
+    """Six query heads, two key heads, one query: heads 0 to 2 look at the first key head's values 1 and 5, heads 3 to 5
+    at the second's, 10 and 50. The weights are 1/2 and 1/2 (score 0) or 1/4 and 3/4 (score ln 3, of heads 2 and 5).
+    """
+    monkeypatch.setattr(attention, "two_products", lambda *_: plainly)
+    q, k, v = torch.zeros(1, 6, 1, 4), torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4)
+    q[0, [2, 5], 0, 0], k[0, :, 1, 0] = 2.0, math.log(3)  # 2 ln 3 / sqrt(4) = ln 3
+    v[0, :, :, 0] = torch.tensor([[1.0, 5.0], [10.0, 50.0]])
+    close(attend(q, k, v, None)[0, :, 0, 0], [3, 3, 4, 30, 30, 40])
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_attention_takes_what_a_kernel_returns_however_it_lies_in_memory(monkeypatch, length):
     """CUDA's kernels return the heads of a token side by side, CPUs' the tokens of a head."""

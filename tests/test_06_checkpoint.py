@@ -466,6 +466,15 @@ def test_each_folder_that_is_no_checkpoint_is_told_apart(folder, tmp_path):
     config.unlink()
     with pytest.raises(UserError, match="config.json is missing"):
         load_model(folder)
+    (folder / "model-f16.gguf").write_bytes(b"GGUF")
+    for place in (folder, folder / "model-f16.gguf"):
+        with pytest.raises(UserError, match="a GGUF file, which llama.cpp and Ollama run and nobody trains"):
+            load_model(place)
+    cache = tmp_path / "models--Qwen--Qwen3-0.6B"
+    (cache / "snapshots" / "c1899d").mkdir(parents=True)
+    (cache / "snapshots" / "c1899d" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="of the Hugging Face cache; give the model in it, .*snapshots.c1899d$"):
+        load_model(cache)
     (folder / "training_state.pt").write_bytes(b"")
     with pytest.raises(UserError, match="unfinished run; finish it with --resume"):
         load_model(folder)

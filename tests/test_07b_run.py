@@ -229,6 +229,47 @@ def test_the_first_batches_of_an_epoch_are_counted_in_numbers():
     assert close([entry["number"] for entry in log() if "number" in entry], [0.375, 1.125, 1.35])
 
 
+# ------------------------------------------------------------------------------------ the last checkpoints
+
+def kept(out="out"):
+    return sorted(path.name for path in Path(out).glob("step_*"))
+
+
+def test_the_last_checkpoints_are_kept_and_can_be_gone_back_to():
+    """Checkpoints after 3, 6 and 8 steps; of these the last two stay. From step 6 on, the run ends with the same bits,
+    with the kept folder as its --out; the folder is also a --model."""
+    main(Config(keep_last=2))
+    assert kept() == ["step_000006", "step_000008"]
+    sixth, eighth = Path("out/step_000006"), Path("out/step_000008")
+    assert load_training_state(sixth)["step"] == 6 and weights(eighth) == weights() != weights(sixth)
+    before = listing(eighth)
+    main(Config(keep_last=2, out=str(sixth), resume=True))
+    assert_same_run(sixth, "out", logs=False)
+    assert listing(eighth) == before and kept(sixth) == ["step_000006", "step_000008"]
+    main(Config(model=str(eighth), lr=0.0, max_steps=1, out="other"))
+    assert weights("other") == weights()
+
+
+def test_a_kept_checkpoint_takes_no_room_a_second_time():
+    main(Config(keep_last=1))
+    assert Path("out/model.safetensors").stat().st_nlink == 2 or os.name == "nt"
+
+
+def test_what_a_kill_leaves_of_a_kept_checkpoint_is_removed_and_made_up_for(monkeypatch):
+    """Killed before step 6's folder has its name: --resume removes the draft, and makes the folder."""
+    def fail(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        with pytest.raises(KeyboardInterrupt):
+            main(Config(keep_last=3), lambda step, run: patch.setattr(Path, "rename", fail) if step == 5 else None)
+    assert kept()[0] == "step_000003" and kept()[1].endswith(".tmp")
+    main(Config(keep_last=3, resume=True))
+    assert kept() == ["step_000003", "step_000006", "step_000008"]
+    main(Config(out="undisturbed"))
+    assert_same_run("out", "undisturbed", logs=False)
+
+
 # ------------------------------------------------------------------------------------ the folder
 
 def test_an_older_run_is_renamed_with_the_first_checkpoint(capsys):

@@ -17,11 +17,13 @@ import train_lora
 import train_ppo
 import train_reward
 import train_sft
+from minillm import run, token_cache
 from minillm.checkpoint import choose_defaults, load_model, save_model
 from minillm.config import flag, parse_config
 from minillm.hf_config import config_from_json
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.tokenizer import Tokenizer, train_tokenizer
+from minillm.training_state import remove_training_state
 from tests.helpers import close
 
 TEXTS = ["Hello, world! How are you?", "你好，世界！1234 + 5678 = 6912", "  two  spaces\n\n\tand a tab\r\n",
@@ -234,6 +236,22 @@ def test_a_folder_that_comes_in_goes_out_byte_for_byte(tmp_path):
     assert contents(tmp_path / "out") == contents(folder)
 
 
+def test_a_training_run_that_changes_nothing_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    """One step of SFT with learning rate 0: every file that came in goes out, byte for byte; three tell of the run."""
+    monkeypatch.setattr(token_cache, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(run, "remove_training_state", remove_training_state)
+    folder, data = download(tmp_path / "in"), tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    data.write_text((json.dumps({"conversations": chat}) + "\n") * 3, encoding="utf-8")
+    cfg = train_sft.Config(model=str(folder), data=[str(data)], eval_data=str(data), out=str(tmp_path / "out"), lr=0.0,
+                           max_steps=1, max_questions=1, max_new_tokens=2, device="cpu")
+    cfg.given = {"lr", "max_steps"}
+    train_sft.main(cfg)
+    before, after = contents(folder), contents(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"metrics.jsonl", "run_config.json", "summary.json"}
+
+
 def test_only_what_has_to_change_changes(tmp_path):
     """Other weights; another dtype; and a base model, whose replies never ended with a turn, gets the token for it."""
     folder = download(tmp_path / "in")
@@ -253,7 +271,8 @@ def test_added_tokens_get_the_mean_embedding(tmp_path, capsys):
     old = load_model(folder).lm_head.weight.detach()
     for i, token in enumerate(["<a>", "<b>"], len(old)):
         document["added_tokens"].append({**document["added_tokens"][0], "id": i, "content": token})
-    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    large = " " * 5_000_000  # as of Qwen3, with its 150,000 tokens
+    (folder / "tokenizer.json").write_text(json.dumps(document) + large, encoding="utf-8")
     model = load_model(folder)
     assert "the vocabulary grows by 2 added tokens (<a>, <b>)" in capsys.readouterr().out
     assert model.config.vocab_size == len(old) + 2 == len(model.lm_head.weight)

@@ -25,7 +25,7 @@ from torch import nn
 from minillm.checkpoint import load_model, save_model
 from minillm.errors import UserError
 from minillm.generate import generate
-from minillm.lora import TARGETS, DoRALinear, LoRALinear, apply_lora, merge_lora, unmerge_lora
+from minillm.lora import TARGETS, DoRALinear, LoRALinear, apply_lora, lora_off, merge_lora, unmerge_lora
 from minillm.model import CausalLM, ModelConfig, preset_config
 from minillm.peft import COMPUTED, IGNORED, has_adapter, load_adapter, remove_adapter, save_adapter
 from minillm.safetensors import load_safetensors, save_safetensors
@@ -116,6 +116,12 @@ def test_rslora_divides_by_the_root_of_the_rank():
     x = torch.tensor([1.0, 2.0])
     close(filled(LoRALinear, W, A, B, alpha=2)(x), [4, 13, 18])
     close(filled(LoRALinear, W, A, B, alpha=2, rslora=True)(x), [3.58578644, 13.82842712, 18.41421356])
+
+
+def test_the_scaling_of_dora_is_alpha_over_r_unless_told_otherwise():
+    """alpha = 6, r = 2: 3. With the root of the rank it would be 4.242641."""
+    assert DoRALinear(linear([[1, 2], [3, 4]]), 2, 6).scaling == 3
+    close(DoRALinear(linear([[1, 2], [3, 4]]), 2, 6, rslora=True).scaling, 4.2426407)
 
 
 def dora_example(bias=None):
@@ -258,6 +264,34 @@ def test_merged_equals_unmerged_and_comes_back_to_the_last_bit(options, tmp_path
     close(load_model(tmp_path)(TOKENS), expected)
     unmerge_lora(model, layers)
     assert torch.equal(model(TOKENS), expected) and set(model.state_dict()) == names
+
+
+def test_a_merged_layer_keeps_its_bias_and_is_frozen():
+    """W x + b = [5, 11, 17] + [1, 0, -1], and the update adds [-2, 0, -4] as in the worked example."""
+    layer = filled(LoRALinear, [[1, 2], [3, 4], [5, 6]], [[1.0, -1.0]], [[1.0], [0.0], [2.0]], 2, bias=[1, 0, -1])
+    model, x = nn.Sequential(layer), torch.tensor([1.0, 2.0])
+    close(model(x), [4, 11, 12])
+    merge_lora(model)
+    close(model(x), [4, 11, 12])
+    assert trainable(model) == set()
+
+
+def test_merging_under_autocast_is_done_in_float32():
+    """W = 1, 2 B A = 2 x 1.00390625 (1 + 1/256, which bf16 rounds to 1): the merged weight is 3.0078125, not 3."""
+    layer = filled(LoRALinear, [[1]], [[1.00390625]], [[1.0]], alpha=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(layer.merged_weight(), [[3.0078125]])
+
+
+@pytest.mark.parametrize("make", [example, lambda: dora_example(bias=[1, 2, 3])])
+def test_with_its_lora_off_a_model_is_its_own_reference(make):
+    """To the last bit, within the block only, and also when an error ends it."""
+    model, x = nn.Sequential(make()), torch.tensor([1.0, 2.0])
+    before = model(x)
+    with pytest.raises(RuntimeError), lora_off(model):
+        assert torch.equal(model(x), model[0].base(x)) and far(model(x), before)
+        raise RuntimeError
+    assert torch.equal(model(x), before)
 
 
 def test_merging_twice():

@@ -235,7 +235,8 @@ def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
     lines = Path("table/table.md").read_text(encoding="utf-8").splitlines()
     names = [line.split("|")[1].strip() for line in lines if not line.startswith("|-")]
     assert names == ["method", "base", "full", "lora q,v", "prompt"]
-    assert "python train_lora.py --peft lora --target_modules q_proj v_proj --model base" in capsys.readouterr().out
+    command = "python train_lora.py --peft lora --rank 8 --alpha 16 --target_modules q_proj v_proj --model base"
+    assert command in capsys.readouterr().out
 
 
 def test_the_comparison_names_the_methods_it_knows():

@@ -88,6 +88,13 @@ def test_prompts_are_read_counted_and_held_out(tmp_path, tokenizer, capsys):
     assert tokenizer.decode(train[0].tokens) == "<|im_start|>user\nthing 2?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_held_out_prompt_for_which_there_is_no_room_is_dropped(tmp_path, tokenizer):
+    lines = [{"conversations": [turn("user", text)]} for text in ("a", "b" * 99)]
+    held_out = write_lines(tmp_path / "eval.jsonl", lines)
+    _, held, _ = load_prompts([write_lines(tmp_path / "p.jsonl", questions(3))], held_out, tokenizer, 60, 0)
+    assert [prompt.messages[-1]["content"] for prompt in held] == ["a"]
+
+
 def test_a_model_that_can_think_is_asked_with_or_without(tmp_path, tokenizer):
     """Without --thinking the prompt holds an empty think block. A format that has none refuses the flag."""
     path = write_lines(tmp_path / "p.jsonl", questions(3))

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ import train_ppo
 import train_pretrain
 import train_reward
 import train_sft
-from minillm import runtime, token_cache
+from minillm import job, runtime, token_cache
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
+from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
@@ -101,13 +103,27 @@ def run_all(out, names=STAGES):
         run_stage(name, out)
 
 
-def stop_and_resume(name, *more):
-    """A stage that is stopped after two steps, and goes on from a copy of what it left; writes stopped/ and many/."""
+def stop(name, *more):
+    """A stage that is asked to stop after two steps; writes stopped/."""
     steps, requested = iter([0, signal.SIGTERM]), runtime.Interrupt.requested
     runtime.Interrupt.requested = lambda self: next(steps)
     with contextlib.suppress(Interrupted):
         run_stage(name, "stopped", *more)
     runtime.Interrupt.requested = requested
+
+
+def run_or_stop(how: str, name):
+    """The first or the second part of a run."""
+    if how == "stop":
+        stop(name)
+    else:
+        run_stage(name, "stopped", "--resume")
+
+
+def stop_and_resume(name, *more):
+    """A stage that is stopped after two steps, and goes on from a copy of what it left; writes stopped/ and sharded/.
+    """
+    stop(name, *more)
     if runtime.rank() == 0:
         shutil.copytree(f"stopped/{name}", f"sharded/{name}")
     runtime.gather(None)
@@ -143,6 +159,84 @@ def largest_difference(one, many):
             tensors.append(((weight - b[name]).abs() / (1 + weight.abs())).max().item())
     return max(numbers), max(tensors)
 
+
+# ------------------------------------------------------------------------------------ a process dies
+
+def die(how: str):
+    """What happens to the second process in the middle of its second step."""
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "hangs":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "out of memory":
+        raise MemoryError
+    raise UserError("mine.jsonl: cannot be read")
+
+
+def start_process(how: str, rank: int, port: int) -> int:
+    """Fork one of the two processes of a job that trains; returns its number. What it says is in said-RANK.txt."""
+    if pid := os.fork():
+        return pid
+    said = os.open(f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1), os.dup2(said, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job.BEAT, job.SILENCE = 0.2, 10
+    calls, update = [], train_sft.update
+
+    def dying_update(*arguments):
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            die(how)
+        update(*arguments)
+
+    train_sft.update = dying_update
+    try:
+        sys.argv = ["train_sft.py", *map(str, (*COMMON, *CHATS, "--out", how))]
+        train_sft.main(parse_config(train_sft.Config, ""))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(7)
+
+
+def let_them_die():
+    """Prints for each way of dying: how the first process ended, and what both said. There is no torchrun here, which
+    would end the first process when the second is gone: as on two machines."""
+    torch.set_num_threads(1)
+    runtime.cpu_has_bf16 = lambda: False
+    token_cache.CACHE = Path("cache").absolute()
+    make_inputs()
+    for how in ("killed", "hangs", "out of memory", "mistake"):
+        store, began = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), time.time()
+        pids = [start_process(how, rank, store.port) for rank in range(2)]
+        _, status = os.waitpid(pids[0], 0)
+        seconds = time.time() - began
+        os.kill(pids[1], signal.SIGKILL)
+        os.waitpid(pids[1], 0)
+        said = "".join(Path(f"said-{rank}.txt").read_text(encoding="utf-8") for rank in range(2))
+        print(json.dumps({"how": how, "code": os.waitstatus_to_exitcode(status), "seconds": seconds, "said": said}))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo, forks")
+def test_when_a_process_dies_the_others_end_and_one_line_says_why(tmp_path):
+    """In a moment where a connection breaks or another one fails; in SILENCE, here 10 seconds, where it only hangs."""
+    done = subprocess.run([sys.executable, "-c", "from tests.test_27_processes import let_them_die; let_them_die()"],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    last = "the last checkpoint is whole, and the same command with --resume goes on from it"
+    expected = {"killed": f"error: another process of this job has died, perhaps killed because memory ran out; {last}",
+                "hangs": f"error: process 1 of this job gives no sign of life; {last}",
+                "out of memory": "error: out of memory", "mistake": "error: mine.jsonl: cannot be read"}
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [case["how"] for case in found] == list(expected)
+    for case in found:
+        lines = [line for line in case["said"].splitlines() if "error" in line.lower() or "Traceback" in line]
+        assert case["code"] == 1 and len(lines) == 1 and lines[0].startswith(expected[case["how"]]), case
+        print(case["how"], round(case["seconds"], 1))
+
+
+# ------------------------------------------------------------------------------------ the same numbers
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -189,6 +283,26 @@ def test_a_sharded_run_gives_what_one_process_gives(place, request):
             close(weights[1][key], weight)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+@pytest.mark.parametrize("first, then", [(1, 3), (3, 1), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(place, request, first, then):
+    """Stopped after two steps, and resumed: the same weights, to 1e-5, as of one process that nothing stopped."""
+    if not request.config.getoption("--processes"):
+        pytest.skip("run with --processes 2, as .ci/run does")
+    names = [name for name in STAGES if name not in ("grpo, one prompt", "sft adamw", "pretrain adamw")]
+    for processes, job_name in ((first, "stop"), (then, "resume")):
+        if processes > 1:
+            torchrun(processes, job_name, *names)
+        else:
+            for name in names:
+                run_or_stop(job_name, name)
+    for name in names:
+        run_stage(name, "one")
+        numbers, tensors = largest_difference(f"one/{name}", f"stopped/{name}")
+        print(f"{name:<20}{first} -> {then}{numbers:>16.1e}{tensors:>16.1e}")
+        assert numbers <= 1e-5 and tensors <= 1e-5, name
+
+
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
@@ -198,6 +312,9 @@ if __name__ == "__main__":
     if sys.argv[2] == "sharded":
         for stage in sys.argv[3:]:
             stop_and_resume(stage, "--shard")
+    elif sys.argv[2] in ("stop", "resume"):
+        for stage in sys.argv[3:]:
+            run_or_stop(sys.argv[2], stage)
     else:
         run_all(sys.argv[2], sys.argv[3:])
 

@@ -50,7 +50,7 @@ CHATS = "--data ../chats.jsonl --eval_data ../chats.jsonl --batch_size 2"
 # {name: (stage, its flags)}
 STAGES = {
     "pretrain": (train_pretrain, "--data ../text.jsonl --eval_data ../text.jsonl --batch_size 2 --grad_accum 2"),
-    "sft": (train_sft, CHATS),
+    "sft": (train_sft, CHATS + " --keep_last 1"),
     "lora": (train_lora, CHATS + " --rank 2 --dropout 0.1"),
     "merge": (train_lora, CHATS + " --rank 2 --merge"),
     "prefix": (train_lora, CHATS + " --peft prefix --virtual_tokens 3"),
