@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minillm.errors import UserError
 from minillm.runtime import say
-from minillm.safetensors import flush_folder, is_temporary, load_json
+from minillm.safetensors import flush_folder, is_temporary, load_json, open_file
 
 KEPT = re.compile(r"step_\d{6,}")
 NOT_KEPT = ("metrics.jsonl", "summary.json")  # they are still written to
@@ -113,18 +113,18 @@ class Lock:
         self.path = out.with_name(out.name + ".lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")
+            self.file = open_file(self.path, writable=True)  # follows no link, waits for no pipe
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
         try:
             import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.file.truncate(0)
-            self.file.write(str(os.getpid()))
+            self.file.write(str(os.getpid()).encode())
             self.file.flush()
         except BlockingIOError:
             self.file.seek(0)
-            holder = self.file.read().strip() or "unknown"
+            holder = self.file.read(20).decode("ascii", "replace").strip() or "unknown"
             self.file.close()
             raise UserError(f"another run (process {holder}) is writing to {out}; wait for it, end it, "
                             "or give another --out") from None

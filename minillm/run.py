@@ -111,7 +111,11 @@ class Run:
         try:
             if runtime.rank() == 0:
                 self.lock = Lock(self.out)
-                self._choose_folder()
+                try:
+                    self._choose_folder()
+                except OSError as error:  # no permission, or something else stands where a file belongs
+                    raise UserError(f"cannot write {error.filename or self.out}: {error.strerror or error}; "
+                                    "give another --out") from None
             if self.state:
                 self._restore()
                 if runtime.rank() == 0:
@@ -279,11 +283,14 @@ class Run:
     def _read(self):
         """The state to continue from; refuses one of other settings or other inputs."""
         path, out = self.folder / "run_config.json", self.cfg.out
-        saved = load_json(path) if path.exists() else {}
+        saved = load_json(path)
+        if not isinstance(saved.get("contents"), dict):
+            raise UserError(f"--resume: {path} does not say what the run was started with; "
+                            "start again without --resume")
         differing = [key for key in self.settings if key in saved and saved[key] != self.settings[key]]
         if "contents" in differing:
             differing.remove("contents")
-            before, now = saved["contents"] if isinstance(saved["contents"], dict) else {}, self.settings["contents"]
+            before, now = saved["contents"], self.settings["contents"]
             changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
             raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
                             "put back what was there, or start again without --resume")

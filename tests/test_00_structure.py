@@ -32,7 +32,7 @@ IMPORTS = {
     "token_view": "logprobs runtime safetensors",
     "optim": "runtime",
     "shard": "",
-    "curves": "",
+    "curves": "safetensors",
     "metrics": "curves safetensors",
     "model": "attention runtime",
     "cuda_graph": "model",
