@@ -22,11 +22,11 @@ NOT_KEPT = ("metrics.jsonl", "summary.json")  # they are still written to
 def check_out(out: Path, inputs: list):
     """Raise UserError for an --out that is no folder, or that holds what the run reads."""
     for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
+        if os.path.lexists(place) and not os.path.isdir(place):  # a link that leads nowhere, too
             raise UserError(f"--out {out}: {place} is a file; give a folder")
     for path in [*inputs, os.getcwd()]:
         for place in (out, Path(f"{out}.new")):
-            if Path(path).resolve().is_relative_to(place.resolve()):
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                 raise UserError(f"--out {out}: {place} holds {path}, which this run needs; give another --out")
 
 

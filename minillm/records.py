@@ -27,6 +27,7 @@ IGNORED = set("id idx index uuid source dataset subset split score lang language
               "chosen_rating rejected_rating chosen_model rejected_model parallel_tool_calls weight loss train".split())
 KNOWN_IN_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "train", "id", "name", "tool_call_id"}
 MOST_UNPACKED = 20  # bytes of a line for a byte of the file; gzip makes text 3 to 10 times smaller
+SMALL = 1 << 26  # bytes that any file may unpack to
 PROJECT = Path(__file__).parent.parent
 
 
@@ -84,7 +85,7 @@ def limited_lines(path, file, whole: bool):
     """Yield (number, line) of an open file. Raises UserError where a line (with `whole`: all lines together) is far
     longer than the file: a few bytes of gzip can unpack to what no memory holds.
     """
-    most = left = MOST_UNPACKED * os.path.getsize(path) + (1 << 26)
+    most = left = MOST_UNPACKED * os.path.getsize(path) + SMALL
     for number in itertools.count(1):
         line = file.readline(left)
         if not line:

@@ -120,7 +120,8 @@ class Run:
                 self._restore()
                 if runtime.rank() == 0:
                     cut_metrics(self.folder / "metrics.jsonl", self.step)
-                    keep_checkpoint(self.folder, self.step, self.cfg.keep_last)  # unless a kill came before it
+                if self.cfg.keep_last:
+                    shard.on_whole(self.model, self._keep_restored)()
             else:
                 self.before = self.evaluate()
             self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
@@ -238,7 +239,7 @@ class Run:
         if is_new_run(self.new, self.out, "training_state.pt"):
             take_place(self.new, self.out)
         found = {path.name for path in self.new.iterdir()} if self.new.is_dir() else set()
-        if all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
+        if self.new.is_dir() and all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
             shutil.rmtree(self.new, ignore_errors=True)  # of a run that ended before its first checkpoint
         self.folder = self.out
         if self.state:
@@ -269,6 +270,14 @@ class Run:
             take_place(self.new, self.out)
             self.folder = self.out
             self.progress.open_file(self.out)
+        keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
+
+    def _keep_restored(self):
+        """Keep the checkpoint that was restored, where a kill came before it, or --keep_last was not given then."""
+        if runtime.rank() > 0:
+            return
+        if not (self.folder / f"step_{self.step:06d}").exists():
+            self._save_model()  # a kill may have come after a newer one, and before its state
         keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
 
     def _save_model(self):

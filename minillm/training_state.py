@@ -1,6 +1,7 @@
 """training_state.pt: a plain dict with all that exact resume needs, loaded without unpickling objects."""
 
 import contextlib
+import math
 import os
 import random
 import zipfile
@@ -165,6 +166,8 @@ def restore_optimizer(optimizer, saved: dict):
             raise ValueError("an optimizer has other parameters or settings")
         for key, value in ours.items():
             numbers = isinstance(value, (int, float)) and isinstance(group[key], (int, float))
+            if isinstance(group[key], float) and not math.isfinite(group[key]):
+                raise ValueError(f"the optimizer's {key} is {group[key]}")
             if not numbers and None not in (value, group[key]) and type(value) is not type(group[key]):
                 raise TypeError(f"the optimizer's {key} is {short(group[key])}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
