@@ -99,9 +99,9 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, device)
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
+        apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
         ref_model = checkpoint.load_model(cfg.ref_model, device)

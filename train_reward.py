@@ -85,12 +85,12 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    lm = checkpoint.load_model(cfg.model, device)
+    lm = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
     tied = lm.config.tie_word_embeddings
     lm_head = lm.lm_head.weight if tied else lm.lm_head.weight.detach()  # for the SFT loss
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(reward_model), cfg.rank, cfg.alpha)
+        apply_lora(reward_model, cfg.rank, cfg.alpha)
         reward_model.score.requires_grad_()
     runtime.compile_backbone(reward_model, cfg.compile)
 
