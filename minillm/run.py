@@ -11,8 +11,8 @@ Run never calls the model, the loss or the optimizer. What it guarantees:
 - `training_state.pt` alone holds all that exact resume needs, fp32 weights included. It is written after the model
   folder, so the weights in the folder are never older than the state. A run that ends has those of its last step,
   and then no state: with its moments it is three times as large as the model.
-- On one CPU with one number of threads a resumed run ends with the bits of an uninterrupted one. On CUDA it goes on from
-  the same state, but some kernels add in any order there: even two equal runs may differ in the last bits.
+- On one CPU with one number of threads a resumed run ends with the bits of an uninterrupted one. On CUDA it goes on
+  from the same state, but some kernels add in any order there: even two equal runs may differ in the last bits.
 - A new run replaces an older one in OUT only with its first checkpoint: until then it lives in OUT.new. The older one
   becomes OUT.bak, OUT.bak2, ...; no checkpoint is ever deleted.
 - However the loop ends (Ctrl-C, SIGTERM, an exception in its body), signals, progress bar and files are put in order.

@@ -152,7 +152,8 @@ def test_files_are_opened_the_same_way_on_every_system(path):
 
 
 # RunConfig
-INHERITED = "out resume max_steps max_grad_norm log_every eval_every save_every device seed compile save_dtype".split()
+INHERITED = ("out resume max_steps max_grad_norm log_every eval_every save_every keep_last device seed compile "
+             "save_dtype").split()
 SHARED = "model data eval_data out max_seq_len batch_size grad_accum epochs lr warmup_steps".split()  # each stage's own
 
 

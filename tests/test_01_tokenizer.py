@@ -578,6 +578,29 @@ def test_a_conversation_of_llama_3(tokenizer):
     assert (ours.start_id, ours.end_id) == (start, eot)
 
 
+def text_of(chat_format, messages):
+    return "".join(piece.text for piece in chat.render(chat_format, messages))
+
+
+def test_a_system_message_may_stand_anywhere_and_only_the_first_is_the_systems():
+    """A later one is a turn like the others. Llama 3 takes the white space off its ends; ChatML leaves it alone."""
+    brief, loud = {"role": "system", "content": " Be brief.\n"}, {"role": "system", "content": "LOUD"}
+    assert text_of(chat.CHATML, [brief, user("a"), loud, user("b")]) == (
+        "<|im_start|>system\n Be brief.\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>system\nLOUD<|im_end|>\n<|im_start|>user\nb<|im_end|>\n")
+    assert text_of(chat.LLAMA3, [brief, user(" a ")]) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>")
+    assert text_of(chat.SMOLLM2, []) == ""
+
+
+def test_rendering_leaves_the_messages_alone():
+    messages = [{"role": "tools", "content": "[]"}, user("a"), assistant("b")]
+    before = json.dumps(messages)
+    chat.render(chat.QWEN25, messages)
+    assert json.dumps(messages) == before
+
+
 def test_a_folder_of_llama_3_says_how_it_talks(tokenizer, tmp_path):
     ours = llama_3(tokenizer.document)
     ours.save(tmp_path)
@@ -642,6 +665,16 @@ def test_the_format_is_chosen_by_the_special_tokens(tokenizer):
     assert with_tokens(tokenizer, "<tool_call>").chat_format == chat.QWEN25
     assert with_tokens(tokenizer, "<tool_call>", "<think>").chat_format == chat.QWEN3
     assert llama_3(tokenizer.document).chat_format == chat.LLAMA3
+
+
+def test_a_template_is_known_by_its_hash_and_an_unknown_one_by_its_words():
+    """SHA-256 of "abc" begins with ba7816bf8f01cfea. What stands in an unknown template only hints at the format."""
+    assert chat.fingerprint("abc") == chat.fingerprint(" abc\n") == "ba7816bf8f01cfea"
+    assert chat.choose_format(["<|im_end|>"]) == (chat.CHATML, True)
+    found, exact = chat.choose_format(["<|im_end|>"], "... <tool_response> ... <think> ...")
+    assert (found.tools_as_user, found.think, exact) == (True, True, False)
+    found, exact = chat.choose_format(["<|im_end|>"], "...")
+    assert (found.tools_as_user, found.think, exact) == (False, False, False)
 
 
 def test_qwen_3_writes_a_think_block_before_its_last_answer_and_drops_earlier_ones(qwen3):

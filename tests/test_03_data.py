@@ -360,6 +360,8 @@ def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
     assert plain == [[8], [7], [6, 0], [5, 1], [4, 2], [3]]
     shuffled = [row.tolist() for row in PackedLoader(dataset, 1, 12, seed=0).order(0)]
     assert sorted(shuffled) == sorted(plain) and shuffled != plain
+    equal = load(write(tmp_path / "b.jsonl", [{"text": chr(97 + n)} for n in range(20)]))
+    assert [row.tolist() for row in PackedLoader(equal, 1, 3, 0, shuffle=False).order(0)] == [[n] for n in range(20)]
 
 
 def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
@@ -376,6 +378,14 @@ def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
 
 def same(a, b) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "loss_mask", "doc_ids"))
+
+
+def test_how_many_steps_some_epochs_make(tmp_path):
+    """Five rows in batches of two: three batches an epoch, the last of one row. Three epochs are nine batches, and with
+    two batches to a step five steps: the last step takes what is left.
+    """
+    loader = PackedLoader(load(write(tmp_path / "a.jsonl", [{"text": c} for c in "abcde"])), 2, 3, seed=0)
+    assert (loader.batches(0), loader.steps(1), loader.steps(3), loader.steps(3, grad_accum=2)) == (3, 3, 9, 5)
 
 
 def test_the_seed_decides_the_order(tmp_path):
@@ -558,6 +568,9 @@ def test_the_held_out_part_knows_its_bytes(tmp_path):
     _, held_out = split(write(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "x" * 64 + f"{i:02d}"} for i in range(20)]))
     lengths = held_out.lengths([0, 1]).tolist()
     assert held_out.stats["bytes"] == sum({64: 63, 7: 5}[length] for length in lengths)
+    merges = train_tokenizer(["abab"] * 9, 262)  # "abababab" is fewer tokens than it has bytes
+    path = write(tmp_path / "c.jsonl", [{"text": "abababab" + c} for c in "0123456789"])
+    assert load_split(encode_text, [path], "", merges, 64, 0)[1].stats == {"sequences": 1, "bytes": 9}
 
 
 def test_a_file_of_ones_own_is_the_held_out_data(tmp_path):

@@ -94,6 +94,11 @@ def test_rope_turns_each_pair_by_its_own_angle():
     cos, sin = rotary(torch.tensor([[100]]))
     turned = apply_rope(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), cos, sin)
     assert close(turned.flatten(), [0.862319, 0.540302, -0.506366, 0.841471])
+    turned = apply_rope(torch.tensor([0.0, 0.0, 1.0, 1.0]).view(1, 1, 1, 4), cos, sin)  # (0, 1) to (-sin, cos)
+    assert close(turned.flatten(), [0.506366, -0.841471, 0.862319, 0.540302])
+    rotary.attention_factor = 2.0  # YaRN also makes queries and keys longer
+    turned = apply_rope(torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4), *rotary(torch.tensor([[100]])))
+    assert close(turned.flatten(), [1.724638, 1.080604, -1.012732, 1.682942])
 
 
 @pytest.mark.parametrize("query_at, key_at", [(3, 0), (7, 4), (503, 500)])

@@ -29,7 +29,7 @@ import train_ppo
 import train_pretrain
 import train_reward
 import train_sft
-from minillm import job, runtime, token_cache
+from minillm import job, runtime, shard, token_cache
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -262,6 +262,15 @@ def test_every_stage_gives_what_one_process_gives(place, request):
         assert numbers <= 1e-5 and tensors <= 1e-5, name
         before, after = (json.loads(Path(folder, name, "summary.json").read_text()) for folder in ("one", "many"))
         assert before["tokens"] == after["tokens"]
+
+
+@pytest.mark.parametrize("cfg", [train_pretrain.Config(shard=True), train_sft.Config(shard=True),
+                                 train_lora.Config(shard=True, peft="prefix")])
+def test_what_cannot_be_sharded_is_refused_before_anything_is_read(cfg):
+    """Muon, the default of pretraining and SFT, and what has no LoRA; with AdamW the same command is accepted."""
+    with pytest.raises(UserError, match="--shard: .* give (--optimizer adamw|another --peft)"):
+        shard.prepare(cfg)
+    shard.prepare(train_pretrain.Config(shard=True, optimizer="adamw"))
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
