@@ -29,6 +29,8 @@ UNREACHABLE = (RuntimeError, ValueError, KeyError)  # the store is gone, or its 
 # What gloo and NCCL say when the process at the other end is gone.
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe")
 
+_watchers, _leaving = [], threading.Event()  # the thread of this process, and that it may end
+
 
 def has_several() -> bool:
     """Whether torchrun, or what is like it, has started this process together with others."""
@@ -72,13 +74,15 @@ def watch():
     On SIGTERM, which torchrun sends when a process has died, it says so if nobody else has said anything.
     """
     signal.signal(signal.SIGTERM, _on_sigterm)
-    threading.Thread(target=_watch, args=(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), daemon=True).start()
+    _watchers.append(threading.Thread(target=_watch, daemon=True))
+    _watchers[-1].start()
 
 
-def _watch(rank: int, size: int):
+def _watch():
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     neighbour = (rank + 1) % size
     count, heard = 0, time.monotonic()
-    while True:
+    while not _leaving.is_set():
         failed, now, gone = False, count, False  # failed: another process
         try:
             _store().add(_key(f"lives {rank}"), 1)
@@ -96,7 +100,7 @@ def _watch(rank: int, size: int):
             if is_first_to_fail():
                 _say(f"process {neighbour} of this job gives no sign of life")
             end(1)
-        time.sleep(BEAT)
+        _leaving.wait(BEAT)
 
 
 def _say(what: str):
@@ -119,5 +123,8 @@ def leave():
     """This process has done its work: its silence means nothing from now on."""
     if has_several():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _leaving.set()
+        for thread in _watchers:  # one that is in the store when Python ends would abort the process
+            thread.join()
         with contextlib.suppress(*UNREACHABLE):
             _store().set(_key(f"left {os.environ['RANK']}"), "1")

@@ -1,6 +1,6 @@
 """The folder that a run writes to: who may write there, how a new run takes an older one's place, what is kept.
 
-OUT holds the newest checkpoint. OUT.new is a run that has none yet, OUT.bak, OUT.bak2, ... are older runs, OUT.lock
+OUT holds the newest checkpoint. OUT.new is a run that has none yet, OUT.bak, OUT.bak2, ... are older runs. OUT.lock
 keeps a second run away. With --keep_last the last checkpoints are also OUT/step_000500, ...: each has the model's
 files, so it is good for --model, and the state, so `--resume --out OUT/step_000500` goes on from there.
 """

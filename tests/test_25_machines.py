@@ -327,7 +327,7 @@ def test_counts_go_over_gloo_and_gradients_over_nccl(gpu, monkeypatch, device, n
     joined, at_exit = [], []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: joined.append(backend))
     monkeypatch.setattr(runtime.atexit, "register", at_exit.append)
     runtime.start(device, 0)
     assert joined == [backend]
@@ -357,7 +357,7 @@ from minillm import runtime
 # What stands for the GPU's backend is never reached: numbers and objects are on the CPU.
 dist.is_nccl_available = lambda: True
 real = dist.init_process_group
-dist.init_process_group = lambda backend: real(backend.replace("cuda:nccl", "cuda:gloo"))
+dist.init_process_group = lambda backend, timeout: real(backend.replace("cuda:nccl", "cuda:gloo"), timeout=timeout)
 runtime.pick_device = lambda name: torch.device("cuda:0")
 runtime.describe = lambda device: "a fake"
 torch.cuda.set_device = lambda device: None
