@@ -57,7 +57,7 @@ class Config(RunConfig):
     eval_data: str = flag("", f"held-out pairs (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/dpo", "folder to write")
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
-    batch_size: int = flag(24, "pairs per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(24, "pairs per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(2, "passes over the data", low=1, downloaded=1)
     loss: str = flag("dpo", "dpo or ipo", choices=["dpo", "ipo"])
@@ -74,7 +74,7 @@ class Config(RunConfig):
     max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(200, "steps between evaluations", low=1)
-    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
 
 
 def main(cfg: Config) -> dict:
