@@ -32,7 +32,7 @@ def check_out(out: Path, inputs: list):
 
 def is_new_run(new: Path, out: Path, name: str) -> bool:
     """Whether OUT.new belongs to a run to OUT (the name alone proves nothing) and holds a file of this name."""
-    if not (new / "run_config.json").exists() or not (new / name).exists():
+    if not os.path.exists(new / "run_config.json") or not os.path.exists(new / name):
         return False
     return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
 
