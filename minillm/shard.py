@@ -1,4 +1,4 @@
-"""--shard: a model whose gradients and optimizer states one GPU does not hold, split over the processes.
+"""--shard: for a GPU that holds the weights, but not gradients and optimizer states too: all are split over processes.
 
     torchrun --nproc_per_node 4 train_sft.py --model Qwen3-8B --optimizer adamw --shard
 
