@@ -23,8 +23,9 @@ CHAPTERS = sorted((ROOT / "tests").glob("test_*.py"))
 # every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "", "chat": "",
-    "attention": "", "job": "", "logprobs": "", "safetensors": "", "verify": "",
+    "job": "", "logprobs": "", "safetensors": "", "verify": "",
     "runtime": "job",
+    "attention": "runtime",
     "forms": "verify",
     "records": "chat forms runtime",
     "config": "job runtime",
