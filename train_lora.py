@@ -42,7 +42,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minillm import checkpoint, runtime
+from minillm import checkpoint, runtime, shard
 from minillm.adapter import apply_bottleneck
 from minillm.config import flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, load_split
@@ -117,14 +117,14 @@ def main(cfg: Config) -> dict:
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
-    model = checkpoint.load_model(cfg.model, device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    model = checkpoint.load_model(cfg.model, shard.home(cfg, device), torch.bfloat16 if cfg.bf16 else torch.float32)
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):
-        apply_lora(runtime.hold_in_bf16(model), cfg.rank, cfg.alpha, cfg.target_modules, cfg.dropout, cfg.rslora,
-                   dora=cfg.peft == "dora")
+        apply_lora(runtime.hold_in_bf16(model, device), cfg.rank, cfg.alpha, cfg.target_modules, cfg.dropout,
+                   cfg.rslora, dora=cfg.peft == "dora")
     elif cfg.peft == "adapter":
-        apply_bottleneck(runtime.hold_in_bf16(model), cfg.bottleneck, cfg.placement)
+        apply_bottleneck(runtime.hold_in_bf16(model, device), cfg.bottleneck, cfg.placement)
     elif cfg.peft == "prefix":
         apply_prefix(model, virtual_tokens, tokenizer.encode(cfg.start_text))  # runs the base, in float32
         runtime.hold_in_bf16(model)
@@ -134,6 +134,7 @@ def main(cfg: Config) -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute
+    shard.shard(cfg, model, device)
     forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer: its state too is only that of the trained parameters

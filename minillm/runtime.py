@@ -148,6 +148,11 @@ def generator(device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed) % 2**63)
 
 
+def in_lockstep(model) -> bool:
+    """Whether the processes must call this model together, since each holds only a part of it (shard.py)."""
+    return hasattr(model, "reshard")
+
+
 def share(items: list) -> list:
     """This process's part of these items: every world_size()-th one, so sorted items give parts of like sizes."""
     return items[rank()::world_size()]
@@ -229,13 +234,14 @@ def autocast(device: torch.device):
     return contextlib.nullcontext()
 
 
-def hold_in_bf16(model):
-    """Hold the matrices of a frozen model's layers in bf16 where the device computes in it; returns the model.
+def hold_in_bf16(model, device=None):
+    """Hold the matrices of a frozen model's layers in bf16 where the device (default: its own) computes in it; returns
+    the model.
 
     Autocast rounds them to that anyway, so nothing that is computed changes, and they take half the memory.
     Embeddings, norms and heads stay float32, and so does what a LoRA adds later.
     """
-    if precision(next(model.parameters()).device) == torch.bfloat16:
+    if precision(device or next(model.parameters()).device) == torch.bfloat16:
         for layer in model.model.layers.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.to(torch.bfloat16)
