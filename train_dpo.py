@@ -57,7 +57,7 @@ class Config(RunConfig):
     eval_data: str = flag("", f"held-out pairs (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/dpo", "folder to write")
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
-    batch_size: int = flag(24, "pairs per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(24, "pairs per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(2, "passes over the data", low=1, downloaded=1)
     loss: str = flag("dpo", "dpo or ipo", choices=["dpo", "ipo"])
@@ -67,14 +67,14 @@ class Config(RunConfig):
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
+    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6, with_lora=5e-4)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)
     max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(200, "steps between evaluations", low=1)
-    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -99,12 +99,12 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, shard.home(cfg, device))
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora", home=shard.home(cfg, device))
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(policy, device), cfg.rank, cfg.alpha)
+        apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
-        ref_model = checkpoint.load_model(cfg.ref_model, shard.home(cfg, device))
+        ref_model = checkpoint.load_model(cfg.ref_model, device, home=shard.home(cfg, device))
         check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)

@@ -127,12 +127,12 @@ def main(cfg: Config) -> dict:
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, device)
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
+        apply_lora(policy, cfg.rank, cfg.alpha)
         ref_model = policy  # with the LoRA switched off
     else:
-        ref_model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device))  # frozen: no optimizer holds it
+        ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)
     runtime.compile_backbone(policy, cfg.compile)
     if ref_model is not policy:

@@ -84,7 +84,7 @@ class Config(RunConfig):
     bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
-    batch_size: int = flag(8, "rows per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(8, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(0, "passes over the data (default: 20, prompt 60)", low=0, downloaded=3)
     max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
@@ -94,7 +94,7 @@ class Config(RunConfig):
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -117,20 +117,19 @@ def main(cfg: Config) -> dict:
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
-    model = checkpoint.load_model(cfg.model, shard.home(cfg, device), torch.bfloat16 if cfg.bf16 else torch.float32)
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    model = checkpoint.load_model(cfg.model, device, dtype, cfg.peft != "prefix", shard.home(cfg, device))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):
-        apply_lora(runtime.hold_in_bf16(model, device), cfg.rank, cfg.alpha, cfg.target_modules, cfg.dropout,
-                   cfg.rslora, dora=cfg.peft == "dora")
+        apply_lora(model, cfg.rank, cfg.alpha, cfg.target_modules, cfg.dropout, cfg.rslora, dora=cfg.peft == "dora")
     elif cfg.peft == "adapter":
-        apply_bottleneck(runtime.hold_in_bf16(model, device), cfg.bottleneck, cfg.placement)
+        apply_bottleneck(model, cfg.bottleneck, cfg.placement)
     elif cfg.peft == "prefix":
         apply_prefix(model, virtual_tokens, tokenizer.encode(cfg.start_text))  # runs the base, in float32
         runtime.hold_in_bf16(model)
     else:
         apply_prompt(model, virtual_tokens, tokenizer.encode(cfg.start_text))
-        runtime.hold_in_bf16(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute

@@ -138,18 +138,18 @@ def main(cfg: Config) -> dict:
     loader = PromptLoader(train_prompts, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, device)
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(policy), cfg.rank, cfg.alpha)
+        apply_lora(policy, cfg.rank, cfg.alpha)
         ref_model = policy  # with the LoRA switched off
     else:
-        ref_model = runtime.hold_in_bf16(checkpoint.load_model(cfg.model, device))  # frozen: no optimizer holds it
+        ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model too
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
     else:
         runtime.say(f"no reward model with the policy's tokenizer: the value model starts from {cfg.model}")
-        value_model = ValueModel.from_lm(checkpoint.load_model(cfg.model, device))
+        value_model = ValueModel.from_lm(checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora"))
     if cfg.peft == "lora":
         apply_lora(runtime.hold_in_bf16(value_model), cfg.rank, cfg.alpha)
         value_model.score.requires_grad_()

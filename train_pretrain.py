@@ -49,7 +49,7 @@ class Config(RunConfig):
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
     max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8, downloaded=1024)
-    batch_size: int = flag(8, "rows per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(8, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(7, "passes over the data", low=1, downloaded=1)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
@@ -58,7 +58,7 @@ class Config(RunConfig):
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -82,7 +82,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if cfg.model:
-        model = checkpoint.load_model(cfg.model, shard.home(cfg, device))
+        model = checkpoint.load_model(cfg.model, device, home=shard.home(cfg, device))
     else:
         config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)
         model = CausalLM(config).to(shard.home(cfg, device))

@@ -54,7 +54,7 @@ class Config(RunConfig):
     eval_data: str = flag("", f"held-out pairs (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/reward", "folder to write")
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
-    batch_size: int = flag(24, "pairs per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(24, "pairs per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(6, "passes over the data", low=1, downloaded=1)
     sft_coef: float = flag(1.0, "weight of the SFT loss on the chosen answers (0: none)", low=0)
@@ -85,12 +85,12 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    lm = checkpoint.load_model(cfg.model, device)
+    lm = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
     reward_model = RewardModel.from_lm(lm)  # the same backbone; a scalar head instead of the LM head
     tied = lm.config.tie_word_embeddings
     lm_head = lm.lm_head.weight if tied else lm.lm_head.weight.detach()  # for the SFT loss
     if cfg.peft == "lora":
-        apply_lora(runtime.hold_in_bf16(reward_model), cfg.rank, cfg.alpha)
+        apply_lora(reward_model, cfg.rank, cfg.alpha)
         reward_model.score.requires_grad_()
     runtime.compile_backbone(reward_model, cfg.compile)
 

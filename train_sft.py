@@ -50,7 +50,7 @@ class Config(RunConfig):
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
-    batch_size: int = flag(7, "rows per micro-batch", low=1, downloaded=2)
+    batch_size: int = flag(7, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(5, "passes over the data", low=1, downloaded=3)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
@@ -62,7 +62,7 @@ class Config(RunConfig):
     max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
     eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split the model over the processes, for what one GPU does not hold")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -90,7 +90,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if source:
-        model = checkpoint.load_model(source, shard.home(cfg, device))
+        model = checkpoint.load_model(source, device, home=shard.home(cfg, device))
     else:
         runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)

@@ -19,7 +19,7 @@ from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json, i
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.origin import files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
-from minillm.runtime import say
+from minillm.runtime import hold_in_bf16, say
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors, short
 
 MAX_SHARDS = 1000  # files of weights; each is kept open as a mapping
@@ -160,9 +160,11 @@ def load_weights(folder) -> dict:
     return tensors
 
 
-def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
+def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, home=None) -> CausalLM:
     """The model of a checkpoint folder, its weights converted to `dtype` one tensor at a time.
 
+    frozen: nobody will train these weights, so they go straight to where runtime.hold_in_bf16 would put them. A float32
+    copy, which is twice as large, then never exists. home: where to put them, if another device is to compute.
     Raises UserError when the folder is no causal language model of a supported architecture, or when a tensor is
     missing, unexpected or of the wrong shape: no weight is ever left random.
     """
@@ -183,14 +185,15 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
     stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     config = grow_vocabulary(config, stored, folder)
     with torch.device("meta"):  # no time and no memory for initial values that are replaced anyway
-        model = CausalLM(config)
-    check_weights(weights_of(model), stored, folder)
-    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored.items()}
+        model = CausalLM(config).to(dtype)
+    expected = weights_of(hold_in_bf16(model, torch.device(device)) if frozen else model)
+    check_weights(expected, stored, folder)
+    weights = {name: tensor.to(home or device, expected[name].dtype, copy=True) for name, tensor in stored.items()}
     check_finite(weights, folder)
     model.load_state_dict(weights, strict=False, assign=True)  # checked above; only the tied copy is missing
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary = RotaryEmbedding(config).to(device)
+    model.model.rotary = RotaryEmbedding(config).to(home or device)
     model.origin = read_origin(folder, stored)
     return model
 

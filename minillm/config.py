@@ -27,7 +27,7 @@ def flag(default, help: str, choices=None, low=None, high=None, positional=False
     """A dataclass field with its line of help and its range (low <= value <= high).
 
     positional: given without --. downloaded: the default for a model that was not made here (set_downloaded_defaults),
-    with_lora: the same with --peft lora, which takes rates that are 10 to 20 times as large.
+    with_lora: the same with --peft lora, which takes far higher rates.
     """
     meta = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional,
             "downloaded": downloaded, "with_lora": with_lora}

@@ -13,7 +13,7 @@ from minillm.checkpoint import (architecture_of, check_finite, check_sizes, chec
                                 grow_vocabulary, load_model, load_weights, save_folder)
 from minillm.errors import UserError
 from minillm.hf_config import ARCHITECTURES, config_from_json
-from minillm.lora import LoRALinear, merge_lora
+from minillm.lora import LoRALinear
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
 from minillm.safetensors import load_json, short
 
@@ -102,12 +102,10 @@ def merge_reward_model(model: RewardModel, base) -> RewardModel:
     if not any(isinstance(layer, LoRALinear) for layer in model.modules()):
         return model
     whole = RewardModel.from_lm(load_model(base))
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
-            copy = LoRALinear(whole.get_submodule(name), layer.r, layer.alpha, rslora=layer.rslora)
-            copy.lora_A.data, copy.lora_B.data = layer.lora_A.detach().cpu(), layer.lora_B.detach().cpu()
-            whole.set_submodule(name, copy)
-    merge_lora(whole)
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoRALinear):  # one matrix after the other, in place: no second copy of all of them
+                whole.get_submodule(name).weight += layer.scaling * layer.lora_B.cpu() @ layer.lora_A.cpu()
     whole.score.load_state_dict(model.score.state_dict())
     return whole
 

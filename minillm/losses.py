@@ -5,7 +5,7 @@ Three rules hold for every function here.
 - Only the first argument of a loss (the first two of a preference loss) is trained. Everything else (old and
   reference logprobs, advantages, returns) is a constant: no gradient flows into it, and no input is ever written to.
 - What lies outside the mask does not exist: an inf or a NaN there changes neither the loss nor a gradient. With no
-  token inside the mask the loss is 0 and so is its gradient.
+  token inside the mask, or no pair in the batch, the loss is 0 and so is its gradient, and the stats are finite.
 
 The optional n_tokens, n_pairs, n_sequences (a number or a tensor without dimensions) is the count over the whole
 optimizer step. With it the losses of the micro-batches add up to the loss of the step, however ragged they are;
@@ -180,7 +180,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
     Returns (advantages, returns), both (B, T), constants, 0 outside the mask (also for a row without any token).
     Raises ValueError for shapes that do not fit or a mask that is not bool.
     An answer ends with its last token: the value after it is 0 even if the length limit cut it off. Tokens outside the
-    mask are stepped over, wherever they are.
+    mask are stepped over, wherever they are: t + 1 is the next token inside it, and gamma counts one step.
     """
     check_shapes("B, T", rewards=rewards, values=values, mask=mask)
     rewards, values = masked(rewards, mask), masked(values, mask)

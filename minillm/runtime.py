@@ -235,11 +235,10 @@ def autocast(device: torch.device):
 
 
 def hold_in_bf16(model, device=None):
-    """Hold the matrices of a frozen model's layers in bf16 where the device (default: its own) computes in it; returns
-    the model.
+    """Hold the matrices of a frozen model's layers in bf16 where the device (default: the model's) computes in it.
 
     Autocast rounds them to that anyway, so nothing that is computed changes, and they take half the memory.
-    Embeddings, norms and heads stay float32, and so does what a LoRA adds later.
+    Embeddings, norms and heads stay float32, and so does what a LoRA adds later. Returns the model.
     """
     if precision(device or next(model.parameters()).device) == torch.bfloat16:
         for layer in model.model.layers.modules():

@@ -23,6 +23,8 @@ PATH = ["token_logprobs", "sft_loss", "LoRALinear", "reward_loss", "dpo_loss", "
 HEADER = '''"""Write the bodies. Then:
 
     pytest --mine mine.py {chapters}
+
+The imports are what the real file has at hand; use of them what you like.
 """
 '''
 

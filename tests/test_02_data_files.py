@@ -96,7 +96,7 @@ def test_they_are_small():
 
 
 def test_schemas(files):
-    """One JSON object a line with the keys that DESIGN.md and data/README.md name, roles in turn, no empty text."""
+    """One JSON object a line with the keys that data/README.md names, roles in turn, no empty text."""
     for name, lines in files.items():
         for line in lines:
             if name.startswith("pretrain"):

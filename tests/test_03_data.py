@@ -2,7 +2,8 @@
 
 After this chapter you can pack documents into rows by hand, and say which token of a row is a target.
 
-Every token of the files is a target exactly once per epoch; one that is not is counted, and the count is printed.
+Every token that is to be learned is a target exactly once per epoch. What is lost or left out is counted, and the
+count is printed.
 
 The tokenizer of this chapter has no merges: every byte is one token. So a document of n bytes has n + 2 tokens (one
 <|endoftext|> on either side), and a conversation can be counted by hand:

@@ -28,7 +28,9 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.checkpoint import check_tokenizer, config_from_json, config_to_json, load_config, load_model, save_model
+from minillm import runtime
+from minillm.checkpoint import (check_tokenizer, config_from_json, config_to_json, load_config, load_model, save_model,
+                                weights_of)
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
 from minillm.safetensors import DTYPES, atomic_write, load_json, load_safetensors, save_json, save_safetensors
@@ -386,6 +388,22 @@ def test_a_bf16_checkpoint_becomes_float32(folder):
     q = small_model().model.layers[1].self_attn.q_proj.weight
     assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, q.bfloat16().float())
     assert {p.dtype for p in load_model(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_what_stays_frozen_is_loaded_straight_into_bf16(folder, monkeypatch):
+    """The layers' matrices take half the memory from the start: no float32 copy of them is ever made."""
+    monkeypatch.setattr(runtime, "precision", lambda device: torch.bfloat16)
+    later = runtime.hold_in_bf16(load_model(folder))
+    copies, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **more: (copies.append(args), to(x, *args, **more))[1])
+    model = load_model(folder, frozen=True)
+    assert_same(model.state_dict(), later.state_dict())
+    assert {name: x.dtype for name, x in model.state_dict().items()} == {
+        name: torch.bfloat16 if "_proj" in name else torch.float32 for name in model.state_dict()}
+    wide = [args for args in copies if args[:2] == ("cpu", torch.float32)]
+    assert len(wide) == len([name for name in weights_of(model) if "_proj" not in name])
+    monkeypatch.setattr(runtime, "precision", lambda device: torch.float32)
+    assert {x.dtype for x in load_model(folder, frozen=True).parameters()} == {torch.float32}
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(folder):

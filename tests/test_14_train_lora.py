@@ -103,8 +103,8 @@ every_variant = pytest.mark.parametrize("options", VARIANTS, ids=variant)
 def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monkeypatch):
     models, load = [], train_lora.checkpoint.load_model
 
-    def keep(*arguments):
-        models.append(load(*arguments))
+    def keep(*arguments, **options):
+        models.append(load(*arguments, **options))
         return models[-1]
 
     monkeypatch.setattr(train_lora.checkpoint, "load_model", keep)

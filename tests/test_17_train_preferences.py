@@ -229,8 +229,8 @@ def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, 
     save_model(tmp_path / "untied", untied, tokenizer)
     models, load = [], train_reward.checkpoint.load_model
 
-    def keep(*arguments):
-        models.append(load(*arguments))
+    def keep(*arguments, **options):
+        models.append(load(*arguments, **options))
         return models[-1]
 
     monkeypatch.setattr(train_reward.checkpoint, "load_model", keep)

@@ -82,19 +82,22 @@ def test_gae_equals_the_sum_of_the_paper():
 
 
 @pytest.mark.parametrize("mask, advantages", [
-    ([True, True, True, False, False], [0.8, 0.6, 0.4, 0.0, 0.0]),     # padding on the right
-    ([False, False, True, True, True], [0.0, 0.0, 0.8, 0.6, 0.4]),     # the prompt in front
-    ([False, True, True, True, False], [0.0, 0.8, 0.6, 0.4, 0.0]),     # both
-    ([True, False, True, True, False], [0.8, 0.0, 0.6, 0.4, 0.0]),     # a tool's words in between
+    ([True, True, True, False, False], [0.304, 0.32, 0.4, 0.0, 0.0]),     # padding on the right
+    ([False, False, True, True, True], [0.0, 0.0, 0.304, 0.32, 0.4]),     # the prompt in front
+    ([False, True, True, True, False], [0.0, 0.304, 0.32, 0.4, 0.0]),     # both
+    ([True, False, True, True, False], [0.304, 0.0, 0.32, 0.4, 0.0]),     # a tool's words in between
 ])
 def test_gae_steps_over_what_is_masked(mask, advantages):
-    """The same three tokens among others, in which anything may stand; the value after the last one is 0."""
+    """The same three tokens among others, in which anything may stand; the value after the last one is 0. gamma 0.9 and
+    lambda 1/2, as in test_gae_by_hand: at gamma 1 and lambda 1 the values in between cancel, and a masked token that
+    takes part as a 0 would not show. Here it would: -0.2 + 0.45 x (0.36 + 0.45 x 0.32) = 0.0268 in place of 0.304.
+    """
     mask = torch.tensor([mask])
     rewards, values = torch.full((1, 5), NAN), torch.full((1, 5), float("inf"))
     rewards[mask], values[mask] = REWARDS[0], VALUES[0]
-    actual, returns = gae(rewards, values, mask, gae_lambda=1.0)
+    actual, returns = gae(rewards, values, mask, 0.9, 0.5)
     close(actual, [advantages])
-    close(returns[mask], [1.0, 1.0, 1.0])
+    close(returns[mask], [0.504, 0.72, 1.0])
     close(returns[~mask], [0.0, 0.0])
 
 

@@ -2,8 +2,8 @@
 
 After this chapter you know the first line that a right GRPO run logs, and what a token's gradient is divided by.
 
-The learner is random, knows 280 tokens, and answers in six of them. It is paid for the share of small letters in what
-it says, by a reward file of three lines; or in other ways, where a test says so.
+The learner is random, has a vocabulary of 280 tokens, and says at most six in an answer. Unless a test says otherwise,
+its reward is the share of lower-case letters in the answer, computed by a function of two lines.
 
 Drawn in tests/figures/group.svg.
 """
@@ -199,7 +199,7 @@ def test_no_update_waits_for_the_gpu(monkeypatch, run):
 
 @pytest.mark.parametrize("bf16, peft", [(False, "none"), (True, "none"), (False, "lora"), (True, "lora")])
 def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16, peft):
-    """Pitfall 5. Two passes over a rollout, of one optimizer step with two micro-batches each. In the first pass the
+    """Two passes over a rollout, of one optimizer step with two micro-batches each. In the first pass the
     old, the reference's and the new log-probabilities are equal bit for bit; in the second they are not. The classic
     mistake is to take the old ones from the sampler: its batches and its cache round differently, in bf16 by a percent.
     With a LoRA the reference is the policy without it.
@@ -245,6 +245,7 @@ def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch, peft):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logprobs_are_those_that_are_trained(run, monkeypatch, float32, temperature):
+    """Pitfall 5. Sampler and trainer see one distribution, temperature included, up to rounding."""
     ragged(monkeypatch, train_grpo)
     rollouts, calls = spy(monkeypatch, train_grpo, "sample_rollout"), spy(monkeypatch, train_grpo, "grpo_loss")
     run("grpo", "--max_steps", 1, "--beta", 0.04, "--grad_accum", 2, "--temperature", temperature)

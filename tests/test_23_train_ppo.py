@@ -112,7 +112,7 @@ def test_the_policy_does_not_move_while_the_critic_learns(folder, run, monkeypat
 
 @pytest.mark.parametrize("bf16, peft", [(False, "none"), (True, "none"), (False, "lora"), (True, "lora")])
 def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monkeypatch, bf16, peft):
-    """Pitfall 5, as in chapter 22: two passes of one optimizer step with two micro-batches."""
+    """As in chapter 22: two passes of one optimizer step with two micro-batches."""
     if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
