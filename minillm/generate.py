@@ -195,7 +195,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id, temperature: flo
                 alive = int(running.sum())
                 if (runtime.sum_over_processes(alive) if lockstep else alive) == 0:
                     break
-                if 0 < alive < (0.5 if static else 0.75) * len(rows):  # copying the cache pays when many rows have ended
+                # Copying the cache pays when many rows have ended.
+                if 0 < alive < (0.5 if static else 0.75) * len(rows):
                     keep = running.nonzero()[:, 0]
                     cache.select(keep)
                     rows, tokens, running = rows[keep], tokens[keep], running[keep]
