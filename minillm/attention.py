@@ -3,12 +3,20 @@
 Shape symbols as in model.py: B rows, T queries, S keys, H heads, K key/value heads, d head_dim.
 """
 
+import functools
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from minillm import runtime
 
 BLOCK = 128  # tokens of a block of flex attention, which has no kernel for shorter rows
+SMALLER = {"num_stages": 1, **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), 32)}
+KERNEL_OPTIONS = {}  # of flex attention: none, or SMALLER from the moment that can_flex finds it necessary
 
 
 def document_positions(doc_ids):
@@ -76,6 +84,48 @@ def document_block_mask(doc_ids, counts, lists, block: int = BLOCK) -> BlockMask
     return BlockMask((T, T), *pairs, BLOCK_SIZE=(block, block), mask_mod=same_document)
 
 
+@functools.cache
+def can_flex(device, heads: int, kv_heads: int, head_dim: int, recompute: bool) -> bool:
+    """Whether compiled flex attention of this shape works there, forward and backward: it is tried, once.
+
+    Its kernels are tuned for large GPUs. On those with less shared memory (RTX 3090, 4090) some head_dims fit only in
+    smaller blocks, so these are tried next. Says, in one line, what had to be given up. On CUDA only.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        try:
+            _compile_flex(device, heads, kv_heads, head_dim, recompute)
+        except Exception as error:
+            # Triton's words: "out of resource: shared memory, Required: 131074, Hardware limit: 101376"
+            if not any(words in str(error).lower() for words in ("out of resource", "shared memory")):
+                raise
+            KERNEL_OPTIONS.update(SMALLER)
+            _compile_flex(device, heads, kv_heads, head_dim, recompute)
+            runtime.say(f"flex attention in smaller blocks: {runtime.in_one_line(error)}", file=sys.stderr)
+    except Exception as error:  # as with torch.compile, there are many
+        runtime.say(f"no flex attention, so long packed rows take longer: {runtime.in_one_line(error)}",
+                    file=sys.stderr)
+        return False
+    return True
+
+
+def _compile_flex(device, heads: int, kv_heads: int, head_dim: int, recompute: bool):
+    """Forward and backward of flex attention on a row of two documents, as a layer runs it. Raises if it fails."""
+    doc_ids = np.arange(2 * BLOCK)[None] // 100
+    blocks = [torch.from_numpy(array).to(device) for array in document_blocks(doc_ids)]
+    mask = document_block_mask(torch.from_numpy(doc_ids).to(device), *blocks)
+    q, k, v = (torch.ones(1, n, 2 * BLOCK, head_dim, dtype=runtime.precision(device), device=device, requires_grad=True)
+               for n in (heads, kv_heads, kv_heads))
+
+    def layer(q, k, v, mask):
+        return checkpoint(attend, q, k, v, mask, use_reentrant=False) if recompute else attend(q, k, v, mask)
+
+    # In one piece: a break would leave flex attention uncompiled, and so it holds all pairs of tokens at once.
+    torch.compile(layer, fullgraph=True)(q, k, v, mask).sum().backward()
+    q.grad.sum().item()  # wait: a kernel may fail when it runs
+
+
 def document_lengths(doc_ids) -> list:
     """attention_mask_2d for packed rows, doc_ids (B, T), as lists: the lengths of each row's documents, in order."""
     return [row.unique_consecutive(return_counts=True)[1].tolist() for row in doc_ids]
@@ -94,7 +144,7 @@ def attend(q, k, v, mask):
                 found.append(attend(*document, None))  # three tensors (1, heads, length, d) -> (1, H, length, d)
         return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K, kernel_options=KERNEL_OPTIONS)
     if two_products(q.device.type, q.dtype, T, S, mask is not None):
         causal = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         return _attend_in_two_products(q, k, v, causal if mask is None else mask)

@@ -161,6 +161,8 @@ def _one_line(cls, kind, error, trace):
     elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume",
               file=sys.stderr, flush=True)
+    elif issubclass(kind, OSError) and error.filename:
+        print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr, flush=True)
     elif job.has_lost_another(error):
         job.say_lost()
     else:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from minillm.errors import UserError
+from minillm.safetensors import open_file
 
 BARS, COLOURS = "▁▂▃▄▅▆▇█", ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00")
 WIDTH, HEIGHT, MARGIN = 360, 150, 50
@@ -19,15 +20,24 @@ def read_curves(folder) -> dict:
     path, curves = Path(folder) / "metrics.jsonl", {}
     if not path.is_file():
         raise UserError(f"{path} is not there: give the --out folder of a run")
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with open_file(path) as file:
+        lines = file.read().splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # torn by a crash
+            step = record["step"]
+            values = {name: float(value) for name, value in record.items() if type(value) in (int, float)}
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # torn by a crash, or no such line
             continue
-        for name, value in record.items():
-            if name != "step" and type(value) in (int, float):
-                curves.setdefault(name, []).append((record["step"], value))
+        for name, value in values.items() if type(step) is int else ():
+            if name != "step" and abs(value) < 1e300:  # also false for NaN
+                curves.setdefault(short_name(name), []).append((step, value))
     return curves
+
+
+def short_name(name: str) -> str:
+    """A metric's name as it can be shown: in one line."""
+    return "".join(character if character.isprintable() else " " for character in name)[:40]
 
 
 def sparkline(points: list, width: int = 40) -> str:

@@ -231,7 +231,7 @@ def parsed(value, what: str, where: str):
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: {what} is not JSON: {value[:80]!r}") from None
 
 

@@ -16,14 +16,15 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from minillm.checkpoint import load_model, weights_of
+from minillm.checkpoint import check_tokenizer, load_model, weights_of
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.model import ModelConfig, RotaryEmbedding
 from minillm.runtime import say
-from minillm.safetensors import atomic_write, load_json
+from minillm.safetensors import atomic_write
 from minillm.tokenizer import Tokenizer
 from minillm.unicode_ranges import (DEEPSEEK_SPLITS, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT,
                                     splits_of)
@@ -51,6 +52,7 @@ def export_gguf(folder, path, dtype: str = "f16"):
     Raises UserError for a folder that is no language model, and for what llama.cpp cannot compute or tokenize.
     """
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    check_tokenizer(model.config, tokenizer, folder)
     settings = {"general.architecture": ARCHITECTURES[model.config.model_type], "general.type": "model",
                 "general.name": Path(folder).resolve().name, "general.file_type": DTYPES[dtype][1]}
     settings |= model_settings(model.config, folder) | tokenizer_settings(tokenizer, model.config.vocab_size, folder)
@@ -103,20 +105,9 @@ def tokenizer_settings(tokenizer: Tokenizer, vocab_size: int, folder) -> dict:
         "eos_token_id": tokenizer.end_id, "eot_token_id": tokenizer.end_id, "padding_token_id": tokenizer.pad_id,
         "add_bos_token": "<|begin_of_text|>" in tokenizer.added}  # Llama 3; ChatML has none
     settings = {f"tokenizer.ggml.{name}": value for name, value in settings.items()}
-    if template := chat_template(folder):
-        settings["tokenizer.chat_template"] = template
+    if tokenizer.chat_template:  # the folder's own
+        settings["tokenizer.chat_template"] = tokenizer.chat_template
     return settings
-
-
-def chat_template(folder) -> str:
-    """The folder's own template, where it has one."""
-    path = Path(folder) / "tokenizer_config.json"
-    if (jinja := path.with_name("chat_template.jinja")).is_file():
-        return jinja.read_text(encoding="utf-8")
-    template = load_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template or ""
 
 
 def tensors_of(model) -> dict:
@@ -159,6 +150,9 @@ def write_gguf(path, settings: dict, tensors: dict, dtype: torch.dtype):
         file.write(header + bytes(-len(header) % 32))
         for tensor, stored in places:
             numbers = tensor.detach().cpu().to(stored).contiguous().numpy()
+            if not np.isfinite(numbers).all():
+                raise UserError(f"{path}: float16 cannot hold the weights, which reach {tensor.abs().max():.3g} (at "
+                                "most 65504); give --dtype f32")
             file.write(numbers.tobytes() + bytes(-numbers.nbytes % 32))
 
 
@@ -170,9 +164,9 @@ def type_of(value) -> int:
 def encode(value) -> bytes:
     """The bytes of a value; a list is the type of its items, their number, and the items."""
     if isinstance(value, list):
-        if isinstance(value[0], int):
+        if value and isinstance(value[0], int):
             return struct.pack(f"<IQ{len(value)}i", INT32, len(value), *value)
-        return struct.pack("<IQ", type_of(value[0]), len(value)) + b"".join(map(encode, value))
+        return struct.pack("<IQ", type_of(value[0]) if value else STRING, len(value)) + b"".join(map(encode, value))
     if isinstance(value, str):
         text = value.encode("utf-8", "surrogatepass")
         return struct.pack("<Q", len(text)) + text

@@ -85,7 +85,8 @@ def config_from_json(document: dict, where) -> ModelConfig:
                             "(null, as in Mistral 7B from version 0.2 on)")
     elif model_type != "llama" and document.get("use_sliding_window") and document.get("sliding_window", 4096):
         kinds = document.get("layer_types")  # where it is absent, the layers from max_window_layers on are meant
-        if kinds != ["full_attention"] * layers and (kinds or integer("max_window_layers", 28) < layers):
+        full = isinstance(kinds, list) and len(kinds) == layers and all(kind == "full_attention" for kind in kinds)
+        if not full and (kinds or integer("max_window_layers", 28) < layers):
             refuse("use_sliding_window", "is not supported; only full attention is")
     theta, scaling = _rope_from_json(document, context, refuse)
 
@@ -130,8 +131,8 @@ def _rope_from_json(document, context, refuse):
         if part.get("partial_rotary_factor") not in (None, 1, 1.0):
             refuse(key if part is rope else "partial_rotary_factor", "is not supported; all of a head is rotated")
 
-    def number(name, default=None):
-        value = rope.get(name)
+    def number(name, default=None, part=rope):
+        value = part.get(name)
         value = default if value is None else value
         if type(value) not in (int, float) or not 1e-3 <= value <= 1e9:
             refuse(key, f"needs a positive {name} (at most 1e9)")
@@ -145,7 +146,7 @@ def _rope_from_json(document, context, refuse):
     if kind not in ("yarn", "llama3"):
         refuse(key, "is not supported; rope_type must be default, linear, yarn or llama3")
     name = "original_max_position_embeddings"
-    old_context = document.get(name) or number(name, context)
+    old_context = number(name, number(name, context), part=document)
     if kind == "llama3":
         scaling = {"rope_type": kind, "original_max_position_embeddings": old_context, "factor": number("factor"),
                    "low_freq_factor": number("low_freq_factor"), "high_freq_factor": number("high_freq_factor")}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm import runtime
-from minillm.attention import (BLOCK, attend, attention_mask_2d, document_block_mask, document_lengths,
+from minillm.attention import (BLOCK, attend, attention_mask_2d, can_flex, document_block_mask, document_lengths,
                                document_positions)
 
 
@@ -331,15 +331,18 @@ class CausalLM(nn.Module):
 def packed_forward(model: CausalLM, asked=None):
     """model.hidden for packed rows of one length, as f(tokens, doc_ids, blocks), which are those of a Batch.
 
-    Where runtime.wants_compile(model, asked), it is compiled, with flex attention, which skips what lies outside a
-    document; its plain twin is model.hidden itself. A smaller batch, such as the last one of an epoch, gets copies of
-    its first row, because each new shape would be compiled anew.
+    Where runtime.wants_compile(model, asked), it is compiled, and where attention.can_flex, with flex attention, which
+    skips what lies outside a document; its plain twin is model.hidden itself. A smaller batch, such as the last one of
+    an epoch, gets copies of its first row, because each new shape would be compiled anew.
     """
     def plain(tokens, doc_ids, blocks):
         return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
 
     if not runtime.wants_compile(model, asked):
         return plain
+    config = model.config
+    flex = can_flex(next(model.parameters()).device, config.num_attention_heads, config.num_key_value_heads,
+                    config.head_dim, model.model.recompute)
     hidden, most = torch.compile(model.hidden), 0
 
     def forward(tokens, doc_ids, blocks):
@@ -353,7 +356,7 @@ def packed_forward(model: CausalLM, asked=None):
             return torch.cat([x, x.narrow(dim, 0, 1).expand(more)], dim)
 
         tokens, doc_ids, blocks = filled(tokens), filled(doc_ids), [filled(x, dim=1) for x in blocks]
-        mask = document_block_mask(doc_ids, *blocks) if tokens.shape[1] >= BLOCK else None
+        mask = document_block_mask(doc_ids, *blocks) if flex and tokens.shape[1] >= BLOCK else None
         return hidden(tokens, doc_ids=doc_ids, block_mask=mask)[:rows]
 
     return forward

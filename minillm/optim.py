@@ -67,8 +67,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         gradients, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # (N, rows, columns)
-        updates = newton_schulz(ahead.to(runtime.precision(ahead.device))).to(ahead.dtype)
+        device, dtype = params[0].device, params[0].dtype
+        ahead = torch.empty(len(params), *params[0].shape, device=device, dtype=runtime.precision(device))
+        torch._foreach_copy_(ahead.unbind(), torch._foreach_lerp(gradients, momenta, momentum))  # stacked and rounded
+        updates = newton_schulz(ahead).to(dtype)  # (N, rows, columns)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, updates.unbind(), alpha=-lr * 0.2 * math.sqrt(max(params[0].shape)))
 

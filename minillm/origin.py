@@ -32,7 +32,7 @@ class Origin:
         """The content of a JSON file; {} without it."""
         try:
             value = json.loads(self.files.get(name, b"{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -87,7 +87,7 @@ def same_tokenizer(origin: Origin, tokenizer) -> bool:
 
 def as_json(value) -> bytes:
     """A JSON document, as all files of minillm have it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def tokens_without_rows(folder, vocab_size: int) -> list:

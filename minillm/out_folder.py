@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minillm.errors import UserError
 from minillm.runtime import say
-from minillm.safetensors import flush_folder, is_temporary, load_json
+from minillm.safetensors import flush_folder, is_temporary, load_json, open_file
 
 KEPT = re.compile(r"step_\d{6,}")
 NOT_KEPT = ("metrics.jsonl", "summary.json")  # they are still written to
@@ -22,17 +22,17 @@ NOT_KEPT = ("metrics.jsonl", "summary.json")  # they are still written to
 def check_out(out: Path, inputs: list):
     """Raise UserError for an --out that is no folder, or that holds what the run reads."""
     for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
+        if os.path.lexists(place) and not os.path.isdir(place):  # a link that leads nowhere, too
             raise UserError(f"--out {out}: {place} is a file; give a folder")
     for path in [*inputs, os.getcwd()]:
         for place in (out, Path(f"{out}.new")):
-            if Path(path).resolve().is_relative_to(place.resolve()):
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                 raise UserError(f"--out {out}: {place} holds {path}, which this run needs; give another --out")
 
 
 def is_new_run(new: Path, out: Path, name: str) -> bool:
     """Whether OUT.new belongs to a run to OUT (the name alone proves nothing) and holds a file of this name."""
-    if not (new / "run_config.json").exists() or not (new / name).exists():
+    if not os.path.exists(new / "run_config.json") or not os.path.exists(new / name):
         return False
     return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
 
@@ -113,18 +113,18 @@ class Lock:
         self.path = out.with_name(out.name + ".lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+", encoding="utf-8")
+            self.file = open_file(self.path, writable=True)  # follows no link, waits for no pipe
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from None
         try:
             import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.file.truncate(0)
-            self.file.write(str(os.getpid()))
+            self.file.write(str(os.getpid()).encode())
             self.file.flush()
         except BlockingIOError:
             self.file.seek(0)
-            holder = self.file.read().strip() or "unknown"
+            holder = self.file.read(20).decode("ascii", "replace").strip() or "unknown"
             self.file.close()
             raise UserError(f"another run (process {holder}) is writing to {out}; wait for it, end it, "
                             "or give another --out") from None

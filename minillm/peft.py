@@ -80,6 +80,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 # The settings of adapter_config.json
 
+MOST_NAMES = 10_000  # of layers: each is compared with all layers of the model
+
+
 def _is_whole(value):
     return type(value) is int and 1 <= value < 2**31
 
@@ -103,8 +106,10 @@ def _is_names(value):
     repeated, and repetitions, groups and alternatives are limited: matching a name takes milliseconds at worst.
     """
     if isinstance(value, list):
-        return all(isinstance(name, str) for name in value)
-    if not isinstance(value, str) or not re.fullmatch(r"(\w|-|\\\.|\\d\+?|\.[*+]?|\(\?:|[()|^$])*", value):
+        return len(value) <= MOST_NAMES and all(isinstance(name, str) for name in value)
+    if not isinstance(value, str) or len(value) > 1000:
+        return False
+    if not re.fullmatch(r"(\w|-|\\\.|\\d\+?|\.[*+]?|\(\?:|[()|^$])*", value):
         return False
     try:
         re.compile(value)
@@ -114,7 +119,8 @@ def _is_names(value):
 
 
 def _is_numbers_by_name(value):
-    return isinstance(value, dict) and all(re.fullmatch(r"\^?[\w.]+", key) and _is_number(value[key]) for key in value)
+    return isinstance(value, dict) and len(value) <= MOST_NAMES and all(
+        re.fullmatch(r"\^?[\w.]+", key) and _is_number(value[key]) for key in value)
 
 
 WHOLE = "a positive whole number"

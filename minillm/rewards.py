@@ -17,6 +17,7 @@ from collections import Counter
 
 import torch
 
+from minillm import runtime
 from minillm.checkpoint import check_tokenizer, load_model
 from minillm.errors import UserError
 from minillm.generate import generate
@@ -61,9 +62,10 @@ def _in_batches(score, sequences, device, batch_size=128):
 def model_reward(folder, device="cpu"):
     """The reward source of a reward model's folder: its score at the <|im_end|> that closes the answer.
 
+    It is frozen, so its layers are held, and computed, in bf16 where the device has it. The head stays float32.
     Raises UserError for a folder without a reward model.
     """
-    model, tokenizer = load_reward_model(folder, device), Tokenizer.load(folder)
+    model, tokenizer = runtime.hold_in_bf16(load_reward_model(folder, device)), Tokenizer.load(folder)
     check_tokenizer(model.config, tokenizer, folder)
 
     def source(batch):
@@ -71,7 +73,8 @@ def model_reward(folder, device="cpu"):
         for messages, answers, _ in batch:
             prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0]
             sequences += [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
-        return _in_batches(model, sequences, device)
+        with runtime.autocast(torch.device(device)):
+            return _in_batches(model, sequences, device)
 
     return source
 

@@ -110,12 +110,17 @@ class Run:
         try:
             if runtime.rank() == 0:
                 self.lock = Lock(self.out)
-                self._choose_folder()
+                try:
+                    self._choose_folder()
+                except OSError as error:  # no permission, or something else stands where a file belongs
+                    raise UserError(f"cannot write {error.filename or self.out}: {error.strerror or error}; "
+                                    "give another --out") from None
             if self.state:
                 self._restore()
                 if runtime.rank() == 0:
                     cut_metrics(self.folder / "metrics.jsonl", self.step)
-                    keep_checkpoint(self.folder, self.step, self.cfg.keep_last)  # unless a kill came before it
+                if self.cfg.keep_last:
+                    shard.on_whole(self.model, self._keep_restored)()
             else:
                 self.before = self.evaluate()
             self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
@@ -236,7 +241,7 @@ class Run:
         if is_new_run(self.new, self.out, "training_state.pt"):
             take_place(self.new, self.out)
         found = {path.name for path in self.new.iterdir()} if self.new.is_dir() else set()
-        if all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
+        if self.new.is_dir() and all(map(is_temporary, found)) or is_new_run(self.new, self.out, "run_config.json"):
             shutil.rmtree(self.new, ignore_errors=True)  # of a run that ended before its first checkpoint
         self.folder = self.out
         if self.state:
@@ -270,6 +275,14 @@ class Run:
             self.progress.open_file(self.out)
         keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
 
+    def _keep_restored(self):
+        """Keep the checkpoint that was restored, where a kill came before it, or --keep_last was not given then."""
+        if runtime.rank() > 0:
+            return
+        if not (self.folder / f"step_{self.step:06d}").exists():
+            self._save_model()  # a kill may have come after a newer one, and before its state
+        keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
+
     def _save_model(self):
         if isinstance(self.model, RewardModel):
             merged = merge_reward_model(self.model, self.cfg.model)
@@ -282,11 +295,14 @@ class Run:
     def _read(self):
         """The state to continue from; refuses one of other settings or other inputs."""
         path, out = self.folder / "run_config.json", self.cfg.out
-        saved = load_json(path) if path.exists() else {}
+        saved = load_json(path)
+        if not isinstance(saved.get("contents"), dict):
+            raise UserError(f"--resume: {path} does not say what the run was started with; "
+                            "start again without --resume")
         differing = [key for key in self.settings if key in saved and saved[key] != self.settings[key]]
         if "contents" in differing:
             differing.remove("contents")
-            before, now = saved["contents"] if isinstance(saved["contents"], dict) else {}, self.settings["contents"]
+            before, now = saved["contents"], self.settings["contents"]
             changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
             raise UserError(f"--resume: {', '.join(changed)} changed since the run in {out} began; "
                             "put back what was there, or start again without --resume")

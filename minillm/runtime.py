@@ -54,7 +54,7 @@ def pick_device(name: str = "") -> torch.device:
                             "GPUs need the build for CUDA 12.6 (pip install torch --index-url "
                             "https://download.pytorch.org/whl/cu126), the newest a newer PyTorch; "
                             "or give --device cpu") from None
-        raise UserError(f"--device {name} does not work: {_in_one_line(error)}; --device cpu does") from None
+        raise UserError(f"--device {name} does not work: {in_one_line(error)}; --device cpu does") from None
     return device
 
 
@@ -62,7 +62,8 @@ def _run_a_kernel(device: torch.device):
     (torch.ones(1, device=device) + 1).item()  # PyTorch may see a GPU that it has no kernels for
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """The first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.endswith(":")]  # "backend='inductor' raised:" says nothing
     return said[0][:200] if said else type(error).__name__
@@ -260,7 +261,7 @@ def why_not_compiled(device: torch.device) -> str:
     try:
         _compile_something(device)
     except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
-        return f"torch.compile fails: {_in_one_line(error)}"
+        return f"torch.compile fails: {in_one_line(error)}"
     return ""
 
 

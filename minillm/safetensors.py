@@ -133,7 +133,8 @@ def open_file(path, writable: bool = False):
 def save_json(path, value):
     """Write JSON atomically; raises UserError when the disk refuses."""
     with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        # Half of a surrogate pair, as in a file's name that is not UTF-8, is written as JSON's own \\udXXX.
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def load_json(path, limit: int = MAX_JSON) -> dict:

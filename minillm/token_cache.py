@@ -149,7 +149,7 @@ def damage(folder: Path) -> str:
         return "missing"
     try:
         _read_summary(folder, "stats.json")
-    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+    except (UserError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return str(error)
     return ""
 
@@ -246,7 +246,7 @@ def _discard_leftovers(ours: Path):
     """Remove what killed runs left of other caches."""
     for folder in list(ours.parent.iterdir()):
         if folder != ours and re.fullmatch(r"\w+-[0-9a-f]{20}(\.\w+)*\.(part|tmp)", folder.name):
-            with contextlib.suppress(FileNotFoundError), open_file(folder / "tokens.bin") as file:
+            with contextlib.suppress(OSError), open_file(folder / "tokens.bin") as file:
                 if not try_lock(file):
                     continue
             _discard(folder)
@@ -260,7 +260,7 @@ def _build(encode, paths, sources, tokenizer, max_seq_len, part, files):
         say(f"tokenising {size / 1e6:,.0f} MB in {workers} processes, once")
     done = {"files": {name: [0, 0] for name in FILES}, "chunks": 0, "bytes": 0, "stats": {}, "trained": 0,
             "unknown": [{} for _ in sources]}
-    with contextlib.suppress(UserError, OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(UserError, OSError, ValueError, TypeError, KeyError, RecursionError):
         done = _read_summary(part, "progress.json")
         say(f"{done['bytes'] / 1e6:,.0f} MB of them were tokenised before a run was ended: going on from there")
     for name, file in files.items():

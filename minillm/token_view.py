@@ -103,13 +103,16 @@ def save_rollout(folder, step: int, tokenizer, minibatches: list, most: int = 8)
 
 def check_rollout(record: dict, where: str):
     """Raise UserError unless record is a line of rollout.jsonl."""
+    def is_number(value):
+        return type(value) is float and value == value or type(value) is int and abs(value) < 2**53
+
     texts = record.get("tokens")
-    fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    fits = isinstance(texts, list) and all(isinstance(text, str) and text.isprintable() for text in texts)
     for name in ("advantages", "ratios"):
         values = record.get(name)
         fits = fits and isinstance(values, list) and len(values) == len(texts) and all(
-            value is None or (type(value) in (int, float) and value == value) for value in values)
-    if not fits or type(record.get("reward")) not in (int, float):
+            value is None or is_number(value) for value in values)
+    if not fits or not is_number(record.get("reward")) or not is_number(record.get("step", 0)):
         raise UserError(f'{where}: not a line of rollout.jsonl, which --show_every writes: "reward", and for each of '
                         'its "tokens" one of "advantages" and "ratios"')
 

@@ -30,7 +30,7 @@ from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import read_texts
 from minillm.runtime import say
-from minillm.safetensors import load_json, open_file, save_json, short
+from minillm.safetensors import MAX_JSON, load_json, open_file, save_json, short
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
@@ -442,7 +442,7 @@ def read_folder(folder) -> dict:
             value = config.get(key)
             for value in value if isinstance(value, list) else [value]:
                 value = value.get("content") if isinstance(value, dict) else value
-                if isinstance(value, (str, int)):
+                if type(value) in (str, int):
                     named[kind].append(value)
         template = config.get("chat_template")
         if isinstance(template, list):  # several, each with a name
@@ -451,8 +451,9 @@ def read_folder(folder) -> dict:
         if isinstance(template, str):
             named["template"] = template
     with contextlib.suppress(OSError, ValueError):  # where newer versions of transformers write it
-        with open(os.path.join(folder, "chat_template.jinja"), encoding="utf-8") as file:
-            named["template"] = file.read()
+        with open_file(os.path.join(folder, "chat_template.jinja")) as file:
+            text = file.read(MAX_JSON + 1)
+        named["template"] = text.decode("utf-8") if len(text) <= MAX_JSON else ""
     return named
 
 

@@ -1,5 +1,7 @@
 """training_state.pt: a plain dict with all that exact resume needs, loaded without unpickling objects."""
 
+import contextlib
+import math
 import os
 import random
 import zipfile
@@ -49,7 +51,8 @@ def save_training_state(folder, state: dict):
 
 def remove_training_state(folder):
     """Make room once a run is finished; the weights stay, as the folder's model."""
-    (Path(folder) / "training_state.pt").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # nothing needs it any more
+        (Path(folder) / "training_state.pt").unlink()
 
 
 def _check_plain(value, name):
@@ -96,6 +99,9 @@ def _check_archive(file):
             raise ValueError("what it holds is larger than the file")
         if damaged := archive.testzip():  # torch.load does not look at the checksums
             raise ValueError(f"{damaged} has another checksum")
+        for entry in entries:  # of what torch.load would call, this alone makes much out of few bytes
+            if entry.filename.endswith("/data.pkl") and b"bytearray" in archive.read(entry):
+                raise ValueError("it asks for memory")
 
 
 def restore(state: dict, models, optimizers, loader, total_steps: int, where, device) -> dict:
@@ -160,6 +166,8 @@ def restore_optimizer(optimizer, saved: dict):
             raise ValueError("an optimizer has other parameters or settings")
         for key, value in ours.items():
             numbers = isinstance(value, (int, float)) and isinstance(group[key], (int, float))
+            if isinstance(group[key], float) and not math.isfinite(group[key]):
+                raise ValueError(f"the optimizer's {key} is {group[key]}")
             if not numbers and None not in (value, group[key]) and type(value) is not type(group[key]):
                 raise TypeError(f"the optimizer's {key} is {short(group[key])}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

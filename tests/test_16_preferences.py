@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import runtime, token_cache
+from minillm import rewards, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -542,6 +542,25 @@ def test_a_reward_model_scores_each_answer_up_to_its_end(reward_folder, tokenize
     tokens = torch.tensor([tokens])
     close(scores[0], model(tokens, torch.tensor([tokens.shape[1]]))[0])
     close(torch.tensor(reward([(messages, [""], {}), (messages, ["four"], {})])), [scores[2], scores[0]])
+
+
+def test_a_frozen_reward_model_is_held_in_bf16_where_that_changes_no_score(reward_folder, monkeypatch):
+    """Autocast rounds the matrices anyway: all scores are the same to the bit. The 2 x 7,680 numbers of the layers
+    take 2 bytes instead of 4. The head stays float32."""
+    answers = [([turn("user", "two?")], ["four", "I do not know that", ""], {})]
+    whole = load_reward_model(reward_folder)
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards, "load_reward_model", lambda *_: whole)
+        patch.setattr(runtime, "hold_in_bf16", lambda model: model)
+        expected = model_reward(reward_folder)(answers)
+    held = load_reward_model(reward_folder)
+    monkeypatch.setattr(rewards, "load_reward_model", lambda *_: held)
+    assert model_reward(reward_folder)(answers) == expected and len(set(expected)) == 3
+    sizes = [sum(p.nbytes for p in model.parameters()) for model in (whole, held)]
+    assert sizes[0] - sizes[1] == 2 * 2 * 7_680  # q, o 1,024 each, k, v 512 each, mlp 3 x 1,536
+    assert held.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert held.score.weight.dtype == held.model.embed_tokens.weight.dtype == torch.float32
 
 
 def test_a_judge_says_a_or_b(lm_folder, tokenizer):

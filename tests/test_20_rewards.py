@@ -16,6 +16,7 @@ import sys
 import pytest
 import torch
 
+from minillm import runtime
 from minillm.checkpoint import save_model
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
@@ -176,9 +177,10 @@ def test_a_function_of_another_signature_is_told_the_right_one(tmp_path, signatu
     assert str(caught.value).endswith(f"this one takes ({signature})")
 
 
-def test_model_and_judge_score_a_whole_rollout_as_they_score_one_prompt(tmp_path, tokenizer):
+def test_model_and_judge_score_a_whole_rollout_as_they_score_one_prompt(tmp_path, tokenizer, monkeypatch):
     """Answers of all prompts share batches, padded to one length: neither the padding nor the company changes a score.
     """
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)  # all digits are compared
     save_reward_model(tmp_path / "reward", RewardModel.from_lm(small(tokenizer)), tokenizer)
     save_model(tmp_path / "judge", small(tokenizer, seed=1), tokenizer)
     asked = [([turn("user", "hi")], ["It is red.", ""], {}), ([turn("user", "a much longer question?")],

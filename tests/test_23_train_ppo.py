@@ -127,6 +127,23 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
         assert not torch.equal(logprobs[mask], old[mask]) and stats["approx_kl"] > 1e-6
 
 
+@pytest.mark.parametrize("peft, trained, held", [
+    ("none", ["CausalLM", "ValueModel"], ["CausalLM", "RewardModel"]),  # the reference is a copy
+    ("lora", [], ["CausalLM", "RewardModel", "ValueModel"])])
+def test_what_is_frozen_is_held_in_bf16(run, monkeypatch, peft, trained, held):
+    """The reference and the reward model always; policy and critic where a LoRA is all that they train."""
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
+    in_bf16, models = spy(monkeypatch, runtime, "hold_in_bf16"), []
+    monkeypatch.setattr(runtime, "compile_backbone", lambda model, asked: models.append(model))
+    run("ppo", "--max_steps", 1, "--batch_size", 4, "--peft", peft)
+    models += [model for (model,), _ in in_bf16 if model not in models]
+    found = {torch.float32: [], torch.bfloat16: []}
+    for model in models:
+        mlp = model.model.layers[0].mlp.up_proj
+        found[getattr(mlp, "base", mlp).weight.dtype].append(type(model).__name__)
+    assert sorted(found[torch.float32]) == trained and sorted(found[torch.bfloat16]) == held
+
+
 def test_the_policys_activations_are_gone_before_the_critic_runs(run, monkeypatch):
     """What each model's backward pass needs is most of the memory, and the two share no parameter: one after the other
     has the gradients of one backward pass through both, in half of it. Two micro-batches."""

@@ -18,15 +18,17 @@ import torch
 import train_dpo
 import train_lora
 import train_sft
-from minillm import config, runtime
+import minillm.model
+from minillm import attention, config, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
+from minillm.model import CausalLM, ModelConfig
 from minillm.training_state import restore_optimizer
 from tests.helpers import close
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-CACHED = (runtime.cpu_has_bf16, runtime.why_not_compiled, runtime.can_compile)
+CACHED = (runtime.cpu_has_bf16, runtime.why_not_compiled, runtime.can_compile, attention.can_flex)
 
 
 @pytest.fixture(autouse=True)
@@ -290,6 +292,77 @@ def test_a_trivial_function_is_really_compiled():
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     runtime._compile_something(runtime.pick_device())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+SHARED = ("No valid triton configs. OutOfMemoryError: out of resource: shared memory, Required: 131074, "
+          "Hardware limit: 101376")
+OTHER = "LoweringException: AssertionError"
+
+
+@pytest.mark.parametrize("failures, works, blocks, line", [
+    ([], True, None, ""),
+    ([SHARED], True, 32, f"flex attention in smaller blocks: {SHARED}\n"),
+    ([SHARED, SHARED], False, None, f"no flex attention, so long packed rows take longer: {SHARED}\n"),
+    ([SHARED, OTHER], False, None, f"no flex attention, so long packed rows take longer: {OTHER}\n"),
+    ([OTHER], False, None, f"no flex attention, so long packed rows take longer: {OTHER}\n")])
+def test_flex_attention_is_tried_with_large_blocks_then_small_ones_then_not_used(monkeypatch, capsys, failures, works,
+                                                                                blocks, line):
+    """The RTX 3090 and 4090 have 101,376 bytes of shared memory a block of threads, an A100 166,912."""
+    monkeypatch.setattr(attention, "KERNEL_OPTIONS", {})
+    left, tried = list(failures), []
+
+    def compile_flex(*shape):
+        tried.append((shape, attention.KERNEL_OPTIONS.get("BLOCK_N2")))
+        if left:
+            raise RuntimeError(f"backend='inductor' raised:\n{left.pop(0)}\nand more")
+
+    monkeypatch.setattr(attention, "_compile_flex", compile_flex)
+    for _ in range(2):  # the second time it is known
+        assert attention.can_flex(CUDA, 8, 4, 96, False) is works
+    assert tried == [((CUDA, 8, 4, 96, False), size) for size in (None, 32)[:1 + (SHARED in failures)]]
+    if works:
+        assert attention.KERNEL_OPTIONS.get("BLOCK_M") == blocks
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypatch, works, recompute):
+    """It is tried with the model's own numbers of heads, head_dim and --recompute. Rows shorter than a block need no
+    mask of blocks."""
+    model = CausalLM(ModelConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=96, num_hidden_layers=1))
+    model.model.recompute = recompute
+    tried, masks = [], []
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    monkeypatch.setattr(minillm.model, "can_flex", lambda *shape: tried.append(shape) or works)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(model, "hidden", lambda tokens, doc_ids, block_mask: masks.append(block_mask) or tokens)
+    forward = minillm.model.packed_forward(model, True)
+    for length in (127, 128):
+        tokens, doc_ids = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length, dtype=torch.long)
+        forward(tokens, doc_ids, [torch.from_numpy(x) for x in attention.document_blocks(doc_ids.numpy())])
+    assert tried == [(CPU, 6, 3, 96, recompute)] and [mask is not None for mask in masks] == [False, works]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, recompute):
+    """Traced on a CPU, where PyTorch's backward pass is not allowed but there, by a backend that keeps the program and
+    runs it as it is. Outside of this test a CPU is not asked."""
+    assert not attention.can_flex(CPU, 4, 2, 16, recompute)
+    programs, compile_it = [], torch.compile
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr(attention, "KERNEL_OPTIONS", dict(attention.SMALLER))
+
+    def keep(program, inputs):
+        programs.append(program.print_readable(print_output=False))
+        return program
+
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_it(function, fullgraph=fullgraph,
+                                                                                 backend=keep))
+    attention._compile_flex(CPU, 4, 2, 16, recompute)
+    (program,) = programs
+    assert program.count("flex_attention(") == 1 and "'BLOCK_M1': 32" in program and "'num_stages': 1" in program
+    assert ("checkpoint" in program) is recompute
 
 
 # Another device on resume

@@ -9,6 +9,7 @@ characters, within seconds, with little memory. `pytest tests/test_29_fuzz.py --
 The second part names the cases one by one, and says what the message is.
 """
 
+import gzip
 import json
 import math
 import os
@@ -22,8 +23,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import token_cache
+from minillm import records, token_cache
 from minillm.checkpoint import load_model, require_stage, save_model
+from minillm.curves import read_curves
 from minillm.data import PackedLoader, encode_conversation, encode_text
 from minillm.errors import UserError
 from minillm.heads import RewardModel, load_reward_model, save_reward_model
@@ -31,12 +33,14 @@ from minillm.lora import apply_lora
 from minillm.metrics import Progress, cut_metrics
 from minillm.model import CausalLM, ModelConfig
 from minillm.optim import make_optimizers, update
+from minillm.out_folder import Lock, check_out
 from minillm.peft import load_adapter, save_adapter
 from minillm.preferences import encode_pair, load_pairs
 from minillm.prefix import apply_prefix
 from minillm.records import fingerprint
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors
 from minillm.token_cache import load_dataset
+from minillm.token_view import check_rollout
 from minillm.tokenizer import Tokenizer, train_tokenizer
 from minillm.training_state import (capture_rng, load_training_state, restore, restore_rng, save_training_state,
                                     trained_weights)
@@ -434,6 +438,48 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_not_waited_for():
                 one_line(read)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_only_helps_is_left_out_where_it_is_damaged():
+    """A chat template that would be waited for or never ends, settings nested too deeply, half of a surrogate pair."""
+    model_folder()
+    template = Path("model", "chat_template.jinja")
+    for put in (os.mkfifo, os.mkdir):
+        put(template)
+        read_model()
+        shutil.rmtree(template) if template.is_dir() else template.unlink()
+    template.symlink_to("/dev/zero")
+    read_model()
+    template.unlink()
+    for content in ('{"a":' + "[" * 100_000, r'{"a": "\ud800"}'):
+        Path("model", "generation_config.json").write_text(content, encoding="utf-8")
+        save_model("again", load_model("model"), Tokenizer.load("model"))
+        assert load_json(Path("again", "generation_config.json"))["eos_token_id"][0] == BYTES.end_id
+
+
+@pytest.mark.parametrize("context", ["x", [1], -5, 10**30, math.nan, math.inf])
+def test_the_old_context_of_rope_is_a_number(context):
+    for kind in ("yarn", "llama3"):
+        model_folder()
+        edit("model/config.json", original_max_position_embeddings=context, rope_scaling={
+            "rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
+        assert "needs a positive original_max_position_embeddings" in one_line(load_model, "model")
+
+
+def test_a_list_of_layers_is_not_made_as_long_as_config_json_says():
+    model_folder()
+    edit("model/config.json", num_hidden_layers=2**31 - 1, use_sliding_window=True, layer_types=["full_attention"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one_line(load_model, "model")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50 << 10
+
+
+def test_names_and_patterns_of_an_adapter_are_few():
+    for names in ([f"n{i}" for i in range(10_001)], "a" * 1001):
+        lora_folder()
+        edit("adapter/adapter_config.json", target_modules=names)
+        assert "it must be a list of names, or a simple pattern" in one_line(read_adapter)
+
+
 # ------------------------------------------------------------------------------------ states and logs
 
 def test_a_state_that_lacks_anything_is_refused():
@@ -450,6 +496,59 @@ def test_a_state_that_unpacks_to_more_than_it_is_is_not_unpacked():
         archive.writestr("archive/data/99", bytes(10**7))
     assert Path("run/training_state.pt").stat().st_size < 10**6
     assert "truncated or corrupted" in one_line(load_training_state, "run")
+
+
+def test_a_state_that_asks_for_memory_is_not_loaded():
+    """What torch.load calls without asking: bytearray(2**40)."""
+    state_folder()
+    with zipfile.ZipFile("run/training_state.pt") as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    name = next(name for name in entries if name.endswith("/data.pkl"))
+    entries[name] = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85R."
+    with zipfile.ZipFile("run/training_state.pt", "w") as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    assert "truncated or corrupted (ValueError)" in one_line(load_training_state, "run")
+
+
+def test_curves_leave_out_what_is_no_step(capsys):
+    Path("run").mkdir()
+    lines = ["null", "[1]", '{"loss": 9}', '{"step": "a", "loss": 9}', '{"step": 2, "loss": NaN}', "[" * 10**5,
+             '{"step": 2, "loss": 1e400}', '{"step": 2, "loss": ' + "9" * 400 + "}", "\ud800",
+             '{"step": null, "loss": 9}']
+    text = "\n".join(['{"step": 1, "loss": 2.0}', *lines, '{"step": 3, "loss": 1.0}'])
+    Path("run", "metrics.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert read_curves("run") == {"loss": [(1, 2.0), (3, 1.0)]}
+
+
+def test_a_rollout_with_a_number_of_400_digits_or_a_terminals_commands_is_refused():
+    good = {"step": 1, "reward": 1.0, "tokens": ["a"], "advantages": [None], "ratios": [None]}
+    check_rollout(good, "x:1")
+    for change in ({"reward": 10**400}, {"step": "\x1b[2J"}, {"tokens": ["\x1b[2J"]}, {"ratios": [10**400]}):
+        assert "x:1: not a line of rollout.jsonl" in one_line(check_rollout, {**good, **change}, "x:1")
+
+
+def test_a_line_that_unpacks_to_far_more_than_the_file_is_refused(monkeypatch):
+    monkeypatch.setattr(records, "SMALL", 1 << 20)
+    for line in (b"a" * (1 << 23), b"[" + b"1,\n" * (1 << 21)):
+        Path("x.jsonl").write_bytes(gzip.compress(line))
+        assert "unpacks to more than" in one_line(list, records.read_lines("x.jsonl"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_the_lock_of_a_run_follows_no_link_and_waits_for_no_pipe():
+    Path("victim").write_text("precious", encoding="utf-8")
+    os.symlink("victim", "out.lock")
+    assert "cannot write out.lock" in one_line(Lock, Path("out"))
+    assert Path("victim").read_text(encoding="utf-8") == "precious"
+    os.remove("out.lock")
+    os.mkfifo("out.lock")
+    assert "cannot write out.lock" in one_line(Lock, Path("out"))
+    os.symlink("loop", "loop")
+    for out in ("loop", "a" * 300, "victim/x"):
+        with pytest.raises(UserError):
+            check_out(Path(out).absolute(), [])
+            Lock(Path(out).absolute())
 
 
 def test_a_log_that_cannot_be_written_names_the_way_out(capsys):
