@@ -34,7 +34,7 @@ default beta of 0.5 is the paper's for summaries (elsewhere 0.1); for a download
 
 from dataclasses import dataclass
 
-from minillm import checkpoint, runtime
+from minillm import checkpoint, runtime, shard
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.evaluate import answer_questions, read_questions, sample_answers
@@ -99,15 +99,16 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora")
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora", home=shard.home(cfg, device))
     if cfg.peft == "lora":
         apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
-        ref_model = checkpoint.load_model(cfg.ref_model, device)
+        ref_model = checkpoint.load_model(cfg.ref_model, device, home=shard.home(cfg, device))
         check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)
+        shard.shard(cfg, model, device)
     # Scored by the program of training and over its batches, so that the first margins are exactly 0.
     average = cfg.loss == "ipo"  # of the log-probabilities of an answer's tokens; DPO takes their sum
     ref_logprobs = reference_logprobs(ref_model, loader, device, average).to(device)  # (N, 2)

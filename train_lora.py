@@ -42,7 +42,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minillm import checkpoint, runtime
+from minillm import checkpoint, runtime, shard
 from minillm.adapter import apply_bottleneck
 from minillm.config import flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, load_split
@@ -118,7 +118,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    model = checkpoint.load_model(cfg.model, device, dtype, frozen=cfg.peft != "prefix")
+    model = checkpoint.load_model(cfg.model, device, dtype, cfg.peft != "prefix", shard.home(cfg, device))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):
@@ -133,6 +133,7 @@ def main(cfg: Config) -> dict:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute
+    shard.shard(cfg, model, device)
     forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer: its state too is only that of the trained parameters

@@ -27,7 +27,7 @@ default Muon (arXiv 2502.16982) trains the hidden matrices, which learns faster 
 
 from dataclasses import dataclass
 
-from minillm import checkpoint, runtime
+from minillm import checkpoint, runtime, shard
 from minillm.config import flag, parse_config
 from minillm.data import PackedLoader, encode_text, load_split
 from minillm.evaluate import continuations, held_out_loss
@@ -82,10 +82,12 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if cfg.model:
-        model = checkpoint.load_model(cfg.model, device)
+        model = checkpoint.load_model(cfg.model, device, home=shard.home(cfg, device))
     else:
-        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
+        config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)
+        model = CausalLM(config).to(shard.home(cfg, device))
     model.model.recompute = cfg.recompute
+    shard.shard(cfg, model, device)
     forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer

@@ -28,7 +28,7 @@ the speed and no gradient. By default Muon trains the hidden matrices.
 import os
 from dataclasses import dataclass
 
-from minillm import checkpoint, runtime
+from minillm import checkpoint, runtime, shard
 from minillm.config import flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, load_split
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
@@ -90,11 +90,13 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if source:
-        model = checkpoint.load_model(source, device)
+        model = checkpoint.load_model(source, device, home=shard.home(cfg, device))
     else:
         runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
-        model = CausalLM(preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)).to(device)
+        config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)
+        model = CausalLM(config).to(shard.home(cfg, device))
     model.model.recompute = cfg.recompute
+    shard.shard(cfg, model, device)
     forward = packed_forward(model, cfg.compile)
 
     # 4. Optimizer

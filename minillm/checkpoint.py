@@ -160,11 +160,11 @@ def load_weights(folder) -> dict:
     return tensors
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False) -> CausalLM:
+def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, home=None) -> CausalLM:
     """The model of a checkpoint folder, its weights converted to `dtype` one tensor at a time.
 
     frozen: nobody will train these weights, so they go straight to where runtime.hold_in_bf16 would put them. A float32
-    copy, which is twice as large, then never exists.
+    copy, which is twice as large, then never exists. home: where to put them, if another device is to compute.
     Raises UserError when the folder is no causal language model of a supported architecture, or when a tensor is
     missing, unexpected or of the wrong shape: no weight is ever left random.
     """
@@ -188,12 +188,12 @@ def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False) 
         model = CausalLM(config).to(dtype)
     expected = weights_of(hold_in_bf16(model, torch.device(device)) if frozen else model)
     check_weights(expected, stored, folder)
-    weights = {name: tensor.to(device, expected[name].dtype, copy=True) for name, tensor in stored.items()}
+    weights = {name: tensor.to(home or device, expected[name].dtype, copy=True) for name, tensor in stored.items()}
     check_finite(weights, folder)
     model.load_state_dict(weights, strict=False, assign=True)  # checked above; only the tied copy is missing
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary = RotaryEmbedding(config).to(device)
+    model.model.rotary = RotaryEmbedding(config).to(home or device)
     model.origin = read_origin(folder, stored)
     return model
 

@@ -128,7 +128,8 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
     if temperature > 0:
         generator = torch.Generator(device).manual_seed(seed)
         uniforms = torch.rand(len(records), max_new_tokens, generator=generator, device=device)
-    order, replies = share(order), []
+    lockstep, replies = runtime.in_lockstep(model), []
+    order = order if lockstep else share(order)
     bar = tqdm(total=len(order), desc="answering", unit=" questions", delay=5, leave=False, disable=runtime.rank() > 0,
                mininterval=1 if sys.stderr.isatty() else 10)  # on stderr, and only where it takes long
     while order:
@@ -136,6 +137,8 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
         while size > 1 and size * (len(prompts[order[size - 1]]) + max_new_tokens) > TOKENS_PER_BATCH:
             size -= 1
         group, order = order[:size], order[size:]
+        if lockstep:  # each process must take part in every group
+            group = share(group) or group[:1]
         with autocast(device):
             rollout = generate(model, [prompts[i] for i in group], max_new_tokens, tokenizer.end_ids, temperature,
                                top_p, pad_id=tokenizer.pad_id, uniforms=None if uniforms is None else uniforms[group])

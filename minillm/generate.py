@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minillm import runtime
 from minillm.cuda_graph import StaticStep
 from minillm.errors import UserError
 from minillm.model import KVCache
@@ -115,13 +116,15 @@ def _decoding(model, rows: int):
     few = kind == "cpu" and rows <= FEW_ROWS and sum(w.numel() for w in weights) <= FEW_WEIGHTS
     few = few and all(w.dtype == torch.float32 for w in weights)  # a frozen base may be held in bf16
     if few or not torch.is_autocast_enabled(kind):
-        # inference_mode is a tenth faster on small models. On CUDA a captured graph may not mix it with no_grad.
-        with torch.no_grad() if kind == "cuda" else torch.inference_mode(), torch.autocast(kind, enabled=False):
+        # inference_mode is a tenth faster on small models. On CUDA a captured graph may not mix it with no_grad, nor
+        # may sharding: training goes on with the tensors that it gathers layers into.
+        plain = kind == "cuda" or runtime.in_lockstep(model)
+        with torch.no_grad() if plain else torch.inference_mode(), torch.autocast(kind, enabled=False):
             yield
         return
     # Autocast keeps its bf16 copy of a weight, instead of making a new one for every token, only outside inference_mode
-    # and only of weights that require a gradient.
-    frozen = [w for w in weights if not w.requires_grad]
+    # and only of weights that require a gradient. Of a sharded model it keeps none.
+    frozen = [] if runtime.in_lockstep(model) else [w for w in weights if not w.requires_grad]
     try:
         for w in frozen:
             w.requires_grad = True
@@ -179,7 +182,8 @@ def generate(model, prompts: list, max_new_tokens: int, end_id, temperature: flo
         rows = torch.arange(N, device=device)  # which sample each row of the cache is
         running = torch.ones(N, dtype=torch.bool, device=device)
         ends = torch.tensor([end_id] if isinstance(end_id, int) else end_id, device=device)
-        static = device.type == "cuda" if static is None else static
+        lockstep = runtime.in_lockstep(model)  # then each process decodes until the last one has finished
+        static = device.type == "cuda" and not lockstep if static is None else static
         step = StaticStep(model, cache) if static else None
         for t in range(max_new_tokens):
             tokens, token_logprobs = sample(logits, temperature, top_p, top_k, uniforms=uniforms[rows, t])
@@ -189,9 +193,10 @@ def generate(model, prompts: list, max_new_tokens: int, end_id, temperature: flo
                 break
             if not static or t % CHECK_EVERY == CHECK_EVERY - 1:
                 alive = int(running.sum())
-                if alive == 0:
+                if (runtime.sum_over_processes(alive) if lockstep else alive) == 0:
                     break
-                if alive < (0.5 if static else 0.75) * len(rows):  # copying the cache pays when many rows have ended
+                # Copying the cache pays when many rows have ended.
+                if 0 < alive < (0.5 if static else 0.75) * len(rows):
                     keep = running.nonzero()[:, 0]
                     cache.select(keep)
                     rows, tokens, running = rows[keep], tokens[keep], running[keep]

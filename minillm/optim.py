@@ -16,6 +16,8 @@ def make_optimizers(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.9
     AdamW (arXiv 1711.05101); weight decay only on matrices, not on norms, biases and embeddings. With `muon`, the
     hidden matrices are trained by Muon.
     """
+    if runtime.in_lockstep(model):
+        model.reshard()  # since a forward pass embedding and head are whole
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if p.ndim == 2 and "embed_tokens" not in n and "lm_head" not in n]
     others = [p for n, p in named if p.ndim != 2 or "embed_tokens" in n or "lm_head" in n]

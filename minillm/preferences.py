@@ -211,10 +211,9 @@ def _collect(score_batch, loader: PairLoader, device) -> torch.Tensor:
     """(N, 2) float32 on the CPU: score_batch(batch), (2B,), of the pairs in the loader's first epoch, all processes."""
     scores = torch.zeros(len(loader.dataset), 2)
     for batch in loader.epoch_batches(0):
-        if batch.n_pairs:
-            with autocast(device):
-                found = score_batch(batch.to(device)).detach()
-            scores[batch.pairs] = found.float().view(2, -1).T.cpu()  # (2B,) -> (B, 2)
+        with autocast(device):  # also without pairs: the processes of a sharded model run it together
+            found = score_batch(batch.to(device)).detach()
+        scores[batch.pairs] = found.float().view(2, batch.n_pairs).T.cpu()  # (2B,) -> (B, 2)
     return sum_tensor_over_processes(scores)
 
 

@@ -102,8 +102,7 @@ class Run:
         evaluate() returns a dict of plain values; "replies" among them, [[question, reply], ...], is shown as a table.
         """
         self.model, self.tokenizer, self.optimizers, self.loader = model, tokenizer, optimizers, loader
-        self.models, self.total_steps, self.evaluate = [model, *beside], total_steps, shard.on_whole(model, evaluate)
-        shard.shard(self.cfg, model, optimizers)
+        self.models, self.total_steps, self.evaluate = [model, *beside], total_steps, evaluate
         self.device = next(model.parameters()).device
         self.steps, self.updates, self.tokens = [], 0, 0
         self.first = self.step = self.state["step"] if self.state else 0
@@ -172,10 +171,11 @@ class Run:
 
         data: what went into the run. more: further numbers for the table.
         """
-        shard.gather(self.model)
         try:
-            if self.step == self.first and runtime.rank() == 0:  # nothing was left to train, but perhaps to save
-                self._save_model()
+            if self.step == self.first:  # nothing was left to train, but perhaps to save
+                with shard.whole(self.model):
+                    if runtime.rank() == 0:
+                        self._save_model()
             after = {**self.evaluate(), **more}
             say(before_after(self.before, after))
             if after.get("replies") and self.before.get("replies"):
@@ -203,7 +203,9 @@ class Run:
         if self.step % self.cfg.eval_every == 0 and not last:
             self.progress.log(self.step, **numbers(self.evaluate()))
         if save_now:
-            shard.on_whole(self.model, self._save)([shard.gathered(o.state_dict()) for o in self.optimizers])
+            states = [shard.gathered(optimizer.state_dict()) for optimizer in self.optimizers]
+            with shard.whole(self.model):
+                self._save(states)
         if signal_number:
             say(f"interrupted: saved after step {self.step} of {self.total_steps}; "
                 "the same command with --resume continues")
@@ -254,7 +256,8 @@ class Run:
 
     def _save(self, states: list):
         for model in self.models:
-            if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+            finite = all(torch.isfinite(shard.local(parameter)).all() for parameter in model.parameters())
+            if runtime.sum_over_processes(not finite):
                 raise UserError(f"the weights became NaN or infinite by step {self.step}; stopped, {self.cfg.out} "
                                 "keeps its last checkpoint (a lower --lr helps most often)")
         rng = runtime.gather(capture_rng(self.device))  # of each process

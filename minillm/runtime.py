@@ -149,6 +149,11 @@ def generator(device, *numbers: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed) % 2**63)
 
 
+def in_lockstep(model) -> bool:
+    """Whether the processes must call this model together, since each holds only a part of it (shard.py)."""
+    return hasattr(model, "reshard")
+
+
 def share(items: list) -> list:
     """This process's part of these items: every world_size()-th one, so sorted items give parts of like sizes."""
     return items[rank()::world_size()]

@@ -1,24 +1,29 @@
-"""--shard: for a GPU that holds the weights, but not gradients and optimizer states too: all are split over processes.
+"""--shard: a model that one GPU does not hold, split over the processes.
 
     torchrun --nproc_per_node 4 train_sft.py --model Qwen3-8B --optimizer adamw --shard
 
 FSDP2 (torch.distributed.fsdp.fully_shard; the idea: arXiv 2304.11277): each process keeps its part of every parameter,
 of its gradient and of AdamW's two averages. That is 1/N of the 16 bytes per parameter. A layer is gathered when its
-turn comes, in the forward and in the backward pass, and split again after it.
+turn comes, in the forward and in the backward pass, and split again after it. So a GPU holds its part and one or two
+layers, of which embedding and head make one. At no time does it hold the whole model:
 
-All processes must run the same layers in the same order, since each gathers with the others. Evaluation and saving do
-not fit that: one process answers more questions than another. For these the whole model is gathered (`on_whole`), 4
-bytes per parameter, and is then an ordinary one. So a GPU must hold the weights, but not what training adds to them.
+- It is loaded into main memory, and goes from there to the GPU layer by layer.
+- Layers are gathered for evaluation as for training. All processes must then run the same layers in the same order, so
+  they go on together until the last one has finished (generate.py).
+- To be saved, it is gathered one tensor at a time, in the main memory of the first process alone.
+- Autocast would keep bf16 copies of all layers. So its cache is off, and what a layer computed is computed again in
+  the backward pass (--recompute) instead of being kept.
 """
 
-import functools
+import contextlib
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from minillm.errors import UserError
+from minillm.runtime import in_lockstep, rank
 
 
 def prepare(cfg):
@@ -33,90 +38,82 @@ def prepare(cfg):
     cfg.compile = False
 
 
-def shard(cfg, model, optimizers: list):
-    """With --shard, split a CausalLM over the processes, in place: layer by layer, and the rest as one more part.
+def is_on(cfg) -> bool:
+    """Whether models are to be split: with --shard, under torchrun."""
+    return getattr(cfg, "shard", False) and dist.is_initialized()
 
-    optimizers: those of the model, without a state yet; they go on with the split parameters.
-    """
-    if not getattr(cfg, "shard", False) or not dist.is_initialized():
+
+def home(cfg, device) -> torch.device:
+    """Where to load a model: on the device, or, where shard() is to split it, in main memory."""
+    return torch.device("cpu") if is_on(cfg) else device
+
+
+def shard(cfg, model, device):
+    """With --shard, split a CausalLM over the processes, in place: layer by layer, and the rest as one more part."""
+    if not is_on(cfg):
         return
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    cpu = next(model.parameters()).device.type == "cpu"
-    mesh = dist.init_device_mesh("cpu" if cpu else "cuda", (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh)  # moves it to the device first
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean: each loss is divided by the tokens of all processes
         part.set_force_sum_reduction_for_comms(True)  # gloo has no sum that also scales
     register_fsdp_forward_method(model, "hidden")  # which is called without going through forward
-    split = dict(model.named_parameters())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [split[names[id(parameter)]] for parameter in group["params"]]
+    model.model.recompute = True
+    torch.set_autocast_cache_enabled(False)
 
 
-def is_sharded(model) -> bool:
-    """Whether the model's parameters are split over the processes."""
-    return isinstance(next(model.parameters()), DTensor)
-
-
-def gather(model):
-    """Make a sharded model an ordinary one, in every process. Returns a function that splits it again, as it was.
-
-    What is changed in the meantime is lost. All processes must call it together. Any other model is left alone.
-    """
-    before = []
-
-    def split():
-        for module, own, kept in before:
-            module._parameters.update(own)
-            module.__dict__.update(kept)
-
-    if not is_sharded(model):
-        return split
-    for part in (*model.model.layers, model):
-        part.reshard()
-    found = {}  # a tied parameter is gathered once
-    for module in model.modules():
-        own = {name: parameter for name, parameter in module._parameters.items() if isinstance(parameter, DTensor)}
-        kept = {name: module.__dict__[name] for name in ("_forward_pre_hooks", "_forward_hooks", "hidden")
-                if name in module.__dict__}
-        before.append((module, own, kept))
-        for name, parameter in own.items():
-            if id(parameter) not in found:
-                full = parameter.detach().full_tensor()
-                found[id(parameter)] = torch.nn.Parameter(full, requires_grad=parameter.requires_grad)
-            module._parameters[name] = found[id(parameter)]
-        module.__dict__.pop("hidden", None)
-        for name in kept.keys() - {"hidden"}:  # FSDP's hooks, which gather a layer
-            module.__dict__[name] = type(kept[name])()
-    return split
-
-
-def on_whole(model, function):
-    """The function, to be called in all processes together; within it a sharded model is an ordinary one."""
-    @functools.wraps(function)
-    def call(*args):
-        split = gather(model)
-        try:
-            return function(*args)
-        finally:
-            split()
-
-    return call
+def local(tensor):
+    """This process's part of a split tensor; any other one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(value):
-    """A dict or list as it is, with whole tensors on the CPU instead of split ones. All processes must call it."""
+    """A dict or list as it is, with whole tensors in main memory instead of split ones; None for them in all processes
+    but the first. All processes must call it together.
+    """
     if isinstance(value, dict):
         return {key: gathered(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(gathered(item) for item in value)
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.detach().full_tensor()
+    return whole.cpu() if rank() == 0 else None
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Inside the block the first process finds the trained parameters of a sharded model whole, in main memory.
+
+    So it can be saved like any other model, but not run. All processes must enter together. Other models are left
+    alone.
+    """
+    found, before = {}, []
+    if in_lockstep(model):
+        for part in (*model.model.layers, model):
+            part.reshard()
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if isinstance(parameter, DTensor) and parameter.requires_grad:
+                    before.append((module, name, parameter))
+                    if id(parameter) not in found:  # a tied one is gathered once
+                        found[id(parameter)] = gathered(parameter)
+    try:
+        for module, name, parameter in before if rank() == 0 else ():
+            module._parameters[name] = torch.nn.Parameter(found[id(parameter)])
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
 
 
 def split_like(tensor, parameter):
     """A whole tensor, the same in all processes, split as the parameter is; itself where that is not split."""
     if not isinstance(parameter, DTensor):
         return tensor
-    device = parameter.device_mesh.device_type
-    return distribute_tensor(tensor.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    mesh = parameter.device_mesh
+    parts = tensor.chunk(mesh.size())  # of the rows, as FSDP2 splits them; the last processes may get none
+    part = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]
+    part = part.to(local(parameter).device, copy=True)  # a view would keep the whole tensor
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, shape=tensor.shape,
+                              stride=tensor.stride())

@@ -10,6 +10,7 @@ the number of processes: 5 rows, 3 pairs or 3 prompts for two processes, and at 
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -30,10 +31,11 @@ import train_pretrain
 import train_reward
 import train_sft
 from minillm import job, runtime, shard, token_cache
-from minillm.checkpoint import save_model
+from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
+from minillm.model import Block
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import train_tokenizer
@@ -123,11 +125,61 @@ def run_or_stop(how: str, name):
 def stop_and_resume(name, *more):
     """A stage that is stopped after two steps, and goes on from a copy of what it left; writes stopped/ and sharded/.
     """
-    stop(name, *more)
+    with measure_whole(name):  # without the state of a resumed run, which is whole in main memory
+        stop(name, *more)
     if runtime.rank() == 0:
         shutil.copytree(f"stopped/{name}", f"sharded/{name}")
     runtime.gather(None)
     run_stage(name, "sharded", *more, "--resume")
+
+
+def large_matrices(module):
+    """The embedding and the matrices of the MLPs: no part of one of them has the shape of another."""
+    return [parameter for name, parameter in module.named_parameters() if "embed_tokens" in name or "mlp" in name]
+
+
+def bytes_of(parameters, processes):
+    """In float32; the rows are filled up to a multiple of the processes, which all get as many."""
+    return sum(-(-len(parameter) // processes) * processes * parameter[0].numel() * 4 for parameter in parameters)
+
+
+@contextlib.contextmanager
+def measure_whole(name):
+    """The most bytes that a process has in whole matrices of the model, and not in parts of them, after some layers
+    that run without gradients and while a save gathers. Written to the file whole-RANK-NAME.
+    """
+    shapes = {tuple(parameter.shape) for parameter in large_matrices(load_model("model"))}
+    most, gathered, left = 0, shard.gathered, {"layers": 12, "tensors": 12}  # each look takes a moment
+
+    def measure(kind):
+        nonlocal most
+        left[kind] -= 1
+        if left[kind] < 0:
+            return
+        gc.collect()
+        matrices = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
+                    and x.dtype == torch.float32 and tuple(x.shape) in shapes]
+        found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in matrices}
+        most = max(most, sum(found.values()))
+
+    def after_layer(module, *_):
+        if isinstance(module, Block) and not torch.is_grad_enabled():
+            measure("layers")
+
+    def measured(value):
+        result = gathered(value)
+        if runtime.rank() > 0 and isinstance(value, torch.Tensor) and value.dim() == 2:
+            measure("tensors")  # the first process gathers in main memory, which gloo calls its device
+        return result
+
+    hook = torch.nn.modules.module.register_module_forward_hook(after_layer)
+    shard.gathered = measured
+    try:
+        yield
+    finally:
+        hook.remove()
+        shard.gathered = gathered
+        Path(f"whole-{runtime.rank()}-{name}").write_text(str(most))
 
 
 def torchrun(processes, *argv):
@@ -277,11 +329,18 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_read(cfg):
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
 def test_a_sharded_run_gives_what_one_process_gives(place, request):
-    """Stopped and resumed, as processes that split the model or as one that holds it all. It takes half a minute."""
+    """Stopped and resumed, as processes that split the model or as one that holds it all. It takes half a minute.
+
+    No process ever has more of the model whole than two parts: embedding and head, and one layer.
+    """
     processes = request.config.getoption("--processes")
     if not processes:
         pytest.skip("run with --processes 2, as .ci/run does")
     torchrun(processes, "sharded", *SHARDED)
+    model = load_model("model")
+    layer, everything = (bytes_of(large_matrices(module), processes)
+                         for module in (model.model.layers[0], model))
+    two_parts = everything - (len(model.model.layers) - 1) * layer
     for name in SHARDED:
         run_stage(name, "one")
         run_stage(name, "stopped", "--resume")  # by one process, not sharded
@@ -292,6 +351,9 @@ def test_a_sharded_run_gives_what_one_process_gives(place, request):
         assert weights[0].keys() == weights[1].keys()
         for key, weight in weights[0].items():
             close(weights[1][key], weight)
+        whole = [int(Path(f"whole-{rank}-{name}").read_text()) for rank in range(processes)]
+        print(f"{name:<20}{max(whole):>10,} of {everything:,} bytes at most; two parts: {two_parts:,}")
+        assert layer < max(whole) <= two_parts < everything
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
