@@ -120,7 +120,8 @@ class Run:
                 if runtime.rank() == 0:
                     cut_metrics(self.folder / "metrics.jsonl", self.step)
                 if self.cfg.keep_last:
-                    shard.on_whole(self.model, self._keep_restored)()
+                    with shard.whole(self.model):
+                        self._keep_restored()
             else:
                 self.before = self.evaluate()
             self.progress = Progress(self.folder, total_steps, self.step, show=runtime.rank() == 0)
