@@ -511,6 +511,15 @@ def test_a_state_that_asks_for_memory_is_not_loaded():
     assert "truncated or corrupted (ValueError)" in one_line(load_training_state, "run")
 
 
+def test_a_state_may_hold_replies_about_anything():
+    """Also the name of what is refused above: a reply of the evaluation before training is text, and calls nothing."""
+    state_folder()
+    path = Path("run/training_state.pt")
+    said = [["What is a bytearray?", "cbuiltins\nbytearray\n"]]
+    torch.save({**torch.load(path, weights_only=True), "before": {"replies": said}}, path)
+    assert load_training_state("run")["before"] == {"replies": said}
+
+
 def test_curves_leave_out_what_is_no_step(capsys):
     Path("run").mkdir()
     lines = ["null", "[1]", '{"loss": 9}', '{"step": "a", "loss": 9}', '{"step": 2, "loss": NaN}', "[" * 10**5,
