@@ -67,7 +67,7 @@ class Config(RunConfig):
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6, with_lora=5e-4)
+    lr: float = flag(2e-5, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)

@@ -310,7 +310,7 @@ def test_a_downloaded_model_has_its_own_defaults(tmp_path, capsys):
     (train_reward, "", {"lr": 1e-5}),
     (train_reward, "--peft lora", {"lr": 1e-4}),
     (train_dpo, "", {"lr": 1e-6, "beta": 0.1}),
-    (train_dpo, "--peft lora", {"lr": 5e-4, "beta": 0.1}),
+    (train_dpo, "--peft lora", {"lr": 2e-5, "beta": 0.1}),
     (train_dpo, "--peft lora --lr 1e-6", {"lr": 1e-6}),  # by hand, if only the other default
     (train_grpo, "", {"lr": 1e-6}),
     (train_grpo, "--peft lora", {"lr": 2e-5}),
