@@ -228,6 +228,7 @@ def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
         methods=["full", "lora q,v", "prompt"], max_steps=2, device="cpu"))
     # Rank 8 on q (48 -> 48) and v (48 -> 24) of 2 layers: 2 x 8 (96 + 72); 256 virtual tokens of 48 numbers.
     assert [results[name]["trained"] for name in ("full", "lora q,v", "prompt")] == [54_192, 2_688, 12_288]
+    assert results["full"]["share"] == 1 and results["lora q,v"]["share"] < results["prompt"]["share"] < 1
     assert (results["base"]["new"], results["base"]["old"]) == (0, 0)
     # Weights, gradients and two moments: 16 bytes for each trained number, 4 for a frozen one, and then activations.
     assert results["full"]["memory"] > results["lora q,v"]["memory"] > 54_192 * 4 / 2**20 < results["prompt"]["memory"]

@@ -211,15 +211,16 @@ def test_a_package_that_is_not_installed_is_left_out_with_a_line(capsys):
     assert capsys.readouterr().out == "no_such_package is left out: No module named 'no_such_package'\n"
 
 
-def test_memory(capsys):
+def test_memory(capsys, monkeypatch):
     results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
     rows = results["peak MiB of training, one row"]
     assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16",
                                                "LoRA, base in bf16, recompute"]
     assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
-    again = bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["tiny"], max_seq_len=24, device="cpu"))
-    assert set(again["peak MiB of training, one row"][0]) == {"shape", "method", "24 tokens"}
     assert torch.get_default_dtype() == torch.float32
+    monkeypatch.setattr(bench_train, "peak_memory_mb", lambda step, device: 7.0)
+    again = bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["tiny"], max_seq_len=24, device="cpu"))
+    assert again["peak MiB of training, one row"][0] == {"shape": "tiny", "method": "full", "24 tokens": 7.0}
     with pytest.raises(UserError, match="--shapes huge: must be of tiny, "):
         bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["huge"], device="cpu"))
 
@@ -327,12 +328,11 @@ def test_an_unknown_stage_is_named(wrong):
 
 
 def test_compare_peft(small_project, capsys):
-    results = compare_peft.main(compare_peft.Config(methods=["full", "lora", "prefix"], max_steps=1, device="cpu"))
-    assert list(results) == ["base", "full", "lora", "prefix"]
-    assert results["full"]["share"] == 1 and 0 < results["lora"]["share"] < 1 and 0 < results["prefix"]["share"] < 1
-    for name in ("full", "lora", "prefix"):
-        assert all(results[name][column] > 0 for column in ("trained", "disk", "memory"))
-        assert results[name]["old"] is not None
+    """With the data and the model of its defaults. Chapter 14 has its numbers."""
+    results = compare_peft.main(compare_peft.Config(methods=["prefix"], max_steps=1, device="cpu"))
+    assert list(results) == ["base", "prefix"] and 0 < results["prefix"]["share"] < 1
+    assert all(results["prefix"][column] > 0 for column in ("trained", "disk", "memory"))
+    assert results["prefix"]["old"] is not None
     text = capsys.readouterr().out
     assert "# python train_lora.py --peft prefix --model out/sft --data data/identity.jsonl" in text
     assert Path("out/compare_peft/table.md").read_text(encoding="utf-8") in text
