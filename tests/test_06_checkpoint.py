@@ -331,7 +331,7 @@ assert step > 2, "no save got through"
 @POSIX
 def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path):
     # One thread: a forked child has none of its parent's OpenMP threads, and would wait for them for ever.
-    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "30"], check=True, timeout=120,
+    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "12"], check=True, timeout=120,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -67,7 +67,7 @@ STAGES = {
     "ppo": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 7, "--critic_steps", 1,
                         "--value_lr", 1e-3, "--num_minibatches", 3]),
 }
-QUICK = ["sft adamw", "ppo"]  # without --processes
+QUICK = ["ppo"]  # without --processes; chapter 7c has SFT
 SHARDED = ["pretrain adamw", "sft adamw", "lora", "dpo"]
 LETTERS = '''
 def letters(messages, answers, example):
