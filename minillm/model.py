@@ -299,9 +299,10 @@ class CausalLM(nn.Module):
         self.model = Backbone(config)
         self.origin = None  # the files of the folder that it was loaded from (origin.py)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init)
+        if not self.lm_head.weight.is_meta:  # there it would draw nothing, and take seven times as long
+            self.apply(self._init)
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and not weight.is_meta:
                 # GPT-2: the residual stream adds 2 x layers terms; keep its variance at the start.
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
         if config.tie_word_embeddings:
