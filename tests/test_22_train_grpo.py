@@ -67,7 +67,7 @@ def small_model(tokenizer, seed=0):
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
                                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
-                                 max_position_embeddings=128))
+                                 max_position_embeddings=96))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
