@@ -24,7 +24,7 @@ from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
 from minillm.training_state import restore_optimizer
-from tests.helpers import close
+from tests.helpers import close, in_processes
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -423,33 +423,25 @@ def test_a_number_is_summed_on_the_cpu_in_float64(monkeypatch):
     assert len(seen) == 2, "several numbers are one message"
 
 
-TOGETHER = """
-import torch, torch.distributed as dist
-from minillm import runtime
-
-# What stands for the GPU's backend is never reached: numbers and objects are on the CPU.
-dist.is_nccl_available = lambda: True
-real = dist.init_process_group
-dist.init_process_group = lambda backend, timeout: real(backend.replace("cuda:nccl", "cuda:gloo"), timeout=timeout)
-runtime.pick_device = lambda name: torch.device("cuda:0")
-runtime.describe = lambda device: "a fake"
-torch.cuda.set_device = lambda device: None
-runtime.start("", 0)
-rank = runtime.rank()
-assert runtime.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-assert runtime.sum_over_processes(10 + rank) == 21
-assert runtime.sum_tensor_over_processes(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
-"""
+def two_backends():
+    """What stands for the GPU's backend is never reached: numbers and objects are on the CPU."""
+    dist = torch.distributed
+    dist.is_nccl_available = lambda: True
+    real = dist.init_process_group
+    dist.init_process_group = lambda backend, timeout: real(backend.replace("cuda:nccl", "cuda:gloo"), timeout=timeout)
+    runtime.pick_device = lambda name: torch.device("cuda:0")
+    runtime.describe = lambda device: "a fake"
+    torch.cuda.set_device = lambda device: None
+    runtime.start("", 0)
+    rank = runtime.rank()
+    assert runtime.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert runtime.sum_over_processes(10 + rank) == 21
+    assert runtime.sum_tensor_over_processes(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
-def test_two_backends_side_by_side(tmp_path):
-    (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "together.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("a fake") == 1
+def test_two_backends_side_by_side():
+    assert "".join(in_processes(two_backends, count=2)).count("a fake") == 1
 
 
 # Out of memory
