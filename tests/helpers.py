@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm import run, runtime
+from minillm import run, runtime, token_cache
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["train_pretrain", "train_sft", "train_lora", "train_reward", "train_dpo", "train_grpo", "train_ppo"]
@@ -86,7 +86,7 @@ def in_processes(work, *arguments, count: int = 1, timeout: float = 120) -> list
     """Run work(*arguments), a function of a module, in a process of its own; returns what it has said, in a list.
 
     count: in so many processes that find each other, as torchrun starts them. If one fails, the others are killed.
-    Linux only. Raises AssertionError, with all that was said, unless every process ends with 0 in this time.
+    Not on Windows. Raises AssertionError, with all that was said, unless every process ends with 0 in this time.
     """
     with tempfile.TemporaryDirectory() as folder:
         environments, store = [{}], None
@@ -110,6 +110,13 @@ def in_processes(work, *arguments, count: int = 1, timeout: float = 120) -> list
         said = [file.read_text(encoding="utf-8") for file in files]
         assert [process.exitcode for process in processes] == [0] * count, "\n".join(said)
         return said
+
+
+def workers_start_at_once(monkeypatch):
+    """The workers of the token cache are forked from `loaded` instead of loading PyTorch each; not on Windows."""
+    if hasattr(os, "fork"):
+        context = loaded()
+        monkeypatch.setattr(token_cache.multiprocessing, "get_context", lambda method: context)
 
 
 def do_not_wait_for_the_disk():
