@@ -414,7 +414,7 @@ def test_an_epoch_holds_every_token_once(tmp_path, monkeypatch, window, span, sh
         assert not any(batch.loss_mask[batch.doc_ids < 0].any() for batch in batches)
 
 
-def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
+def test_without_shuffling_the_order_is_that_of_packing(tmp_path, monkeypatch):
     """Texts of 1 to 9 characters (2 tokens more) in rows of 12: the 11 tokens of the longest alone, then 10, 9, ...
     with what fits beside them. Shuffled, which is what a loader does unless told otherwise, the rows come in another
     order, so that the first batches are not those of the longest texts.
@@ -424,8 +424,26 @@ def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
     assert plain == [[8], [7], [6, 0], [5, 1], [4, 2], [3]]
     shuffled = [row.tolist() for row in PackedLoader(dataset, 1, 12, seed=0).order(0)]
     assert sorted(shuffled) == sorted(plain) and shuffled != plain
+    monkeypatch.setattr(data, "SPAN", 4)
     equal = load(write(tmp_path / "b.jsonl", [{"text": chr(97 + n)} for n in range(20)]))
     assert [row.tolist() for row in PackedLoader(equal, 1, 3, 0, shuffle=False).order(0)] == [[n] for n in range(20)]
+
+
+def test_who_shares_a_row_with_whom_changes_from_epoch_to_epoch(tmp_path):
+    """20 texts of 3 tokens, two to a row. Shuffling the rows alone would keep the pairs."""
+    loader = PackedLoader(load(write(tmp_path / "a.jsonl", [{"text": chr(97 + n)} for n in range(20)])), 1, 6, seed=0)
+    first, second = ({frozenset(row.tolist()) for row in loader.order(epoch)} for epoch in (0, 1))
+    assert len(first) == len(second) == 10 and len(first & second) < 5
+
+
+def test_the_file_is_opened_anew_for_each_window(tmp_path, monkeypatch):
+    """So the pages that were read are let go; the last test of this chapter measures it."""
+    monkeypatch.setattr(data, "WINDOW", 32)
+    monkeypatch.setattr(data, "SPAN", 4)
+    dataset, opened = load(documents(tmp_path / "a.jsonl", 100)), []
+    monkeypatch.setattr(dataset, "reopen", lambda: opened.append(True))
+    list(PackedLoader(dataset, 1, 64, seed=0).order(0))
+    assert len(opened) == 4  # 32 + 32 + 32 + 4
 
 
 def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
@@ -485,11 +503,13 @@ def test_the_loader_goes_on_where_it_was(tmp_path):
     for _ in range(steps):
         states.append(json.loads(json.dumps(loader.state())))
         batches.append(next(stream))
+    states.append(loader.state())
     assert epoch >= 4 and {state["epoch"] for state in states} == {0, 1, 2}
-    for start, state in enumerate(states):
+    for start in range(steps):
         other = PackedLoader(dataset, 3, 64, seed=0)
-        other.load_state(state)
+        other.load_state(states[start])
         assert all(map(same, batches[start:start + 3], iter(other)))
+        assert other.state() == states[min(start + 3, steps)]
 
 
 def test_batches_made_ahead_are_the_same_and_count_when_they_are_taken(tmp_path):
@@ -497,9 +517,10 @@ def test_batches_made_ahead_are_the_same_and_count_when_they_are_taken(tmp_path)
     dataset = load(documents(tmp_path / "a.jsonl", 40))
     loader = PackedLoader(dataset, 3, 64, seed=0)
     plain = list(loader.epoch_batches(0))
-    stream = iter(loader)
+    before, stream = set(threading.enumerate()), iter(loader)
     for taken, batch in enumerate(plain, 1):
         assert same(next(stream), batch) and loader.state() == {"epoch": 0, "taken": taken}
+        assert len(set(threading.enumerate()) - before) == 1
         time.sleep(0.01)  # time for the thread to run ahead
 
 
@@ -596,6 +617,7 @@ def test_more_processes_than_rows(tmp_path, monkeypatch):
     streams = map(iter, in_each_process(monkeypatch, 2, lambda: PackedLoader(dataset, 4, 8, seed=0)))
     for first, second in itertools.islice(zip(*streams), 3):
         assert (first.n_tokens, first.n_targets) == (5, 4) and (second.n_tokens, second.n_targets) == (0, 0)
+        assert second.tokens.shape == (1, 8)
 
 
 # ------------------------------------------------------------------------------------------- held out
@@ -615,6 +637,13 @@ def test_five_percent_of_the_distinct_items_are_held_out(distinct, held_out):
 
 def test_from_copies_of_a_single_item_nothing_can_be_held_out():
     assert hold_out([], 0).tolist() == hold_out([7], 0).tolist() == hold_out([7, 7, 7], 0).tolist() == []
+    assert hold_out([7], 0).dtype == np.int64  # indices, though there are none
+
+
+def test_what_is_held_out_does_not_depend_on_what_the_keys_are():
+    """They are hashes, which Python draws anew in each process; a run that goes on must hold out what it held out."""
+    places = hold_out(range(200), seed=3).tolist()
+    assert len(places) == 10 and places == hold_out(range(200, 0, -1), seed=3).tolist()
 
 
 def test_a_subset(tmp_path):
