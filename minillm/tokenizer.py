@@ -399,7 +399,11 @@ class Tokenizer:
         path = os.fspath(path)
         if not os.path.isdir(path):
             return save_json(path, self.document)
-        save_json(os.path.join(path, "tokenizer.json"), self.document)
+        for name, document in self.documents(max_length).items():
+            save_json(os.path.join(path, name), document)
+
+    def documents(self, max_length: int = 32768) -> dict:
+        """{name: content} of the JSON files of a folder: tokenizer.json, and what transformers reads beside it."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.chat_format.end,
@@ -410,7 +414,7 @@ class Tokenizer:
         }
         if self.chat_format.first:
             config["bos_token"] = self.chat_format.first
-        save_json(os.path.join(path, "tokenizer_config.json"), config)
+        return {"tokenizer.json": self.document, "tokenizer_config.json": config}
 
 
 def remember(cache: dict, text: str, ids: list) -> list:
