@@ -17,7 +17,7 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Interrupt:
-    """From now on such a signal asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
+    """Such a signal asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self):
         self.signal, self.asked_at, self.handlers = 0, None, {}

@@ -69,7 +69,7 @@ class RunConfig:
 
 
 class Interrupted(SystemExit):
-    """Ends the program after a checkpoint, with 128 + the signal's number: Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
+    """Ends the program after a checkpoint, with 128 + the signal's number: Ctrl-C 130, SIGTERM 143."""
 
 
 class Run:
