@@ -290,26 +290,30 @@ def wants_compile(model, asked) -> bool:
     return asked and can_compile(device)
 
 
-def compile_backbone(model, asked):
-    """If wanted and possible, compile the model's backbone in place: one program, for training batches of all shapes.
+def compile_layers(model, dynamic=None):
+    """Compile the layers of a model's backbone, in place, for training: one program, which all layers share, so that
+    compiling takes as long for 28 layers as for one."""
+    model.model.run_layer = torch.compile(model.model.run_layer, dynamic=dynamic)
 
-    A program without gradients would be another one, so evaluation and decoding run as they are. Another one would also
-    serve a batch of 0 or 1 rows: where larger ones have been seen, it gets rows of padding.
+
+def compile_backbone(model, asked):
+    """If wanted and possible, compile the layers: one program, for training batches of all shapes.
+
+    A batch of 0 or 1 rows would need another one: where larger ones have been seen, it gets rows of padding.
     """
     if not wants_compile(model, asked):
         return
+    compile_layers(model, dynamic=True)
     plain, most = model.model.forward, 0
-    compiled = torch.compile(plain, dynamic=True)
 
     def forward(tokens, *others):
         nonlocal most
-        if not torch.is_grad_enabled():
-            return plain(tokens, *others)
         rows = len(tokens)
-        most = max(most, rows)
-        if rows < min(most, 2):
-            return compiled(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)), *others)[:rows]
-        return compiled(tokens, *others)
+        if torch.is_grad_enabled():
+            most = max(most, rows)
+            if rows < min(most, 2) and not any(x is not None for x in others):
+                return plain(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)))[:rows]
+        return plain(tokens, *others)
 
     model.model.forward = forward
 

@@ -22,7 +22,7 @@ from minillm import interrupt, runtime, token_cache
 from minillm import model as model_file
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
-from tests.helpers import close, keep_states
+from tests.helpers import CAN_FORK, close, keep_states
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -104,7 +104,7 @@ def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
     each evaluation, and at the end. Resumed (or, before its first checkpoint, started again), it always ends as the
     undisturbed run does: state, weights, log and summary. The older run is whole, and nothing is left over."""
     done = subprocess.run([sys.executable, "-c", KILL_EVERYWHERE, str(ROOT)], capture_output=True, text=True, cwd=place,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env={**os.environ, **CAN_FORK}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     moments = Path("events.txt").read_text(encoding="utf-8").splitlines()
     assert moments.count("before model.safetensors") == moments.count("before training_state.pt") == 3  # checkpoints

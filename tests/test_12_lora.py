@@ -177,6 +177,18 @@ def test_a_starts_gaussian_with_std_one_over_r_and_b_at_zero():
     assert not layer.lora_B.any()
 
 
+def test_a_seed_gives_the_same_start_on_every_device():
+    """A is drawn on the CPU also for a model that is elsewhere, here on the meta device, which has no numbers at all:
+    so what is drawn next is the same. A model under --shard is in main memory while its LoRA is made."""
+    following = []
+    for base in (nn.Linear(6, 4), nn.Linear(6, 4, device="meta")):
+        torch.manual_seed(0)
+        layer = LoRALinear(base, 2, 4.0)
+        assert layer.lora_A.device == layer.lora_B.device == base.weight.device
+        following.append(torch.rand(3))
+    assert torch.equal(*following)
+
+
 def test_dropout_falls_on_the_update_alone_and_only_in_training():
     """x = [1, 1], W = 10: kept entries of x are doubled at p = 1/2, so y is 10 + 10 + (0, 2 or 4)."""
     torch.manual_seed(0)

@@ -319,37 +319,34 @@ def test_flex_attention_is_tried_with_large_blocks_then_small_ones_then_not_used
 
     monkeypatch.setattr(attention, "_compile_flex", compile_flex)
     for _ in range(2):  # the second time it is known
-        assert attention.can_flex(CUDA, 8, 4, 96, False) is works
-    assert tried == [((CUDA, 8, 4, 96, False), size) for size in (None, 32)[:1 + (SHARED in failures)]]
+        assert attention.can_flex(CUDA, 8, 4, 96) is works
+    assert tried == [((CUDA, 8, 4, 96), size) for size in (None, 32)[:1 + (SHARED in failures)]]
     if works:
         assert attention.KERNEL_OPTIONS.get("BLOCK_M") == blocks
     assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypatch, works, recompute):
-    """It is tried with the model's own numbers of heads, head_dim and --recompute. Rows shorter than a block need no
-    mask of blocks."""
+def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypatch, works):
+    """It is tried with the model's own numbers of heads and head_dim. Rows shorter than a block need no mask of blocks.
+    """
     model = CausalLM(ModelConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=96, num_hidden_layers=1))
-    model.model.recompute = recompute
     tried, masks = [], []
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
     monkeypatch.setattr(minillm.model, "can_flex", lambda *shape: tried.append(shape) or works)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(model, "hidden", lambda tokens, doc_ids, block_mask: masks.append(block_mask) or tokens)
     forward = minillm.model.packed_forward(model, True)
     for length in (127, 128):
         tokens, doc_ids = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length, dtype=torch.long)
         forward(tokens, doc_ids, [torch.from_numpy(x) for x in attention.document_blocks(doc_ids.numpy())])
-    assert tried == [(CPU, 6, 3, 96, recompute)] and [mask is not None for mask in masks] == [False, works]
+    assert tried == [(CPU, 6, 3, 96)] and [mask is not None for mask in masks] == [False, works]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, recompute):
+def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch):
     """Traced on a CPU, where PyTorch's backward pass is not allowed but there, by a backend that keeps the program and
     runs it as it is. Outside of this test a CPU is not asked."""
-    assert not attention.can_flex(CPU, 4, 2, 16, recompute)
+    assert not attention.can_flex(CPU, 4, 2, 16)
     programs, compile_it = [], torch.compile
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "KERNEL_OPTIONS", dict(attention.SMALLER))
@@ -360,10 +357,9 @@ def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_it(function, fullgraph=fullgraph,
                                                                                  backend=keep))
-    attention._compile_flex(CPU, 4, 2, 16, recompute)
+    attention._compile_flex(CPU, 4, 2, 16)
     (program,) = programs
     assert program.count("flex_attention(") == 1 and "'BLOCK_M1': 32" in program and "'num_stages': 1" in program
-    assert ("checkpoint" in program) is recompute
 
 
 # Another device on resume

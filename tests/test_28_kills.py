@@ -44,6 +44,7 @@ from minillm.heads import RewardModel, save_reward_model
 from minillm.model import CausalLM, ModelConfig
 from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
+from tests.helpers import CAN_FORK
 
 ROOT = Path(__file__).parent.parent
 RL = "--batch_size 4 --max_new_tokens 4 --warmup_steps 0 --data ../p.jsonl --eval_data ../e.jsonl"
@@ -319,7 +320,7 @@ def test_killed_and_resumed_every_stage_ends_as_if_nothing_had_happened(tmp_path
     names = list(STAGES) if kills else ["grpo"]
     command = f"from tests.test_28_kills import kill_all; kill_all({kills}, seed={kills}, names={names})"
     done = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, text=True, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=60 + 20 * kills)
+                          env={**os.environ, **CAN_FORK, "PYTHONPATH": str(ROOT)}, timeout=60 + 20 * kills)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     print(f"kills: {sum(len(run['killed']) for run in runs)} in {len(runs)} runs")
     assert done.returncode == 0, done.stderr[-3000:]
