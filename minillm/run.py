@@ -15,7 +15,8 @@ Run never calls the model, the loss or the optimizer. What it guarantees:
   from the same state, but some kernels add in any order there: even two equal runs may differ in the last bits.
 - A new run replaces an older one in OUT only with its first checkpoint: until then it lives in OUT.new. The older one
   becomes OUT.bak, OUT.bak2, ...; no run is ever deleted (--keep_last: older checkpoints of this one are).
-- However the loop ends (Ctrl-C, SIGTERM, SIGHUP, an exception in its body), signals, progress bar and files are put in order.
+- However the loop ends (Ctrl-C, SIGTERM, a closed terminal, an exception in its body), signals, progress bar and files
+  are put in order.
 """
 
 import json
