@@ -31,6 +31,7 @@ from minillm.config import parse_config
 from minillm.data import PackedLoader
 from minillm.generate import generate
 from minillm.heads import RewardModel, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.logprobs import head_logprobs
 from minillm.model import CausalLM
 from minillm.safetensors import load_safetensors, save_json
@@ -96,17 +97,17 @@ class Found:
 @contextlib.contextmanager
 def after_each_step(function):
     """Call function(number of the step, from 1) after each training step; it may return a signal's number, or 0."""
-    original, count = runtime.Interrupt.requested, [0]
+    original, count = Interrupt.requested, [0]
 
     def requested(self):
         count[0] += 1
         return function(count[0]) or original(self)
 
-    runtime.Interrupt.requested = requested
+    Interrupt.requested = requested
     try:
         yield
     finally:
-        runtime.Interrupt.requested = original
+        Interrupt.requested = original
 
 
 # The steps that check

@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, precision, threads, seeds, compilation, interruption, several processes.
+"""Where and how a run computes: device, precision, threads, seeds, compilation, several processes.
 
     python -m minillm.runtime       # what this machine is, and what is chosen on it: for a bug report
 
@@ -19,9 +19,7 @@ import math
 import os
 import platform
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -318,31 +316,6 @@ def compile_backbone(model, asked):
         return plain(tokens, *others)
 
     model.model.forward = forward
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal, self.asked_at, self.handlers = 0, None, {}
-        for name in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self.handlers[name] = signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
-        if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
-            sys.exit(130)
-        self.signal, self.asked_at = self.signal or number, self.asked_at or time.monotonic()
-
-    def requested(self) -> int:
-        """The number of the signal that any process got, or 0. All call this after the same steps, to stop together."""
-        return max(gather(self.signal)) if sum_over_processes(self.signal > 0) else 0
-
-    def close(self):
-        """Restore the signals' handlers: from here on Ctrl-C stops at once."""
-        for name, handler in self.handlers.items():
-            signal.signal(name, handler or signal.SIG_DFL)  # None: set by something other than Python
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -6,6 +6,7 @@ No machine has all of it. The tests fake what PyTorch and the system say about o
 and check what follows.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -500,6 +501,17 @@ def test_so_is_a_full_machine(monkeypatch, capsys, error, line):
     monkeypatch.setattr(runtime, "memory_gib", lambda device: (8.0, 16.0))
     hook(Plain, error)
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("number, line", [
+    (errno.ENOSPC, "the disk is full"), (errno.EFBIG, "no file may be so large here (ulimit -f)"),
+    (errno.EMFILE, "no more files may be open in one process (ulimit -n)"),
+    (errno.EIO, "the disk or the network drive fails"), (errno.EROFS, "the disk can only be read")])
+def test_what_the_system_refuses_in_the_middle_of_a_run_is_one_line(capsys, number, line):
+    """Such an error names no file when it comes from print, or from mapping a file that is open already."""
+    hook(Plain, OSError(number, "refused"))
+    assert capsys.readouterr().err == (f"error: {line} ([Errno {number}] refused); what was saved before is whole: put "
+                                       "that right and use --resume\n")
 
 
 def test_another_error_keeps_its_traceback(capsys):
