@@ -25,11 +25,13 @@ from benchmarks import train as bench_train
 from benchmarks.common import Report, ceilings, config_of, forward_flops
 from minillm import run as run_module
 from minillm import runtime
+from minillm.attention import can_flex
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.data import PackedLoader
 from minillm.generate import generate
 from minillm.heads import RewardModel, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.logprobs import head_logprobs
 from minillm.model import CausalLM
 from minillm.safetensors import load_safetensors, save_json
@@ -95,17 +97,17 @@ class Found:
 @contextlib.contextmanager
 def after_each_step(function):
     """Call function(number of the step, from 1) after each training step; it may return a signal's number, or 0."""
-    original, count = runtime.Interrupt.requested, [0]
+    original, count = Interrupt.requested, [0]
 
     def requested(self):
         count[0] += 1
         return function(count[0]) or original(self)
 
-    runtime.Interrupt.requested = requested
+    Interrupt.requested = requested
     try:
         yield
     finally:
-        runtime.Interrupt.requested = original
+        Interrupt.requested = original
 
 
 # The steps that check
@@ -175,8 +177,12 @@ def suite(found: Found):
 
 def recompiles(found: Found):
     counters = importlib.import_module("torch._dynamo.utils").counters
-    # Compiles a trivial function, which is not counted, under the settings of the run: TF32 would make it another one.
-    runtime.can_compile(runtime.start(found.device.type, 0))
+    # What is tried first is not counted: a trivial function, under the settings of the run (TF32 would make it another
+    # one), and flex attention of the model's shape.
+    device = runtime.start(found.device.type, 0)
+    runtime.can_compile(device)
+    shape = config_of(found.size["large"], found.size["vocab_size"], 2048)
+    can_flex(device, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim)
     seconds, probe = [], counters["stats"]["unique_graphs"]
     began = time.perf_counter()
     with after_each_step(lambda step: seconds.append(time.perf_counter() - began)):

@@ -19,6 +19,7 @@ from minillm import run, runtime, token_cache
 ROOT = Path(__file__).parent.parent
 STAGES = ["train_pretrain", "train_sft", "train_lora", "train_reward", "train_dpo", "train_grpo", "train_ppo"]
 
+CAN_FORK = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # neither threads nor CUDA survive a fork
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
@@ -59,8 +60,9 @@ def loaded():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "pytest", *STAGES])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        context.Process(target=int).start()  # now that there is this path
+        for name, value in {**CAN_FORK, "PYTHONPATH": str(ROOT)}.items():
+            patch.setenv(name, value)
+        context.Process(target=int).start()  # with which the first one starts
     return context
 
 

@@ -135,11 +135,15 @@ def test_llama3_scaling_slows_the_slow_frequencies():
 @pytest.mark.parametrize("device, dtype, queries, masked, plainly", [
     ("mps", torch.float32, 1, True, True),      # decoding rows of unequal length: the fused kernel has been wrong there
     ("mps", torch.float32, 8, True, True),
-    ("mps", torch.float32, 64, True, False),
+    ("mps", torch.float32, 9, True, False),
     ("mps", torch.float32, 1, False, False),
     ("mps", torch.bfloat16, 64, False, True),   # causal bf16 has looked ahead
     ("cpu", torch.bfloat16, 64, False, True),   # faster
     ("cpu", torch.bfloat16, 1, False, False),
+    ("cpu", torch.bfloat16, 2, False, True),
+    ("cpu", torch.bfloat16, 1, True, True),
+    ("cpu", torch.bfloat16, 4096, False, True),   # of 64 keys: 2^18 scores
+    ("cpu", torch.bfloat16, 4097, False, False),
     ("cpu", torch.float32, 64, True, False),
     ("cuda", torch.bfloat16, 64, True, False)])
 def test_where_attention_is_computed_as_the_formula_is_written(device, dtype, queries, masked, plainly):
@@ -158,6 +162,19 @@ def test_attention_worked_example():
     causal = attention_mask_2d(None, torch.zeros(1, 2), 2, 0, "cpu")
     for output in (attend(q, k, v, None), attend(q, k, v, causal), attention._attend_in_two_products(q, k, v, causal)):
         assert close(output[0, 0, :, 0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+def test_one_of_both_ways_is_taken(monkeypatch, plainly):
+    """What decides is told the device, the dtype, how many queries and keys there are, and whether there is a mask."""
+    asked = []
+    monkeypatch.setattr(attention, "two_products", lambda *question: asked.append(question) or plainly)
+    monkeypatch.setattr(*((F, "scaled_dot_product_attention") if plainly else (attention, "_attend_in_two_products")),
+                        None)  # the other way: an error
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8)
+    attend(q, k, k, attention_mask_2d(None, None, 3, 2, "cpu"))
+    attend(q, q, q, None)
+    assert asked == [("cpu", torch.float32, 3, 5, True), ("cpu", torch.float32, 3, 3, False)]
 
 
 @pytest.mark.parametrize("plainly", [False, True])
@@ -229,6 +246,29 @@ def test_who_may_look_at_whom():
     assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
     mask = attention_mask_2d(torch.tensor([[False, True, True, True]]), None, 2, 2, "cpu")  # two in the cache, two new
     assert mask.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+
+
+def test_only_keys_before_several_new_tokens_need_a_mask():
+    """Two new tokens after two keys: both in the cache, both of a prefix, or one of each. Without any, or with one new
+    token alone, plain causal attention is right and faster."""
+    for past, prefix in ((2, 0), (0, 2), (1, 1)):
+        mask = attention_mask_2d(None, None, 2, past, "cpu", prefix)
+        assert mask.int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    for T, past, prefix in ((3, 0, 0), (1, 0, 0), (1, 2, 0), (1, 0, 2)):
+        assert attention_mask_2d(None, None, T, past, "cpu", prefix) is None
+    mask = attention_mask_2d(torch.tensor([[False, True]]), None, 2, 0, "cpu", 1)  # everyone sees the prefix
+    assert mask.int().tolist() == [[[[1, 1, 0], [1, 0, 1]]]]
+
+
+def test_nothing_is_made_on_another_device(monkeypatch):
+    """On the device "meta", where tensors have no numbers: two devices in one operation are an error there too."""
+    monkeypatch.setattr(attention, "two_products", lambda *_: True)
+    q = torch.zeros(1, 4, 2, 8, device="meta")
+    results = [document_positions(torch.zeros(2, 3, dtype=torch.long, device="meta")),
+               attention_mask_2d(None, None, 2, 2, "meta"), attend(q, q, q, None)]
+    assert [x.device.type for x in results] == ["meta"] * 3
+    monkeypatch.setattr(attention, "_attend_in_two_products", lambda q, k, v, mask: mask)
+    assert attend(q, q, q, None).device.type == "meta"
 
 
 # ------------------------------------------------------------------------------------------ the whole
@@ -424,7 +464,7 @@ def test_the_block_mask_is_the_mask_in_blocks(length):
         assert (blocks.mask_mod(b, 0, q, k) == mask).all()
 
 
-@pytest.mark.parametrize("length", [12, 16, 18])
+@pytest.mark.parametrize("length", [12, 16, 17, 18, 160])
 def test_the_loaders_blocks_are_pytorchs(length):
     """NumPy makes, from the ends of the blocks, what create_block_mask makes of all pairs: every tensor is the same,
     of both directions, the forward pass's and the backward pass's."""
@@ -472,30 +512,63 @@ def test_flex_attention_equals_the_plain_mask(kv_heads):
           model.hidden(tokens, doc_ids=doc_ids))
 
 
-def test_one_program_serves_batches_of_all_shapes():
-    """As the scripts compile the models that read batches of ever other shapes: in one piece, once without and once
-    with doc_ids."""
-    model, counter = small_model(), CompileCounter()
-    compiled = torch.compile(model.model, dynamic=True, backend=counter, fullgraph=True)
+@pytest.fixture
+def no_programs():
+    """PyTorch keeps at most 8 programs of one function."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_program_serves_all_layers_and_batches_of_all_shapes(recompute):
+    """A model of three layers, as the scripts compile those that read batches of ever other shapes: in one piece, once
+    without and once with doc_ids. Hidden states and gradients are those of the plain twin."""
+    model, counter = small_model(num_hidden_layers=3), CompileCounter()
+    plain = copy.deepcopy(model)
+    model.model.recompute = recompute
+    model.model.run_layer = torch.compile(model.model.run_layer, dynamic=True, backend=counter, fullgraph=True)
     for rows, length in ((3, 7), (5, 12), (4, 9)):
         tokens = ids(rows, length)
-        close(compiled(tokens), model.hidden(tokens))
-        doc_ids = torch.arange(length).expand(rows, length) // 4
-        close(compiled(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
+        for doc_ids in (None, torch.arange(length).expand(rows, length) // 4):
+            found, expected = model.hidden(tokens, doc_ids=doc_ids), plain.hidden(tokens, doc_ids=doc_ids)
+            assert close(found, expected)
+            for hidden in (found, expected):
+                hidden.square().mean().backward()
     assert counter.frame_count == 2
+    for one, other in zip(model.model.parameters(), plain.model.parameters()):
+        assert close(one.grad, other.grad)
 
 
+@pytest.mark.usefixtures("no_programs")
 def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
     """The last batch of an epoch may have any number of rows: it is padded to the most rows seen, and the result has
     the rows that were asked for."""
     model, counter, compile_it = small_model(), CompileCounter(), torch.compile
+    plain = copy.deepcopy(model)
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
-    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compile_it(function, backend=counter,
+                                                                               dynamic=dynamic))
     forward = packed_forward(model, True)
     for rows in (7, 7, 1, 7, 3, 5):
         tokens, doc_ids = ids(rows, 12), torch.arange(12).expand(rows, 12) // 5
-        close(forward(tokens, doc_ids, blocks_of(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
+        assert close(forward(tokens, doc_ids, blocks_of(doc_ids)), plain.hidden(tokens, doc_ids=doc_ids))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("prefix, programs", [(0, 1), (2, 0)])
+def test_what_has_a_cache_or_needs_no_gradient_runs_uncompiled(prefix, programs):
+    """Each layer has its own place in a cache, and so has a learned prefix: that would be a program for each layer."""
+    model, counter = small_model(num_hidden_layers=3), CompileCounter()
+    model.model.run_layer = torch.compile(model.model.run_layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        model.hidden(ids(2, 5))
+    model.hidden(ids(2, 5), cache=KVCache(model.config, 2, 5))
+    assert counter.frame_count == 0
+    if prefix:
+        apply_prefix(model, prefix)
+    model.hidden(ids(2, 5)).mean().backward()
+    assert counter.frame_count == programs
 
 
 class Pairs:
@@ -522,11 +595,15 @@ def micro_batches():
             for part in minibatch.parts]
 
 
-@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 2)])
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 3)])
 def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, programs):
     """Batches of all heights and lengths, the last and smaller one, one of a single row and one without any. Evaluation
-    and decoding compile nothing. With a LoRA switched off the policy is its own reference: that is a second program."""
-    language_model, counter, compile_it = small_model(num_hidden_layers=1), CompileCounter(), torch.compile
+    and decoding compile nothing. With a LoRA the first layer has a program of its own, since what comes from the frozen
+    embedding needs no gradient; switched off, so that the policy is its own reference, it makes a third one.
+
+    No batch is as long as the model is wide, here 30 and 32: PyTorch takes equal sizes for one, which then is fixed."""
+    language_model, counter, compile_it = small_model(hidden_size=30, head_dim=32), CompileCounter(), torch.compile
     heads = {"reward": RewardModel.from_lm, "critic": ValueModel.from_lm}
     model = heads[stage](language_model) if stage in heads else language_model
     if "lora" in stage:

@@ -15,9 +15,10 @@ import torch
 
 import train_lora
 from benchmarks import compare_peft
-from minillm import runtime, token_cache
+from minillm import token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.errors import UserError
+from minillm.interrupt import Interrupt
 from minillm.losses import sft_loss
 from minillm.model import CausalLM, ModelConfig
 from minillm.optim import make_optimizers
@@ -89,7 +90,7 @@ def adapter(out):
 def interrupt_at(monkeypatch, step):
     """As if Ctrl-C came during that step."""
     steps = iter(range(1, 1000))
-    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
+    monkeypatch.setattr(Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
 
 
 def variant(options):

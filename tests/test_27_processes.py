@@ -36,6 +36,7 @@ from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.model import Block
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
@@ -108,11 +109,11 @@ def run_all(out, names=STAGES):
 
 def stop(name, *more):
     """A stage that is asked to stop after two steps; writes stopped/."""
-    steps, requested = iter([0, signal.SIGTERM]), runtime.Interrupt.requested
-    runtime.Interrupt.requested = lambda self: next(steps)
+    steps, requested = iter([0, signal.SIGTERM]), Interrupt.requested
+    Interrupt.requested = lambda self: next(steps)
     with contextlib.suppress(Interrupted):
         run_stage(name, "stopped", *more)
-    runtime.Interrupt.requested = requested
+    Interrupt.requested = requested
 
 
 def like_the_fixture():
