@@ -42,7 +42,7 @@ SIZES = {
                  row_length=768, vocab_size=6400, compiled=("base", "small", "tiny"), qwen="qwen3-0.6b",
                  qwen_vocab=151936, length=4096, answer=448, twice=30),
     "cpu": dict(stages=3, recompiles=4, large="tiny", presets=("tiny",), rows=2, row_length=64,
-                vocab_size=1024, compiled=("tiny",), qwen="tiny", qwen_vocab=2048, length=256, answer=16, twice=4),
+                vocab_size=3072, compiled=("tiny",), qwen="tiny", qwen_vocab=4096, length=256, answer=16, twice=4),
 }
 
 
