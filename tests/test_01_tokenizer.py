@@ -686,6 +686,118 @@ def test_a_template_is_known_by_its_hash_and_an_unknown_one_by_its_words():
     assert (found.tools_as_user, found.think, exact) == (False, False, False)
 
 
+def test_a_known_template_decides_and_brings_its_default_system_message(monkeypatch):
+    """The message is not part of the hash: 0fd08d01cb0d91ea is that of "<|im_start|>system", a line end and
+    "<|im_end|>". Line ends may be those of Windows, or written as \\n; white space around a template is not part of it.
+    """
+    monkeypatch.setitem(chat.KNOWN, "0fd08d01cb0d91ea", chat.QWEN3)
+    monkeypatch.setitem(chat.KNOWN, "ba7816bf8f01cfea", chat.SMOLLM2)
+    for end in ("\n", "\r\n", r"\n"):
+        template = f" <|im_start|>system{end}Be Bo.<|im_end|>{end}"
+        assert chat.choose_format(["<|im_end|>"], template) == (chat.QWEN3._replace(default_system="Be Bo."), True)
+    assert chat.choose_format(["<|im_end|>"], "abc") == (chat.SMOLLM2._replace(default_system=""), True)
+
+
+def test_the_formats_whose_templates_are_known():
+    """By the hashes of the templates that the makers publish."""
+    kinds = {key: (known.start, known.tools_as_user, known.think) for key, known in chat.KNOWN.items()}
+    chatml, llama = "<|im_start|>", "<|start_header_id|>"
+    assert kinds == {
+        "f950548988e50713": (chatml, False, False), "bf0c34b1af07f37d": (chatml, False, False),
+        "7b38da0303a45315": (chatml, True, False), "edcd73b0e30a780c": (chatml, True, True),
+        "2df317a15cbc983d": (chatml, True, True), "aa39eed4cbfdd57a": (chatml, True, False),
+        "ba03a121d097859c": (llama, False, False), "b48c47f644389271": (llama, False, False)}
+    assert [known.name for known in (chat.CHATML, chat.SMOLLM2, chat.QWEN25, chat.QWEN3, chat.LLAMA3)] == [
+        "ChatML", "ChatML with a default system message", "Qwen2.5", "Qwen3", "Llama 3"]
+    assert chat.KNOWN["aa39eed4cbfdd57a"].name == "Qwen3 without think blocks"
+
+
+@pytest.mark.parametrize("added, template, exact", [
+    (["<|eot_id|>"], "", True), (["<|eot_id|>"], "mine", False), (["<|eot_id|>"], "abc", True),
+    (["<|eot_id|>"], chat.template_of(chat.LLAMA3), True)])
+def test_llama_3_is_known_by_its_end_of_a_turn(monkeypatch, added, template, exact):
+    """Its format is taken under any template. A tokenizer with both ends talks ChatML."""
+    monkeypatch.setitem(chat.KNOWN, "ba7816bf8f01cfea", chat.LLAMA3)
+    assert chat.choose_format(added, template) == (chat.LLAMA3, exact)
+    assert chat.choose_format([*added, "<|im_end|>"]) == (chat.CHATML, True)
+    monkeypatch.setitem(chat.KNOWN, "ba7816bf8f01cfea", chat.CHATML)
+    assert chat.choose_format(added, "abc") == (chat.LLAMA3, False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tools_as_user": True}, {"think": True}, {"default_system": "Be Bo."}])
+def test_a_template_of_ours_is_read_back(changes):
+    """By its first line; if anything after it was changed, it is not followed to the letter any more."""
+    ours = chat.CHATML._replace(**changes)
+    template = chat.template_of(ours)
+    assert chat.choose_format(["<|im_end|>"], template) == (ours, True)
+    assert chat.choose_format(["<|im_end|>"], template + "!") == (ours, False)
+
+
+def piece(text, trained=False):
+    return chat.Piece(text, text.startswith("<|"), trained)
+
+
+def test_the_pieces_of_a_conversation():
+    """A control token is a piece of its own. For Llama 3 so is the role; white space stays with what follows it.
+
+    Unless it is told otherwise, `render` writes no prompt for a reply, and a reply thinks: the model learns to write
+    the empty block. Without thinking the block belongs to the prompt.
+    """
+    messages, block = [user("a"), assistant("b")], "<think>\n\n</think>\n\n"
+    turn = [piece("<|im_start|>"), piece("user\na"), piece("<|im_end|>"), piece("\n")]
+    answer = [piece("b", True), piece("<|im_end|>", True), piece("\n")]
+    start = [piece("<|im_start|>"), piece("assistant\n")]
+    assert chat.render(chat.QWEN3, messages) == [*turn, *start, piece(block, True), *answer]
+    assert chat.render(chat.QWEN3, messages, thinking=False) == [*turn, *start, piece(block), *answer]
+    assert chat.render(chat.QWEN3, messages[:1], True, False) == [*turn, *start, piece(block)]
+    assert chat.render(chat.CHATML, messages[:1], True, False) == [*turn, *start]
+    assert chat.render(chat.LLAMA3, [user(" a"), assistant("b\n")]) == [
+        piece("<|begin_of_text|>"), piece("<|start_header_id|>"), piece("user"), piece("<|end_header_id|>"),
+        piece("\n\na"), piece("<|eot_id|>"), piece("<|start_header_id|>"), piece("assistant"),
+        piece("<|end_header_id|>"), piece("\n\n"), piece("b", True), piece("<|eot_id|>", True)]
+
+
+def test_the_default_system_messages_of_qwen_and_smollm2():
+    """They stand before any conversation that has no system message of its own, and before the list of tools."""
+    qwen = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    smol = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert text_of(chat.QWEN25, [user("a")]) == f"{qwen}<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+    assert text_of(chat.SMOLLM2, [assistant("a")]) == f"{smol}<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+    assert text_of(chat.QWEN25, [TOOLS, user("a")]).startswith(f"{qwen}\n\n{TOOLS_TEXT}<|im_end|>\n<|im_start|>user")
+    assert text_of(chat.QWEN3, [TOOLS]) == f"<|im_start|>system\n{TOOLS_TEXT}<|im_end|>\n"
+
+
+@pytest.mark.parametrize("message, expected", [
+    ({"content": "<think>\n\nHm.\n\n</think>\n\nb\n"}, ("Hm.", "b\n")),
+    ({"content": "Hm.\n</think>b"}, ("Hm.", "b")),  # where the prompt ends with <think>
+    ({"content": "a<think>b<think> c </think>d</think>\ne"}, (" c ", "e")),
+    ({"content": "b", "reasoning_content": "Hm.\n"}, ("Hm.\n", "b")),
+    ({"content": "a</think>b", "reasoning_content": ""}, ("", "a</think>b")),
+    ({"content": "<think>b"}, ("", "<think>b"))])
+def test_think_text_is_told_from_content(message, expected):
+    """What stands between the last <think> before the first </think> and that, and what follows the last </think>."""
+    assert chat.split_think(message) == expected
+
+
+@pytest.mark.parametrize("messages, index", [
+    ([user("a"), assistant("b"), user("c"), assistant("d")], 2),
+    ([user("a"), assistant("b"), user("<tool_response>\nc\n</tool_response>"), assistant("d")], 0),
+    ([user("a"), assistant("b"), user("<tool_response> is a tag"), assistant("d")], 2),
+    ([user("a"), assistant("b"), user("so is </tool_response>"), assistant("d")], 2),
+    ([assistant("a"), assistant("b")], 1), ([], -1)])
+def test_which_question_is_the_last(messages, index):
+    assert chat.last_question(messages) == index
+
+
+def test_how_many_turns_lose_their_think_text():
+    """Two of three: those before the last question. The list of tools is no turn. Without a question all are lost."""
+    turns = [user("a"), thinks("b", "c"), thinks("d", "e"), assistant("f"), user("g"), thinks("h", "i")]
+    assert chat.lost_think(turns) == chat.lost_think([TOOLS, *turns]) == 2
+    assert chat.lost_think(turns[:4]) == chat.lost_think([]) == 0
+    assert chat.lost_think(turns[1:3]) == 2 and text_of(chat.QWEN3, turns[1:3]) == (
+        "<|im_start|>assistant\nc<|im_end|>\n<|im_start|>assistant\ne<|im_end|>\n")
+
+
 def test_qwen_3_writes_a_think_block_before_its_last_answer_and_drops_earlier_ones(qwen3):
     """Also where there is nothing to think: the block is then empty, and belongs to the prompt without thinking."""
     messages = [user("a"), thinks("Hm.", "b"), user("c"), thinks("Well,\nwell.\n", "d")]
@@ -814,6 +926,7 @@ def test_the_history_of_a_chat_has_no_think_text():
     assert chat.without_think("<think>\nHm.\n</think>\n\nYes <think>") == "Yes <think>"
     assert chat.without_think("<think>\nnever done") == ""
     assert chat.without_think("Yes") == "Yes"
+    assert chat.without_think(" \n<think>a\n</think> <think>b</think>") == "<think>b</think>"  # the first one
 
 
 def test_transformers_opens_the_folder(tokenizer, tmp_path):

@@ -257,6 +257,28 @@ def test_what_max_seq_len_costs_a_conversation_is_counted(max_seq_len, trained, 
     assert counts == Counter(stats)
 
 
+class NothingFollows:
+    """A tokenizer whose conversations end with a trained token, as in Llama 3's format."""
+
+    def render(self, messages):
+        return [7, 8, 9, 10], [False, False, True, True]
+
+
+def test_the_last_token_counts_among_those_that_max_seq_len_costs():
+    counts = Counter()
+    sequences = encode_conversation({"conversations": HI_YO}, "", NothingFollows(), 3, counts)
+    assert sequences == [([7, 8, 9], [False, False, True])]
+    assert counts == {"trained tokens lost to --max_seq_len": 1, "longer than --max_seq_len, cut": 1}
+
+
+def test_think_text_that_no_format_writes_is_counted():
+    """Two replies have some, and the first one loses it, since another question follows."""
+    thinks = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "Hm."}]
+    counts = Counter()
+    encode_conversation({"conversations": thinks * 2}, "", BYTES, 200, counts)
+    assert counts == {"replies without their think text, because another question follows": 1}
+
+
 def test_what_was_left_out_is_reported_and_only_nothing_left_is_an_error(tmp_path, capsys):
     silent = {"conversations": [{"role": "user", "content": "Hello?"}]}
     long = {"conversations": [*HI_YO, {"role": "user", "content": "x" * 50}, {"role": "assistant", "content": "No"}]}
@@ -287,6 +309,13 @@ def test_pack_takes_the_row_with_the_least_room():
     assert pack([], 10) == []
 
 
+def test_pack_at_its_limits():
+    """A sequence of one token, of all the row's, of none; among equal lengths the order of the file is kept."""
+    assert pack([1, 1], 3) == pack([3, 0], 3) == [[0, 1]] and pack([0], 3) == [[0]]
+    assert pack([5] * 1000, 5) == [[i] for i in range(1000)]
+    assert type(pack([2], 2)[0][0]) is int
+
+
 def test_a_sequence_longer_than_the_row_is_refused():
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a row of 8"):
         pack([3, 9], 8)
@@ -311,7 +340,42 @@ def test_collate_worked_example(tmp_path):
     assert batch.doc_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, 0, -1, -1, -1, -1, -1]]
     assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [1, 2, 3, 5, 6, 9, 10]
     assert (batch.n_tokens, batch.n_targets) == (10, 7)
-    assert [batch.tokens.dtype, batch.loss_mask.dtype] == [torch.int64, torch.bool]
+    assert type(batch.n_tokens) is type(batch.n_targets) is int
+    assert [batch.tokens.dtype, batch.loss_mask.dtype, batch.doc_ids.dtype, batch.targets.dtype] == [
+        torch.int64, torch.bool, torch.int64, torch.int64]
+
+
+def test_a_batch_moves_with_all_it_holds():
+    """To the device "meta" here. With rows of 200 tokens there are two blocks of attention, and two directions with
+    two kinds each: four lists (chapter 4)."""
+    dataset = [(np.arange(150), np.ones(150, bool))]
+    batch = PackedLoader(dataset, 1, 200, seed=0).collate([[0]])
+    assert [block.shape for block in batch.blocks] == [(4, 1, 1, 2), (4, 1, 1, 2, 2)]
+    moved = batch.to("meta")
+    tensors = (moved.tokens, moved.loss_mask, moved.doc_ids, moved.targets, *moved.blocks)
+    assert [x.device.type for x in tensors] == ["meta"] * 6 and type(moved.blocks) is tuple
+
+
+class Recorded:
+    """Stands for a tensor, and remembers what is done with it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def pin_memory(self):
+        self.calls.append("pin_memory")
+        return self
+
+    def to(self, device, **options):
+        self.calls.append((device, options))
+        return self
+
+
+def test_for_cuda_a_tensor_is_copied_from_pinned_memory_without_waiting():
+    """Only from pinned memory can the copy go on while the program does."""
+    for device, calls in (("cuda:1", ["pin_memory", ("cuda:1", {"non_blocking": True})]), ("cpu", [("cpu", {})])):
+        tensor = Recorded()
+        assert data.to_device(tensor, device) is tensor and tensor.calls == calls
 
 
 def test_the_first_token_of_a_document_is_never_a_target():
@@ -350,7 +414,7 @@ def test_an_epoch_holds_every_token_once(tmp_path, monkeypatch, window, span, sh
         assert not any(batch.loss_mask[batch.doc_ids < 0].any() for batch in batches)
 
 
-def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
+def test_without_shuffling_the_order_is_that_of_packing(tmp_path, monkeypatch):
     """Texts of 1 to 9 characters (2 tokens more) in rows of 12: the 11 tokens of the longest alone, then 10, 9, ...
     with what fits beside them. Shuffled, which is what a loader does unless told otherwise, the rows come in another
     order, so that the first batches are not those of the longest texts.
@@ -360,8 +424,26 @@ def test_without_shuffling_the_order_is_that_of_packing(tmp_path):
     assert plain == [[8], [7], [6, 0], [5, 1], [4, 2], [3]]
     shuffled = [row.tolist() for row in PackedLoader(dataset, 1, 12, seed=0).order(0)]
     assert sorted(shuffled) == sorted(plain) and shuffled != plain
+    monkeypatch.setattr(data, "SPAN", 4)
     equal = load(write(tmp_path / "b.jsonl", [{"text": chr(97 + n)} for n in range(20)]))
     assert [row.tolist() for row in PackedLoader(equal, 1, 3, 0, shuffle=False).order(0)] == [[n] for n in range(20)]
+
+
+def test_who_shares_a_row_with_whom_changes_from_epoch_to_epoch(tmp_path):
+    """20 texts of 3 tokens, two to a row. Shuffling the rows alone would keep the pairs."""
+    loader = PackedLoader(load(write(tmp_path / "a.jsonl", [{"text": chr(97 + n)} for n in range(20)])), 1, 6, seed=0)
+    first, second = ({frozenset(row.tolist()) for row in loader.order(epoch)} for epoch in (0, 1))
+    assert len(first) == len(second) == 10 and len(first & second) < 5
+
+
+def test_the_file_is_opened_anew_for_each_window(tmp_path, monkeypatch):
+    """So the pages that were read are let go; the last test of this chapter measures it."""
+    monkeypatch.setattr(data, "WINDOW", 32)
+    monkeypatch.setattr(data, "SPAN", 4)
+    dataset, opened = load(documents(tmp_path / "a.jsonl", 100)), []
+    monkeypatch.setattr(dataset, "reopen", lambda: opened.append(True))
+    list(PackedLoader(dataset, 1, 64, seed=0).order(0))
+    assert len(opened) == 4  # 32 + 32 + 32 + 4
 
 
 def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
@@ -378,6 +460,18 @@ def test_a_window_comes_from_all_over_the_file(tmp_path, monkeypatch):
 
 def same(a, b) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "loss_mask", "doc_ids"))
+
+
+def test_a_loader_must_say_what_its_order_and_its_batches_are():
+    loader = data.Loader([], 2, seed=0)
+    for call in (lambda: loader.order(0), lambda: loader.collate([])):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+def test_a_loader_shares_with_the_other_processes_unless_told_otherwise(monkeypatch):
+    loaders = in_each_process(monkeypatch, 2, lambda: data.Loader([], 4, seed=0))
+    assert [(loader.rank, loader.world) for loader in loaders] == [(0, 2), (1, 2)]
 
 
 def test_how_many_steps_some_epochs_make(tmp_path):
@@ -409,11 +503,13 @@ def test_the_loader_goes_on_where_it_was(tmp_path):
     for _ in range(steps):
         states.append(json.loads(json.dumps(loader.state())))
         batches.append(next(stream))
+    states.append(loader.state())
     assert epoch >= 4 and {state["epoch"] for state in states} == {0, 1, 2}
-    for start, state in enumerate(states):
+    for start in range(steps):
         other = PackedLoader(dataset, 3, 64, seed=0)
-        other.load_state(state)
+        other.load_state(states[start])
         assert all(map(same, batches[start:start + 3], iter(other)))
+        assert other.state() == states[min(start + 3, steps)]
 
 
 def test_batches_made_ahead_are_the_same_and_count_when_they_are_taken(tmp_path):
@@ -421,9 +517,10 @@ def test_batches_made_ahead_are_the_same_and_count_when_they_are_taken(tmp_path)
     dataset = load(documents(tmp_path / "a.jsonl", 40))
     loader = PackedLoader(dataset, 3, 64, seed=0)
     plain = list(loader.epoch_batches(0))
-    stream = iter(loader)
+    before, stream = set(threading.enumerate()), iter(loader)
     for taken, batch in enumerate(plain, 1):
         assert same(next(stream), batch) and loader.state() == {"epoch": 0, "taken": taken}
+        assert len(set(threading.enumerate()) - before) == 1
         time.sleep(0.01)  # time for the thread to run ahead
 
 
@@ -437,6 +534,25 @@ def test_what_goes_wrong_ahead_is_raised_where_the_items_are_taken():
     with pytest.raises(UserError, match="line 7"):
         next(stream)
     assert list(data.ahead(iter([1, 2, 3, 4]))) == [1, 2, 3, 4] and list(data.ahead(iter([]))) == []
+
+
+def test_the_thread_makes_two_items_ahead():
+    """One is taken, two are ready, and the next one waits in its hand for a place."""
+    made = []
+
+    def items():
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    stream = data.ahead(items())
+    next(stream)
+    until = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.02)  # time for one too many
+    assert made == [0, 1, 2, 3]
+    stream.close()
 
 
 def test_the_thread_ends_when_nobody_wants_more():
@@ -501,6 +617,7 @@ def test_more_processes_than_rows(tmp_path, monkeypatch):
     streams = map(iter, in_each_process(monkeypatch, 2, lambda: PackedLoader(dataset, 4, 8, seed=0)))
     for first, second in itertools.islice(zip(*streams), 3):
         assert (first.n_tokens, first.n_targets) == (5, 4) and (second.n_tokens, second.n_targets) == (0, 0)
+        assert second.tokens.shape == (1, 8)
 
 
 # ------------------------------------------------------------------------------------------- held out
@@ -520,6 +637,13 @@ def test_five_percent_of_the_distinct_items_are_held_out(distinct, held_out):
 
 def test_from_copies_of_a_single_item_nothing_can_be_held_out():
     assert hold_out([], 0).tolist() == hold_out([7], 0).tolist() == hold_out([7, 7, 7], 0).tolist() == []
+    assert hold_out([7], 0).dtype == np.int64  # indices, though there are none
+
+
+def test_what_is_held_out_does_not_depend_on_what_the_keys_are():
+    """They are hashes, which Python draws anew in each process; a run that goes on must hold out what it held out."""
+    places = hold_out(range(200), seed=3).tolist()
+    assert len(places) == 10 and places == hold_out(range(200, 0, -1), seed=3).tolist()
 
 
 def test_a_subset(tmp_path):

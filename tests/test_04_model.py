@@ -135,11 +135,15 @@ def test_llama3_scaling_slows_the_slow_frequencies():
 @pytest.mark.parametrize("device, dtype, queries, masked, plainly", [
     ("mps", torch.float32, 1, True, True),      # decoding rows of unequal length: the fused kernel has been wrong there
     ("mps", torch.float32, 8, True, True),
-    ("mps", torch.float32, 64, True, False),
+    ("mps", torch.float32, 9, True, False),
     ("mps", torch.float32, 1, False, False),
     ("mps", torch.bfloat16, 64, False, True),   # causal bf16 has looked ahead
     ("cpu", torch.bfloat16, 64, False, True),   # faster
     ("cpu", torch.bfloat16, 1, False, False),
+    ("cpu", torch.bfloat16, 2, False, True),
+    ("cpu", torch.bfloat16, 1, True, True),
+    ("cpu", torch.bfloat16, 4096, False, True),   # of 64 keys: 2^18 scores
+    ("cpu", torch.bfloat16, 4097, False, False),
     ("cpu", torch.float32, 64, True, False),
     ("cuda", torch.bfloat16, 64, True, False)])
 def test_where_attention_is_computed_as_the_formula_is_written(device, dtype, queries, masked, plainly):
@@ -158,6 +162,19 @@ def test_attention_worked_example():
     causal = attention_mask_2d(None, torch.zeros(1, 2), 2, 0, "cpu")
     for output in (attend(q, k, v, None), attend(q, k, v, causal), attention._attend_in_two_products(q, k, v, causal)):
         assert close(output[0, 0, :, 0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+def test_one_of_both_ways_is_taken(monkeypatch, plainly):
+    """What decides is told the device, the dtype, how many queries and keys there are, and whether there is a mask."""
+    asked = []
+    monkeypatch.setattr(attention, "two_products", lambda *question: asked.append(question) or plainly)
+    monkeypatch.setattr(*((F, "scaled_dot_product_attention") if plainly else (attention, "_attend_in_two_products")),
+                        None)  # the other way: an error
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 5, 8)
+    attend(q, k, k, attention_mask_2d(None, None, 3, 2, "cpu"))
+    attend(q, q, q, None)
+    assert asked == [("cpu", torch.float32, 3, 5, True), ("cpu", torch.float32, 3, 3, False)]
 
 
 @pytest.mark.parametrize("plainly", [False, True])
@@ -229,6 +246,29 @@ def test_who_may_look_at_whom():
     assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
     mask = attention_mask_2d(torch.tensor([[False, True, True, True]]), None, 2, 2, "cpu")  # two in the cache, two new
     assert mask.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+
+
+def test_only_keys_before_several_new_tokens_need_a_mask():
+    """Two new tokens after two keys: both in the cache, both of a prefix, or one of each. Without any, or with one new
+    token alone, plain causal attention is right and faster."""
+    for past, prefix in ((2, 0), (0, 2), (1, 1)):
+        mask = attention_mask_2d(None, None, 2, past, "cpu", prefix)
+        assert mask.int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    for T, past, prefix in ((3, 0, 0), (1, 0, 0), (1, 2, 0), (1, 0, 2)):
+        assert attention_mask_2d(None, None, T, past, "cpu", prefix) is None
+    mask = attention_mask_2d(torch.tensor([[False, True]]), None, 2, 0, "cpu", 1)  # everyone sees the prefix
+    assert mask.int().tolist() == [[[[1, 1, 0], [1, 0, 1]]]]
+
+
+def test_nothing_is_made_on_another_device(monkeypatch):
+    """On the device "meta", where tensors have no numbers: two devices in one operation are an error there too."""
+    monkeypatch.setattr(attention, "two_products", lambda *_: True)
+    q = torch.zeros(1, 4, 2, 8, device="meta")
+    results = [document_positions(torch.zeros(2, 3, dtype=torch.long, device="meta")),
+               attention_mask_2d(None, None, 2, 2, "meta"), attend(q, q, q, None)]
+    assert [x.device.type for x in results] == ["meta"] * 3
+    monkeypatch.setattr(attention, "_attend_in_two_products", lambda q, k, v, mask: mask)
+    assert attend(q, q, q, None).device.type == "meta"
 
 
 # ------------------------------------------------------------------------------------------ the whole
@@ -424,7 +464,7 @@ def test_the_block_mask_is_the_mask_in_blocks(length):
         assert (blocks.mask_mod(b, 0, q, k) == mask).all()
 
 
-@pytest.mark.parametrize("length", [12, 16, 18])
+@pytest.mark.parametrize("length", [12, 16, 17, 18, 160])
 def test_the_loaders_blocks_are_pytorchs(length):
     """NumPy makes, from the ends of the blocks, what create_block_mask makes of all pairs: every tensor is the same,
     of both directions, the forward pass's and the backward pass's."""

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import logprobs
-from minillm.logprobs import head_logprobs, linear_cross_entropy
+from minillm.logprobs import denominator, head_entropy, head_logprobs, linear_cross_entropy, masked
 from minillm.losses import sft_loss, token_logprobs
 from tests.helpers import close
 
@@ -63,11 +63,15 @@ def test_temperature_divides_the_logits_and_not_the_logprobs():
 
 
 def test_half_precision_logits_give_float32_logprobs():
-    """bf16 has 8 bits. The logits 3, 0, 0 are exact in it; ln of e^3 / (e^3 + 2) = -0.094923 is not."""
+    """bf16 has 8 bits. The logits 3, 0, 0 are exact in it; ln of e^3 / (e^3 + 2) = -0.094923 is not. Neither is 3 / 0.7
+    = 4.285714, which bf16 rounds to 4.28125: ln of e^4.285714 / (e^4.285714 + 2) = -0.027156.
+    """
     logits = torch.tensor([[[3.0, 0, 0], [0, 0, 0]]], dtype=torch.bfloat16)
     logprobs = token_logprobs(logits, torch.tensor([[1, 0]]))
     assert logprobs.dtype == torch.float32
     close(logprobs, [[-0.0949229]])
+    close(token_logprobs(logits, torch.tensor([[1, 0]]), temperature=0.7), [[-0.0271555]])
+    assert masked(logits, torch.tensor(True)).dtype == torch.float32  # so are sums inside a mask
 
 
 def test_huge_logits_do_not_overflow():
@@ -195,7 +199,7 @@ def test_head_worked_example():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5])
 def test_head_equals_its_plain_twin(small_chunks, dtype, temperature):
     """Same logprobs, same gradients, but never all the logits."""
     hidden, weight, tokens = head_inputs(dtype=dtype)
@@ -243,6 +247,25 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+class NoWaiting(TorchDispatchMode):
+    """An error for what a GPU would have to be waited for: a tensor's number, or how many rows a mask picks."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(x.dtype == torch.bool for x in args[1] if x is not None)
+        if by_mask or func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default):
+            raise RuntimeError(f"{func} waits")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device, vocabulary, rows", [
+    ("cpu", 1024, 2048), ("meta", 1024, 16384), ("cpu", 100_000, 512)])
+def test_how_many_rows_a_chunk_has(device, vocabulary, rows):
+    """2^21 logits on a CPU (8 MiB in float32), 2^24 elsewhere (64 MiB), and at least 512 rows."""
+    hidden, weight = torch.empty(40_000, 1, device=device), torch.empty(vocabulary, 1)
+    chunks = logprobs._HeadLogprobs.chunks(hidden, weight)
+    assert chunks[:2] == [slice(0, rows), slice(rows, 2 * rows)] and chunks[-1].start < 40_000 <= chunks[-1].stop
+
+
 def test_head_never_holds_all_the_logits(monkeypatch):
     """2 x 1025 tokens, vocabulary 300: all logits are 614,400 numbers. In chunks of 512 tokens the largest tensor is
     512 x 300 = 153,600 numbers; four times the tokens do not make it larger. The plain twin holds them all.
@@ -276,17 +299,35 @@ def test_head_in_bf16_takes_the_softmax_in_float32(how):
     assert weight.grad.dtype == dtype
 
 
-def test_head_sums_the_weight_gradient_in_float32(monkeypatch):
+def test_under_autocast_the_head_multiplies_in_bf16():
+    """1 + 1/256 is 1 in bf16. Logits 1 and 0: ln of e / (e + 1) = -0.313262, where float32 gives -0.312213."""
+    hidden, weight = torch.tensor([[[1.00390625], [0.0]]]), torch.tensor([[1.0], [0.0]])
+    tokens = torch.tensor([[1, 0]])
+    close(head_logprobs(hidden, weight, tokens), [[-0.3122126]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(head_logprobs(hidden, weight, tokens), [[-0.3132617]])
+
+
+@pytest.mark.parametrize("rows, length", [(2, 1), (2, 0), (0, 0)])
+def test_rows_of_less_than_two_tokens_have_no_logprobs(rows, length):
+    """The first token of a row is predicted by nothing."""
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    assert token_logprobs(torch.zeros(rows, length, 9), tokens).shape == (rows, 0)
+    assert head_logprobs(torch.zeros(rows, length, 4), torch.zeros(9, 4), tokens).shape == (rows, 0)
+
+
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, 81_664.0), (torch.bfloat16, 81_920.0)])
+def test_head_sums_the_weight_gradient_in_float32(monkeypatch, dtype, expected):
     """64 chunks of 512 tokens, hidden states of 1, two tokens equally likely: each token adds (1/2, -1/2), a chunk 256.
     The first chunk counts 256 times: 65,536. In bf16 65,536 + 256 is 65,536 again, and the other 63 chunks would be
-    lost; the gradient is 65,536 + 63 x 256 = 81,664.
+    lost; the gradient is 65,536 + 63 x 256 = 81,664. A weight in bf16 gets that number, rounded once: 81,920.
     """
     monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", 1)
     hidden = torch.ones(1, 64 * 512 + 1, 1, dtype=torch.bfloat16)
-    weight = torch.zeros(2, 1, requires_grad=True)
+    weight = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
     result = head_logprobs(hidden, weight, torch.zeros(1, 64 * 512 + 1, dtype=torch.long))
     result.backward(torch.where(torch.arange(64 * 512) < 512, 256.0, 1.0)[None])
-    close(weight.grad, [[81664.0], [-81664.0]])
+    close(weight.grad, [[expected], [-expected]])
     big = torch.tensor(65536.0, dtype=torch.bfloat16)
     assert big + 256 == big
 
@@ -377,6 +418,28 @@ def test_the_loss_from_hidden_states_makes_no_logits_that_nobody_asks_for():
     assert mode.largest == hidden.numel() > 5 * 300
 
 
+def test_on_a_gpu_nothing_is_waited_for(monkeypatch):
+    """Neither for how many tokens a mask picks, nor for a number to divide by. Any integers will do for tokens."""
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: False)  # as on a GPU
+    hidden, weight, tokens = head_inputs()
+    mask, targets = torch.zeros(3, 7, dtype=torch.bool), torch.tensor([1, 2, 5, 8, 9, 20])
+    mask.view(-1)[targets] = True
+    twin = sft_loss(hidden @ weight.T, tokens, mask, n_tokens=40)
+    with NoWaiting():
+        head_logprobs(hidden, weight, tokens.short(), 1.0, mask[:, 1:]).sum().backward()
+        head_entropy(hidden, weight, mask[:, 1:])
+        losses = [sft_loss(hidden @ weight.T, tokens.short(), mask),
+                  linear_cross_entropy(hidden, weight, tokens.short(), mask),
+                  linear_cross_entropy(hidden, weight, tokens.short(), mask, targets=targets)]
+        counted = linear_cross_entropy(hidden, weight, tokens.short(), mask, 40, targets)
+    for loss in losses:
+        close(loss, twin * 40 / 6)
+    close(counted, twin)
+    for mistake in (lambda: hidden[mask], lambda: mask.nonzero(), lambda: max(mask.sum(), 1)):
+        with pytest.raises(RuntimeError, match="waits"), NoWaiting():
+            mistake()
+
+
 def test_the_loss_from_hidden_states_ignores_what_is_masked():
     """NaN outside the mask changes nothing; with no token inside it the loss is 0, and so is its gradient."""
     hidden, weight, tokens = head_inputs()
@@ -391,6 +454,28 @@ def test_the_loss_from_hidden_states_ignores_what_is_masked():
     empty = linear_cross_entropy(hidden, weight, tokens, torch.zeros_like(mask))
     empty.backward()
     assert empty == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("picks, largest", [(True, 2 * 1025 * 4), (False, 512 * 300)])
+def test_the_entropy_makes_no_logits_that_nobody_asks_for(monkeypatch, picks, largest):
+    """Of 2 x 1024 distributions 5 are asked for: 5 x 300 logits, fewer numbers than the hidden states have. As on a GPU
+    all of them, but 512 at a time.
+    """
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", 1)
+    mask = torch.zeros(2, 1024, dtype=torch.bool)
+    mask[1, 7:12] = True
+    with LargestTensor() as mode:
+        close(head_entropy(torch.zeros(2, 1025, 4), torch.zeros(300, 4), mask), 5.7037825)  # ln 300
+    assert mode.largest == largest
+
+
+def test_the_entropy_of_half_precision_is_in_float32():
+    """Logits 3, 1, 1 as above: -0.786986 ln 0.786986 - 2 x 0.106507 ln 0.106507 = 0.665572."""
+    hidden = torch.tensor([[[2.0, 1.0], [0.0, 0.0]]], dtype=torch.bfloat16)
+    weight = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, -1.0]])
+    close(head_entropy(hidden, weight, torch.tensor([[True]])), 0.6655724)
+    close(head_entropy(torch.ones(1, 2, 1), torch.tensor([[2.0], [0.0], [0.0]]), torch.tensor([[True]])), 0.6655724)
 
 
 # ---------------------------------------------------------------- for all of them
@@ -409,9 +494,13 @@ def test_inputs_are_left_alone():
 @pytest.mark.parametrize("call", [
     lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long)),
     lambda: token_logprobs(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)),
+    lambda: token_logprobs(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long)),
+    lambda: token_logprobs(torch.zeros(2, 3, 5, 7), torch.zeros(2, 3, dtype=torch.long)),
     lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3)),
+    lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.bool)),
     lambda: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), temperature=0.0),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.long)),
+    lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4, 2), torch.zeros(2, 3, dtype=torch.long)),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 2, dtype=torch.long)),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.long), 0.0),
     lambda: head_logprobs(torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.long),
@@ -430,6 +519,22 @@ def test_wrong_shapes_and_types_are_refused_in_one_line(call):
     with pytest.raises(ValueError) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weight, mask", [
+    (torch.zeros(4, 9), torch.ones(2, 3, dtype=torch.bool)), (torch.zeros(9, 4), torch.ones(2, 3)),
+    (torch.zeros(9, 4), torch.ones(2, 2, dtype=torch.bool))])
+def test_they_are_refused_as_well_where_the_targets_are_told(monkeypatch, weight, mask):
+    """Also a mask that the targets make superfluous."""
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: False)  # as on a GPU
+    with pytest.raises(ValueError):
+        linear_cross_entropy(torch.zeros(2, 3, 4), weight, torch.zeros(2, 3, dtype=torch.long), mask,
+                             targets=torch.tensor([1]))
+
+
+def test_a_count_on_a_gpu_stays_there():
+    """The device "meta" has no numbers, so to ask for one is an error: the count is at least 1 without asking."""
+    assert denominator(torch.zeros((), device="meta"), None).device.type == "meta"
 
 
 # ---------------------------------------------------------------- two questions

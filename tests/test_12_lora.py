@@ -189,6 +189,14 @@ def test_a_seed_gives_the_same_start_on_every_device():
     assert torch.equal(*following)
 
 
+@pytest.mark.parametrize("base, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+                                            (torch.float64, torch.float64)])
+def test_the_update_lies_beside_its_base_and_never_in_half_precision(base, expected):
+    """On the device "meta", where tensors have no numbers."""
+    layer = LoRALinear(nn.Linear(3, 2, device="meta", dtype=base), 1, 2.0)
+    assert [(t.device.type, t.dtype) for t in (layer.lora_A, layer.lora_B)] == [("meta", expected)] * 2
+
+
 def test_dropout_falls_on_the_update_alone_and_only_in_training():
     """x = [1, 1], W = 10: kept entries of x are doubled at p = 1/2, so y is 10 + 10 + (0, 2 or 4)."""
     torch.manual_seed(0)
@@ -266,6 +274,23 @@ def test_only_what_is_named_is_adapted_square_or_not():
     assert model.model.layers[0].mlp.down_proj.lora_A.shape == (4, 40)
 
 
+def test_all_linear_means_every_layer_but_the_head():
+    """Of each of the two layers q, k, v, o, gate, up and down. Here the head has a matrix of its own."""
+    model = apply_lora(small_model(tie_word_embeddings=False), 4, 8, "all-linear")
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert [name.split(".")[-1] for name in layers] == [*TARGETS, *TARGETS] and type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_whole_model_gets_the_options_of_a_layer(dora):
+    """alpha = 8, r = 4: rsLoRA scales by 8 / sqrt(4) = 4, and LoRA by 2."""
+    for rslora, scaling in ((True, 4.0), (False, 2.0)):
+        model = apply_lora(small_model(), 4, 8, dropout=0.1, rslora=rslora, dora=dora)
+        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        assert {(type(layer), layer.scaling, layer.dropout.p) for layer in layers} == {
+            (DoRALinear if dora else LoRALinear, scaling, 0.1)}
+
+
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_merged_equals_unmerged_and_comes_back_to_the_last_bit(options, tmp_path):
     model = trained(apply_lora(small_model(), 4, 8, **options))
@@ -285,7 +310,7 @@ def test_a_merged_layer_keeps_its_bias_and_is_frozen():
     close(model(x), [4, 11, 12])
     merge_lora(model)
     close(model(x), [4, 11, 12])
-    assert trainable(model) == set()
+    assert trainable(model) == set() and (model[0].in_features, model[0].out_features) == (2, 3)
 
 
 def test_merging_under_autocast_is_done_in_float32():
@@ -297,11 +322,11 @@ def test_merging_under_autocast_is_done_in_float32():
 
 @pytest.mark.parametrize("make", [example, lambda: dora_example(bias=[1, 2, 3])])
 def test_with_its_lora_off_a_model_is_its_own_reference(make):
-    """To the last bit, within the block only, and also when an error ends it."""
-    model, x = nn.Sequential(make()), torch.tensor([1.0, 2.0])
+    """To the last bit, within the block only, and also when an error ends it; however deep the layer lies."""
+    model, x = nn.Sequential(nn.Sequential(make())), torch.tensor([1.0, 2.0])
     before = model(x)
     with pytest.raises(RuntimeError), lora_off(model):
-        assert torch.equal(model(x), model[0].base(x)) and far(model(x), before)
+        assert torch.equal(model(x), model[0][0].base(x)) and far(model(x), before)
         raise RuntimeError
     assert torch.equal(model(x), before)
 
@@ -317,9 +342,15 @@ def test_the_mistake_of_merging_in_half_precision():
     """bf16 has 8 significant bits: 1 + 0.001 is 1, and the training is lost. In float32 it is kept."""
     assert torch.tensor(1.0, dtype=torch.bfloat16) + 0.001 == 1
     model = trained(apply_lora(small_model().bfloat16(), 4, 8), size=0.01)
-    with pytest.raises(UserError, match="half precision, where merging rounds the update away; load it in float32"):
+    refusal = "half precision, where merging rounds the update away; load it in float32"
+    with pytest.raises(UserError, match=refusal):
         merge_lora(model)
     model.float()
+    last = model.model.layers[1].mlp.down_proj.base  # one layer in half precision is enough
+    last.bfloat16()
+    with pytest.raises(UserError, match=refusal):
+        merge_lora(model)
+    last.float()
     expected = model(TOKENS)
     merge_lora(model)
     close(model(TOKENS), expected)
@@ -359,7 +390,8 @@ def test_cached_packed_and_padded_rows_give_the_same_logits(dora):
                                             (["embed_tokens"], "embed_tokens"), (["_proj"], "_proj")])
 def test_targets_that_match_nothing(targets, named):
     model = small_model()
-    message = f"target modules {named} match no linear layer of the model; it has q_proj, k_proj, "
+    message = (f"target modules {named} match no linear layer of the model; "
+               "it has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj$")
     with pytest.raises(UserError, match=message):
         apply_lora(model, 4, 8, targets)
     assert all(p.requires_grad for p in model.parameters()), "nothing was frozen by the failed call"
