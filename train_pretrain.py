@@ -82,7 +82,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if cfg.model:
-        model = checkpoint.load_model(cfg.model, device, home=shard.home(cfg, device))
+        model = checkpoint.load_model(cfg.model, device, mapped=shard.is_on(cfg))
     else:
         config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)
         model = CausalLM(config).to(shard.home(cfg, device))

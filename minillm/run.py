@@ -317,7 +317,7 @@ class Run:
         for key in {"device", "compile"} & notes.keys():
             say(f"note: {notes[key]}: results may differ in the last bits")
         if not (self.folder / "summary.json").exists():  # written last of all
-            self.state = load_training_state(self.folder)
+            self.state = load_training_state(self.folder, mapped=shard.is_on(self.cfg))
             return
         self.result = load_json(self.folder / "summary.json").get("after")
         if not isinstance(self.result, dict):

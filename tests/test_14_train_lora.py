@@ -250,4 +250,4 @@ def test_the_comparison_names_the_methods_it_knows():
 # Change the number, say what you expect, and run the test. A failure shows what came out.
 # 1. test_the_peak_of_memory_is_measured: `large = torch.ones(2**20)` -> `large = torch.ones(2**19)`. What is the peak
 #    now, and when?
-# 2. test_the_manner_is_how_all_expected_replies_begin: `records[4:]` -> `records[2:4]`. None, or a number?
+# 2. test_the_manner_is_how_all_expected_replies_begin: `other[:2]` -> `other[2:]`. None, or a number?
