@@ -537,8 +537,8 @@ def test_what_goes_wrong_ahead_is_raised_where_the_items_are_taken():
 
 
 def test_the_thread_makes_two_items_ahead():
-    """One is taken, two are ready, and the next one waits in its hand for a place."""
-    made = []
+    """One is taken, two are ready, and the next one waits in its hand for a place. It ends while it waits, too."""
+    before, made = set(threading.enumerate()), []
 
     def items():
         for number in itertools.count():
@@ -547,12 +547,15 @@ def test_the_thread_makes_two_items_ahead():
 
     stream = data.ahead(items())
     next(stream)
+    thread, = set(threading.enumerate()) - before
     until = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(0.02)  # time for one too many
     assert made == [0, 1, 2, 3]
     stream.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_the_thread_ends_when_nobody_wants_more():
