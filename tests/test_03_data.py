@@ -224,6 +224,9 @@ def test_too_long_a_text_overlaps_by_one_token():
     assert encode_text({"text": "abcde"}, "", BYTES, 3, stats) == [
         ([END, a, b], [False, True, True]), ([b, c, d], [False, True, True]), ([d, e, END], [False, True, True])]
     assert stats == {"cut into pieces": 1, "bytes": 5}
+    fits = Counter()
+    assert encode_text({"text": "a"}, "", BYTES, 3, fits) == [([END, a, END], [False, True, True])]
+    assert fits == {"bytes": 1}
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 12, 13, 14, 100])
@@ -705,10 +708,14 @@ def test_the_held_out_part_knows_its_bytes(tmp_path):
     assert load_split(encode_text, [path], "", merges, 64, 0)[1].stats == {"sequences": 1, "bytes": 9}
 
 
-def test_a_file_of_ones_own_is_the_held_out_data(tmp_path):
+def test_a_file_of_ones_own_is_the_held_out_data(tmp_path, capsys):
+    """What it shares with the training data is counted."""
     own = write(tmp_path / "b.jsonl", [{"text": "bb"}] * 3)
     train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}]), eval_path=own)
     assert len(train) == 1 and len(held_out) == 3 and held_out.stats["bytes"] == 6
+    assert "held-out" not in capsys.readouterr().out
+    split(write(tmp_path / "c.jsonl", [{"text": "bb"}, {"text": "c"}]), eval_path=own)
+    assert f"{own}: 3 of 3 held-out sequences are in the training data too; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("copies", [1, 30])
