@@ -315,7 +315,7 @@ def test_pack_takes_the_row_with_the_least_room():
 def test_pack_at_its_limits():
     """A sequence of one token, of all the row's, of none; among equal lengths the order of the file is kept."""
     assert pack([1, 1], 3) == pack([3, 0], 3) == [[0, 1]] and pack([0], 3) == [[0]]
-    assert pack([5] * 1000, 5) == [[i] for i in range(1000)]
+    assert pack([5, 4] * 500, 5) == [[i] for i in (*range(0, 1000, 2), *range(1, 1000, 2))]
     assert type(pack([2], 2)[0][0]) is int
 
 
