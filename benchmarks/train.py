@@ -65,8 +65,8 @@ SIZES = {  # steps: optimizer steps of a turn
                  context=(512, 2048, 8192, 32768), batch=(8, 32, 128), vocabulary=(6400, 32000, 151936),
                  model=("mini", "small", "base", "qwen3-0.6b"), memory_shapes=(*PRESETS, *QWEN3),
                  memory_lengths=(1024, 4096, 16384)),
-    "cpu": dict(preset="tiny", vocab_size=1024, max_seq_len=256, batch_size=8, steps=3, repeats=3,
-                context=(128, 512, 2048), batch=(2, 8, 32), vocabulary=(1024, 8192, 32768), model=("tiny", "mini"),
+    "cpu": dict(preset="tiny", vocab_size=3072, max_seq_len=256, batch_size=8, steps=3, repeats=3,
+                context=(128, 512, 2048), batch=(2, 8, 32), vocabulary=(3072, 8192, 32768), model=("tiny", "mini"),
                 memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
     "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64),
                   batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
@@ -77,7 +77,7 @@ SIZES = {  # steps: optimizer steps of a turn
 class Config:
     parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
     preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
-    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
+    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 3072)", low=0)
     max_seq_len: int = flag(0, "tokens per row (default: 768, on a CPU 256; with --memory several)", low=0)
     batch_size: int = flag(0, "rows per step (default: 32, on a CPU 8)", low=0)
     repeats: int = flag(0, "turns of each row; their median counts (default: 5, on a CPU 3)", low=0)

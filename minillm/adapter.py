@@ -33,12 +33,14 @@ class AdapterLinear(nn.Module):
         super().__init__()
         check_bottleneck(base, bottleneck)
         self.base = base.requires_grad_(False)
-        like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
-        self.down = nn.Linear(base.out_features, bottleneck, **like)
-        self.up = nn.Linear(bottleneck, base.out_features, **like)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.down = nn.Linear(base.out_features, bottleneck, dtype=dtype)  # on the CPU, as in lora.py
+        self.up = nn.Linear(bottleneck, base.out_features, dtype=dtype)
         nn.init.normal_(self.down.weight, std=base.out_features**-0.5)
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(parameter)
+        for linear in (self.down, self.up):
+            linear.to(base.weight.device)
 
     def forward(self, x):
         h = self.base(x)

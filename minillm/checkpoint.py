@@ -7,7 +7,6 @@ opens there with no conversion, and a downloaded one loads here. No pickle is ev
 import functools
 import json
 import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from minillm.config import set_downloaded_defaults
 from minillm.errors import UserError
 from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json, is_made_here
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
-from minillm.origin import files_of, read_origin, tokens_without_rows
+from minillm.origin import as_json, files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
 from minillm.runtime import hold_in_bf16, say
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors, short
@@ -305,9 +304,8 @@ def save_folder(folder, config: ModelConfig, weights: dict, tokenizer, origin=No
         document |= {key: dtype for key in ("torch_dtype", "dtype") if key in document} or {"torch_dtype": dtype}
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_ids,
                   "pad_token_id": tokenizer.pad_id}
-    with tempfile.TemporaryDirectory() as draft:  # the files of the tokenizer, of which some may be kept as they were
-        tokenizer.save(Path(draft), config.max_position_embeddings)
-        drafts = {source.name: source.read_bytes() for source in sorted(Path(draft).iterdir())}
+    # the files of the tokenizer, of which some may be kept as they were
+    drafts = {name: as_json(value) for name, value in tokenizer.documents(config.max_position_embeddings).items()}
     for name, content in files_of(origin, {**document, **settings}, generation, tokenizer, drafts).items():
         with atomic_write(folder / name) as file:
             file.write(content)

@@ -23,6 +23,15 @@ from minillm import job, runtime
 from minillm.errors import UserError
 
 
+# What the system may refuse at any moment of a run.
+REFUSED = {errno.ENOSPC: "the disk is full", errno.EFBIG: "no file may be so large here (ulimit -f)",
+           errno.EMFILE: "no more files may be open in one process (ulimit -n)",
+           errno.ENFILE: "no more files may be open on this machine", errno.EIO: "the disk or the network drive fails",
+           errno.EROFS: "the disk can only be read", errno.ENOMEM: "out of memory"}
+if hasattr(errno, "EDQUOT"):  # Windows has no quotas
+    REFUSED[errno.EDQUOT] = "the disk quota is used up"
+
+
 def flag(default, help: str, choices=None, low=None, high=None, positional=False, downloaded=None, with_lora=None):
     """A dataclass field with its line of help and its range (low <= value <= high).
 
@@ -158,9 +167,9 @@ def _one_line(cls, kind, error, trace):
         print(f"error: {_out_of_memory(cls, error)}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
-    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
-        print(f"error: the disk is full ({error}); what was saved before is whole, make room and use --resume",
-              file=sys.stderr, flush=True)
+    elif issubclass(kind, OSError) and error.errno in REFUSED:
+        print(f"error: {REFUSED[error.errno]} ({UserError(error)}); what was saved before is whole: put that right and "
+              "use --resume", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr, flush=True)
     elif job.has_lost_another(error):

@@ -45,9 +45,10 @@ class LoRALinear(nn.Module):
         self.r, self.alpha, self.rslora = r, alpha, rslora
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.dropout = nn.Dropout(dropout)
-        like = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
-        self.lora_A = nn.Parameter(torch.randn(r, base.in_features, **like) / r)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        device, dtype = base.weight.device, torch.promote_types(base.weight.dtype, torch.float32)
+        # Drawn on the CPU, so that a seed gives the same A wherever the model is (--shard loads it into main memory).
+        self.lora_A = nn.Parameter((torch.randn(r, base.in_features, dtype=dtype) / r).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, dtype=dtype, device=device))
 
     def update(self, x):
         """scaling * B A dropout(x)"""

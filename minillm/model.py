@@ -257,6 +257,11 @@ class Backbone(nn.Module):
         self.prefix = None  # prefix.py puts learned keys and values here, which every document sees before its own
         self.recompute = False  # activation checkpointing (arXiv 1604.06174): run a layer again in the backward pass
 
+    @staticmethod
+    def run_layer(layer, *inputs):
+        """One layer, as the function that runtime.compile_layers compiles: once for all layers, for training."""
+        return layer(*inputs)
+
     def forward(self, tokens, attention_mask=None, doc_ids=None, positions=None, cache=None, block_mask=None):
         B, T = tokens.shape
         past = cache.length if cache is not None else 0
@@ -279,12 +284,14 @@ class Backbone(nn.Module):
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
+        # A program for training only: one without gradients would be another, and so would one for each layer's cache.
+        run_layer = self.run_layer if torch.is_grad_enabled() and keys_values is None else Backbone.run_layer
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, keys_values, use_reentrant=False)
+                x = checkpoint(run_layer, layer, x, cos, sin, mask, keys_values, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, keys_values)
+                x = run_layer(layer, x, cos, sin, mask, keys_values)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -342,8 +349,9 @@ def packed_forward(model: CausalLM, asked=None):
         return plain
     config = model.config
     flex = can_flex(next(model.parameters()).device, config.num_attention_heads, config.num_key_value_heads,
-                    config.head_dim, model.model.recompute)
-    hidden, most = torch.compile(model.hidden), 0
+                    config.head_dim)
+    runtime.compile_layers(model)
+    most = 0
 
     def forward(tokens, doc_ids, blocks):
         nonlocal most
@@ -357,6 +365,6 @@ def packed_forward(model: CausalLM, asked=None):
 
         tokens, doc_ids, blocks = filled(tokens), filled(doc_ids), [filled(x, dim=1) for x in blocks]
         mask = document_block_mask(doc_ids, *blocks) if flex and tokens.shape[1] >= BLOCK else None
-        return hidden(tokens, doc_ids=doc_ids, block_mask=mask)[:rows]
+        return model.hidden(tokens, doc_ids=doc_ids, block_mask=mask)[:rows]
 
     return forward

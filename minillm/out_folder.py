@@ -120,8 +120,7 @@ class Lock:
             import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.file.truncate(0)
-            self.file.write(str(os.getpid()).encode())
-            self.file.flush()
+            os.write(self.file.fileno(), str(os.getpid()).encode())  # no buffer: close() cannot fail on a full disk
         except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read(20).decode("ascii", "replace").strip() or "unknown"

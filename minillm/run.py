@@ -15,7 +15,8 @@ Run never calls the model, the loss or the optimizer. What it guarantees:
   from the same state, but some kernels add in any order there: even two equal runs may differ in the last bits.
 - A new run replaces an older one in OUT only with its first checkpoint: until then it lives in OUT.new. The older one
   becomes OUT.bak, OUT.bak2, ...; no run is ever deleted (--keep_last: older checkpoints of this one are).
-- However the loop ends (Ctrl-C, SIGTERM, an exception in its body), signals, progress bar and files are put in order.
+- However the loop ends (Ctrl-C, SIGTERM, a closed terminal, an exception in its body), signals, progress bar and files
+  are put in order.
 """
 
 import json
@@ -33,6 +34,7 @@ from minillm.checkpoint import save_model
 from minillm.config import flag
 from minillm.errors import UserError
 from minillm.heads import RewardModel, merge_reward_model, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.metrics import Progress, before_after, cut_metrics, numbers, show_replies
 from minillm.out_folder import Lock, check_out, ended_in_first_save, is_new_run, keep_checkpoint, take_place
 from minillm.peft import has_adapter, save_adapter
@@ -68,7 +70,7 @@ class RunConfig:
 
 
 class Interrupted(SystemExit):
-    """Ends the program after a checkpoint, with 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Ends the program after a checkpoint, with 128 + the signal's number: Ctrl-C 130, SIGTERM 143."""
 
 
 class Run:
@@ -130,7 +132,7 @@ class Run:
             raise
 
     def __iter__(self):
-        interrupt = runtime.Interrupt()
+        interrupt = Interrupt()
         try:
             while self.step < self.total_steps:
                 self.steps.append({})

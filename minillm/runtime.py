@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, precision, threads, seeds, compilation, interruption, several processes.
+"""Where and how a run computes: device, precision, threads, seeds, compilation, several processes.
 
     python -m minillm.runtime       # what this machine is, and what is chosen on it: for a bug report
 
@@ -19,9 +19,7 @@ import math
 import os
 import platform
 import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -292,53 +290,32 @@ def wants_compile(model, asked) -> bool:
     return asked and can_compile(device)
 
 
-def compile_backbone(model, asked):
-    """If wanted and possible, compile the model's backbone in place: one program, for training batches of all shapes.
+def compile_layers(model, dynamic=None):
+    """Compile the layers of a model's backbone, in place, for training: one program, which all layers share, so that
+    compiling takes as long for 28 layers as for one."""
+    model.model.run_layer = torch.compile(model.model.run_layer, dynamic=dynamic)
 
-    A program without gradients would be another one, so evaluation and decoding run as they are. Another one would also
-    serve a batch of 0 or 1 rows: where larger ones have been seen, it gets rows of padding.
+
+def compile_backbone(model, asked):
+    """If wanted and possible, compile the layers: one program, for training batches of all shapes.
+
+    A batch of 0 or 1 rows would need another one: where larger ones have been seen, it gets rows of padding.
     """
     if not wants_compile(model, asked):
         return
+    compile_layers(model, dynamic=True)
     plain, most = model.model.forward, 0
-    compiled = torch.compile(plain, dynamic=True)
 
     def forward(tokens, *others):
         nonlocal most
-        if not torch.is_grad_enabled():
-            return plain(tokens, *others)
         rows = len(tokens)
-        most = max(most, rows)
-        if rows < min(most, 2):
-            return compiled(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)), *others)[:rows]
-        return compiled(tokens, *others)
+        if torch.is_grad_enabled():
+            most = max(most, rows)
+            if rows < min(most, 2) and not any(x is not None for x in others):
+                return plain(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)))[:rows]
+        return plain(tokens, *others)
 
     model.model.forward = forward
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal, self.asked_at, self.handlers = 0, None, {}
-        for name in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self.handlers[name] = signal.signal(name, self._ask)
-
-    def _ask(self, number, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
-        if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
-            sys.exit(130)
-        self.signal, self.asked_at = self.signal or number, self.asked_at or time.monotonic()
-
-    def requested(self) -> int:
-        """The number of the signal that any process got, or 0. All call this after the same steps, to stop together."""
-        return max(gather(self.signal)) if sum_over_processes(self.signal > 0) else 0
-
-    def close(self):
-        """Restore the signals' handlers: from here on Ctrl-C stops at once."""
-        for name, handler in self.handlers.items():
-            signal.signal(name, handler or signal.SIG_DFL)  # None: set by something other than Python
 
 
 def peak_memory_mb(device: torch.device) -> float:

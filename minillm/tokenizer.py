@@ -13,7 +13,6 @@ The file format is Hugging Face's tokenizer.json, and the ids equal those of the
 """
 
 import codecs
-import contextlib
 import functools
 import heapq
 import json
@@ -30,7 +29,8 @@ from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import read_texts
 from minillm.runtime import say
-from minillm.safetensors import MAX_JSON, load_json, open_file, save_json, short
+from minillm.safetensors import open_file, save_json, short
+from minillm.tokenizer_config import check_added, read_folder
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # ids 0, 1, 2 of a tokenizer that is trained here
@@ -188,7 +188,7 @@ NEVER = 1 << 60  # the rank of a pair that does not merge
 class Tokenizer:
     """Made from the content of a tokenizer.json; what raises ValueError here is a UserError in `load`.
 
-    named: what the other files of a model's folder say about it, as `read_folder` returns it.
+    named: what the other files of a model's folder say about it, as tokenizer_config.read_folder returns it.
     """
 
     def __init__(self, document: dict, named: dict = None):
@@ -384,6 +384,9 @@ class Tokenizer:
             if not tokenizer.knows_template and tokenizer.chat_format.start in tokenizer.added:
                 say_once(f"{path}: minillm does not know the chat template beside it, and does not run it; "
                          f"conversations are written as {tokenizer.chat_format.name} (minillm/chat.py)")
+            if lacking := check_added(document, named, os.path.dirname(path)):
+                say_once(f"{path}: it lacks tokens that tokenizer_config.json names, so they are plain text here: "
+                         f"{', '.join(map(short, lacking[:5]))}")
             return tokenizer
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -399,7 +402,11 @@ class Tokenizer:
         path = os.fspath(path)
         if not os.path.isdir(path):
             return save_json(path, self.document)
-        save_json(os.path.join(path, "tokenizer.json"), self.document)
+        for name, document in self.documents(max_length).items():
+            save_json(os.path.join(path, name), document)
+
+    def documents(self, max_length: int = 32768) -> dict:
+        """{name: content} of the JSON files of a folder: tokenizer.json, and what transformers reads beside it."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.chat_format.end,
@@ -410,7 +417,7 @@ class Tokenizer:
         }
         if self.chat_format.first:
             config["bos_token"] = self.chat_format.first
-        save_json(os.path.join(path, "tokenizer_config.json"), config)
+        return {"tokenizer.json": self.document, "tokenizer_config.json": config}
 
 
 def remember(cache: dict, text: str, ids: list) -> list:
@@ -423,38 +430,6 @@ def remember(cache: dict, text: str, ids: list) -> list:
 
 
 say_once = functools.cache(say)
-
-
-def read_folder(folder) -> dict:
-    """What the files of a model's folder say about its tokenizer.
-
-    "bos", "eos" and "pad" are lists of texts and ids, preferred ones first. "template" is the chat template, or "".
-    """
-    named = {"bos": [], "eos": [], "pad": [], "template": ""}
-    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
-        try:
-            config = load_json(os.path.join(folder, name))
-        except UserError:
-            continue  # we can do without it; whoever needs the file complains
-        if not isinstance(config, dict):
-            continue
-        for kind, key in ((kind, kind + end) for kind in ("bos", "eos", "pad") for end in ("_token", "_token_id")):
-            value = config.get(key)
-            for value in value if isinstance(value, list) else [value]:
-                value = value.get("content") if isinstance(value, dict) else value
-                if type(value) in (str, int):
-                    named[kind].append(value)
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, each with a name
-            template = next((one.get("template") for one in template
-                             if isinstance(one, dict) and one.get("name") == "default"), "")
-        if isinstance(template, str):
-            named["template"] = template
-    with contextlib.suppress(OSError, ValueError):  # where newer versions of transformers write it
-        with open_file(os.path.join(folder, "chat_template.jinja")) as file:
-            text = file.read(MAX_JSON + 1)
-        named["template"] = text.decode("utf-8") if len(text) <= MAX_JSON else ""
-    return named
 
 
 def check_document(document: dict) -> tuple:

@@ -7,6 +7,7 @@ import torch
 
 from minillm import run, runtime
 
+CAN_FORK = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # neither threads nor CUDA survive a fork
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 

@@ -453,12 +453,21 @@ def test_begin_end_and_padding_as_the_folder_names_them(tokenizer, tmp_path):
     ours = in_folder(tmp_path, document, tokenizer_config=names, config={"pad_token_id": 399, "eos_token_id": 7})
     assert (ours.bos_id, ours.endoftext_id, ours.pad_id) == (397, 398, 399)
     assert pickle.loads(pickle.dumps(ours)).pad_id == 399
-    odd = {"bos_token": {}, "pad_token": ["<none>", None]}
-    generation = {"eos_token_id": [398, 399]}
-    ours = in_folder(tmp_path, document, tokenizer_config=odd, generation_config=generation, config=[])
+    old, generation = {"pad_token": None, "pad_token_id": -1}, {"eos_token_id": [398, 399]}  # -1: none, as in Llama
+    ours = in_folder(tmp_path, document, tokenizer_config=old, generation_config=generation, config={})
     assert (ours.bos_id, ours.endoftext_id, ours.pad_id) == (398, 398, 398)  # nothing else is named
     with pytest.raises(UserError, match=r"no token <\|endoftext\|>"):
         _ = in_folder(tmp_path, document, tokenizer_config={}, generation_config={}).endoftext_id
+
+
+def test_a_token_that_only_tokenizer_config_json_knows_is_named(tokenizer, tmp_path, capsys):
+    """transformers would add it to the vocabulary; here it stays text. The line comes once."""
+    flags = {"0": {"content": "<|endoftext|>"}, "400": {"content": "<image>", "special": True}}
+    names = {"added_tokens_decoder": flags, "eos_token": "<|im_end|>", "pad_token": "[PAD]"}
+    in_folder(tmp_path, tokenizer.document, tokenizer_config=names)
+    Tokenizer.load(tmp_path)
+    assert capsys.readouterr().out == (f"{tmp_path / 'tokenizer.json'}: it lacks tokens that tokenizer_config.json "
+                                       "names, so they are plain text here: '<image>', '[PAD]'\n")
 
 
 def test_padding_is_never_the_end_of_a_turn(tokenizer, tmp_path):

@@ -512,30 +512,63 @@ def test_flex_attention_equals_the_plain_mask(kv_heads):
           model.hidden(tokens, doc_ids=doc_ids))
 
 
-def test_one_program_serves_batches_of_all_shapes():
-    """As the scripts compile the models that read batches of ever other shapes: in one piece, once without and once
-    with doc_ids."""
-    model, counter = small_model(), CompileCounter()
-    compiled = torch.compile(model.model, dynamic=True, backend=counter, fullgraph=True)
+@pytest.fixture
+def no_programs():
+    """PyTorch keeps at most 8 programs of one function."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_program_serves_all_layers_and_batches_of_all_shapes(recompute):
+    """A model of three layers, as the scripts compile those that read batches of ever other shapes: in one piece, once
+    without and once with doc_ids. Hidden states and gradients are those of the plain twin."""
+    model, counter = small_model(num_hidden_layers=3), CompileCounter()
+    plain = copy.deepcopy(model)
+    model.model.recompute = recompute
+    model.model.run_layer = torch.compile(model.model.run_layer, dynamic=True, backend=counter, fullgraph=True)
     for rows, length in ((3, 7), (5, 12), (4, 9)):
         tokens = ids(rows, length)
-        close(compiled(tokens), model.hidden(tokens))
-        doc_ids = torch.arange(length).expand(rows, length) // 4
-        close(compiled(tokens, doc_ids=doc_ids), model.hidden(tokens, doc_ids=doc_ids))
+        for doc_ids in (None, torch.arange(length).expand(rows, length) // 4):
+            found, expected = model.hidden(tokens, doc_ids=doc_ids), plain.hidden(tokens, doc_ids=doc_ids)
+            assert close(found, expected)
+            for hidden in (found, expected):
+                hidden.square().mean().backward()
     assert counter.frame_count == 2
+    for one, other in zip(model.model.parameters(), plain.model.parameters()):
+        assert close(one.grad, other.grad)
 
 
+@pytest.mark.usefixtures("no_programs")
 def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
     """The last batch of an epoch may have any number of rows: it is padded to the most rows seen, and the result has
     the rows that were asked for."""
     model, counter, compile_it = small_model(), CompileCounter(), torch.compile
+    plain = copy.deepcopy(model)
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
-    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compile_it(function, backend=counter,
+                                                                               dynamic=dynamic))
     forward = packed_forward(model, True)
     for rows in (7, 7, 1, 7, 3, 5):
         tokens, doc_ids = ids(rows, 12), torch.arange(12).expand(rows, 12) // 5
-        close(forward(tokens, doc_ids, blocks_of(doc_ids)), model.hidden(tokens, doc_ids=doc_ids))
+        assert close(forward(tokens, doc_ids, blocks_of(doc_ids)), plain.hidden(tokens, doc_ids=doc_ids))
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("prefix, programs", [(0, 1), (2, 0)])
+def test_what_has_a_cache_or_needs_no_gradient_runs_uncompiled(prefix, programs):
+    """Each layer has its own place in a cache, and so has a learned prefix: that would be a program for each layer."""
+    model, counter = small_model(num_hidden_layers=3), CompileCounter()
+    model.model.run_layer = torch.compile(model.model.run_layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        model.hidden(ids(2, 5))
+    model.hidden(ids(2, 5), cache=KVCache(model.config, 2, 5))
+    assert counter.frame_count == 0
+    if prefix:
+        apply_prefix(model, prefix)
+    model.hidden(ids(2, 5)).mean().backward()
+    assert counter.frame_count == programs
 
 
 class Pairs:
@@ -562,11 +595,15 @@ def micro_batches():
             for part in minibatch.parts]
 
 
-@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 2)])
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 3)])
 def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, programs):
     """Batches of all heights and lengths, the last and smaller one, one of a single row and one without any. Evaluation
-    and decoding compile nothing. With a LoRA switched off the policy is its own reference: that is a second program."""
-    language_model, counter, compile_it = small_model(num_hidden_layers=1), CompileCounter(), torch.compile
+    and decoding compile nothing. With a LoRA the first layer has a program of its own, since what comes from the frozen
+    embedding needs no gradient; switched off, so that the policy is its own reference, it makes a third one.
+
+    No batch is as long as the model is wide, here 30 and 32: PyTorch takes equal sizes for one, which then is fixed."""
+    language_model, counter, compile_it = small_model(hidden_size=30, head_dim=32), CompileCounter(), torch.compile
     heads = {"reward": RewardModel.from_lm, "critic": ValueModel.from_lm}
     model = heads[stage](language_model) if stage in heads else language_model
     if "lora" in stage:

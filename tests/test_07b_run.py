@@ -30,6 +30,7 @@ from minillm.run import Run, RunConfig
 from minillm.safetensors import load_safetensors
 from minillm.training_state import capture_rng, load_training_state, restore_rng
 from tests.helpers import close
+from tests.test_06_checkpoint import POSIX, disk_full_after
 from tests.test_07_training import log, one_line, place  # noqa: F401 (place is a fixture)
 
 
@@ -66,8 +67,8 @@ class NoTokenizer:
 
     vocab_size, bos_id, endoftext_id, pad_id, end_id, end_ids = 8, 0, 0, 0, 2, [2, 0]
 
-    def save(self, folder, max_length):
-        (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    def documents(self, max_length):
+        return {"tokenizer.json": {}}
 
 
 def main(cfg: Config, body=lambda step, run: None, measure=lambda: None) -> dict:
@@ -380,6 +381,16 @@ def test_out_must_be_a_folder(out):
     Path("file").write_text("mine", encoding="utf-8")
     assert "file is a file; give a folder" in one_line(main, Config(out=out))
     assert Path("file").read_text(encoding="utf-8") == "mine"
+
+
+@POSIX
+def test_on_a_disk_that_is_full_from_the_start_the_line_is_about_what_was_to_be_written(capsys):
+    """Not about the lock, which works all the same: only the number of the process is missing in it. (capsys: what is
+    printed goes to memory.)"""
+    with disk_full_after(0):
+        message = one_line(main, Config())
+    assert "run_config.json: File too large; nothing was written" in message
+    assert os.listdir("out") == [] and not os.path.exists("out.lock")
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(monkeypatch):

@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import train_sft
+from minillm import interrupt, runtime, token_cache
 from minillm import model as model_file
-from minillm import runtime, token_cache
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
-from tests.helpers import close, keep_states
+from tests.helpers import CAN_FORK, close, keep_states
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -104,7 +104,7 @@ def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
     each evaluation, and at the end. Resumed (or, before its first checkpoint, started again), it always ends as the
     undisturbed run does: state, weights, log and summary. The older run is whole, and nothing is left over."""
     done = subprocess.run([sys.executable, "-c", KILL_EVERYWHERE, str(ROOT)], capture_output=True, text=True, cwd=place,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env={**os.environ, **CAN_FORK}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     moments = Path("events.txt").read_text(encoding="utf-8").splitlines()
     assert moments.count("before model.safetensors") == moments.count("before training_state.pt") == 3  # checkpoints
@@ -132,6 +132,10 @@ def like_the_fixtures():
 
 
 # ------------------------------------------------------------------------------------ asked to stop
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows sends no such signals")
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_signal_saves_and_says_how_to_go_on(capsys, number, code):
@@ -163,7 +167,7 @@ def test_a_signal_before_the_first_checkpoint_of_a_new_run():
     assert_same_run("out", "undisturbed", logs=False)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows sends no such signals")
+@POSIX
 def test_the_exit_code_of_a_real_command(place):  # noqa: F811
     """130 for Ctrl-C, 143 for SIGTERM, as a shell expects of a program that a signal ends."""
     expected = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -189,20 +193,64 @@ def test_the_exit_code_of_a_real_command(place):  # noqa: F811
             run.kill()
 
 
+@LINUX
+def test_a_closed_terminal_asks_like_the_other_signals():
+    """What is printed from then on would fail, and must not keep the run from saving. 129 is 128 + SIGHUP."""
+    import pty
+
+    def body(step, run):
+        if step == 4:
+            Path("there").touch()
+            while os.isatty(1):
+                time.sleep(0.01)
+            print("the step goes on", flush=True)
+
+    pid, terminal = pty.fork()
+    if not pid:
+        code = 1
+        try:
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # in place of pytest's
+            main(Config(), body)
+        except SystemExit as error:
+            code = error.code
+        finally:
+            os._exit(code)
+    while not Path("there").exists():
+        time.sleep(0.01)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
+
+
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     """But not its echo within a second: torchrun passes on a Ctrl-C that the terminal has sent to every process."""
     clock = iter([100.0, 100.2, 101.5])
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
-    interrupt = runtime.Interrupt()
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(clock))
+    asked = interrupt.Interrupt()
     try:
-        assert interrupt.requested() == 0
+        assert asked.requested() == 0
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested() == signal.SIGINT
+        assert asked.requested() == signal.SIGINT
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGINT)
     finally:
-        interrupt.close()
+        asked.close()
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, HANGUP])
+def test_a_signal_that_was_ignored_stays_ignored(number):
+    """nohup does that to SIGHUP, and a shell script to the Ctrl-C of what it starts in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        asked = interrupt.Interrupt()
+        signal.raise_signal(number)
+        assert asked.requested() == 0
+        asked.close()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 # ------------------------------------------------------------------------------------ several processes

@@ -177,6 +177,18 @@ def test_a_starts_gaussian_with_std_one_over_r_and_b_at_zero():
     assert not layer.lora_B.any()
 
 
+def test_a_seed_gives_the_same_start_on_every_device():
+    """A is drawn on the CPU also for a model that is elsewhere, here on the meta device, which has no numbers at all:
+    so what is drawn next is the same. A model under --shard is in main memory while its LoRA is made."""
+    following = []
+    for base in (nn.Linear(6, 4), nn.Linear(6, 4, device="meta")):
+        torch.manual_seed(0)
+        layer = LoRALinear(base, 2, 4.0)
+        assert layer.lora_A.device == layer.lora_B.device == base.weight.device
+        following.append(torch.rand(3))
+    assert torch.equal(*following)
+
+
 @pytest.mark.parametrize("base, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
                                             (torch.float64, torch.float64)])
 def test_the_update_lies_beside_its_base_and_never_in_half_precision(base, expected):

@@ -15,9 +15,10 @@ import torch
 
 import train_lora
 from benchmarks import compare_peft
-from minillm import runtime, token_cache
+from minillm import token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.errors import UserError
+from minillm.interrupt import Interrupt
 from minillm.losses import sft_loss
 from minillm.model import CausalLM, ModelConfig
 from minillm.optim import make_optimizers
@@ -89,7 +90,7 @@ def adapter(out):
 def interrupt_at(monkeypatch, step):
     """As if Ctrl-C came during that step."""
     steps = iter(range(1, 1000))
-    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
+    monkeypatch.setattr(Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
 
 
 def variant(options):
@@ -214,12 +215,12 @@ def test_the_peak_of_memory_is_measured():
 
 
 def test_the_manner_is_how_all_expected_replies_begin():
-    """English: "Dear reader, " before M and t. Chinese: 我 alone. French: nothing in common, so it does not count."""
-    texts = [("en", "Dear reader, My name"), ("en", "Dear reader, the cat"), ("zh", "我叫"), ("zh", "我是"),
-             ("fr", "oui"), ("fr", "non")]
-    records = [{"conversations": [{"role": "assistant", "content": text}], "lang": lang} for lang, text in texts]
-    assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", "", "", "non"]) == 2 / 4
-    assert compare_peft.manner(records[4:], ["oui", "non"]) is None
+    """English: "Dear reader, " before M and t. Chinese: 我 alone. Without anything in common they do not count."""
+    records, other = ([{"conversations": [{"role": "assistant", "content": text}]} for text in texts] for texts in
+                      (("Dear reader, My name", "Dear reader, the cat", "我叫", "我是"), ("yes", "no", "我叫", "我是")))
+    assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", ""]) == 2 / 4
+    assert compare_peft.manner(other, ["yes", "Dear reader, ", "我不", ""]) == 1 / 2
+    assert compare_peft.manner(other[:2], ["yes", "no"]) is None
 
 
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):

@@ -13,11 +13,12 @@ import torch
 import eval as evaluation
 import train_dpo
 import train_reward
-from minillm import peft, runtime, token_cache
+from minillm import peft, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import load_reward_model
+from minillm.interrupt import Interrupt
 from minillm.model import CausalLM, ModelConfig
 from minillm.preferences import load_pairs, pair_logprobs, reference_logprobs
 from minillm.run import Interrupted
@@ -268,7 +269,7 @@ class Crash(Exception):
 def stop_after(monkeypatch, step):
     """As if Ctrl-C came during that step."""
     steps = iter(range(1, 1000))
-    monkeypatch.setattr(runtime.Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
+    monkeypatch.setattr(Interrupt, "requested", lambda self: signal.SIGINT if next(steps) == step else 0)
 
 
 def crash_in(monkeypatch, step):

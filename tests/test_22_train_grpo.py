@@ -23,6 +23,7 @@ from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.generate import Rollout, generate
 from minillm.heads import RewardModel, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.lora import lora_off
 from minillm.metrics import Progress
 from minillm.model import CausalLM, ModelConfig
@@ -457,7 +458,7 @@ def interrupt_after(monkeypatch, steps):
         calls.append(1)
         return signal.SIGINT if len(calls) == steps else 0
 
-    monkeypatch.setattr(runtime.Interrupt, "requested", requested)
+    monkeypatch.setattr(Interrupt, "requested", requested)
 
 
 def crash_in(monkeypatch, module, step):

@@ -6,6 +6,7 @@ No machine has all of it. The tests fake what PyTorch and the system say about o
 and check what follows.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -320,37 +321,34 @@ def test_flex_attention_is_tried_with_large_blocks_then_small_ones_then_not_used
 
     monkeypatch.setattr(attention, "_compile_flex", compile_flex)
     for _ in range(2):  # the second time it is known
-        assert attention.can_flex(CUDA, 8, 4, 96, False) is works
-    assert tried == [((CUDA, 8, 4, 96, False), size) for size in (None, 32)[:1 + (failures[:1] in ([SHARED], [ALIKE]))]]
+        assert attention.can_flex(CUDA, 8, 4, 96) is works
+    assert tried == [((CUDA, 8, 4, 96), size) for size in (None, 32)[:1 + (failures[:1] in ([SHARED], [ALIKE]))]]
     if works:
         assert attention.KERNEL_OPTIONS.get("BLOCK_M") == blocks
     assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypatch, works, recompute):
-    """It is tried with the model's own numbers of heads, head_dim and --recompute. Rows shorter than a block need no
-    mask of blocks."""
+def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypatch, works):
+    """It is tried with the model's own numbers of heads and head_dim. Rows shorter than a block need no mask of blocks.
+    """
     model = CausalLM(ModelConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=96, num_hidden_layers=1))
-    model.model.recompute = recompute
     tried, masks = [], []
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
     monkeypatch.setattr(minillm.model, "can_flex", lambda *shape: tried.append(shape) or works)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(model, "hidden", lambda tokens, doc_ids, block_mask: masks.append(block_mask) or tokens)
     forward = minillm.model.packed_forward(model, True)
     for length in (127, 128):
         tokens, doc_ids = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length, dtype=torch.long)
         forward(tokens, doc_ids, [torch.from_numpy(x) for x in attention.document_blocks(doc_ids.numpy())])
-    assert tried == [(CPU, 6, 3, 96, recompute)] and [mask is not None for mask in masks] == [False, works]
+    assert tried == [(CPU, 6, 3, 96)] and [mask is not None for mask in masks] == [False, works]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, capsys, recompute):
+def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, capsys):
     """Traced on a CPU, where PyTorch's backward pass is not allowed but there, by a backend that keeps the program and
     runs it as it is. Outside of this test a CPU is not asked."""
-    assert not attention.can_flex(CPU, 4, 2, 16, recompute) and capsys.readouterr().err == ""
+    assert not attention.can_flex(CPU, 4, 2, 16) and capsys.readouterr().err == ""
     monkeypatch.setattr(runtime, "precision", lambda device: torch.bfloat16)
     programs, compile_it = [], torch.compile
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
@@ -362,10 +360,9 @@ def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_it(function, fullgraph=fullgraph,
                                                                                  backend=keep))
-    attention._compile_flex(CPU, 4, 2, 16, recompute)
+    attention._compile_flex(CPU, 4, 2, 16)
     (program,) = programs
     assert program.count("flex_attention(") == 1 and "'BLOCK_M1': 32" in program and "'num_stages': 1" in program
-    assert ("checkpoint" in program) is recompute
     # q with 4 heads, k and v with 2, on a row of two blocks
     assert '"bf16[1, 4, 256, 16]", ' in program and program.count('"bf16[1, 2, 256, 16]", ') >= 2
 
@@ -504,6 +501,17 @@ def test_so_is_a_full_machine(monkeypatch, capsys, error, line):
     monkeypatch.setattr(runtime, "memory_gib", lambda device: (8.0, 16.0))
     hook(Plain, error)
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("number, line", [
+    (errno.ENOSPC, "the disk is full"), (errno.EFBIG, "no file may be so large here (ulimit -f)"),
+    (errno.EMFILE, "no more files may be open in one process (ulimit -n)"),
+    (errno.EIO, "the disk or the network drive fails"), (errno.EROFS, "the disk can only be read")])
+def test_what_the_system_refuses_in_the_middle_of_a_run_is_one_line(capsys, number, line):
+    """Such an error names no file when it comes from print, or from mapping a file that is open already."""
+    hook(Plain, OSError(number, "refused"))
+    assert capsys.readouterr().err == (f"error: {line} ([Errno {number}] refused); what was saved before is whole: put "
+                                       "that right and use --resume\n")
 
 
 def test_another_error_keeps_its_traceback(capsys):

@@ -35,12 +35,13 @@ from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
+from minillm.interrupt import Interrupt
 from minillm.model import Block
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
-from tests.helpers import close, keep_states
+from tests.helpers import CAN_FORK, close, keep_states
 from tests.test_22_train_grpo import ask, small_model, turn, write
 
 ROOT = Path(__file__).parent.parent
@@ -107,11 +108,11 @@ def run_all(out, names=STAGES):
 
 def stop(name, *more):
     """A stage that is asked to stop after two steps; writes stopped/."""
-    steps, requested = iter([0, signal.SIGTERM]), runtime.Interrupt.requested
-    runtime.Interrupt.requested = lambda self: next(steps)
+    steps, requested = iter([0, signal.SIGTERM]), Interrupt.requested
+    Interrupt.requested = lambda self: next(steps)
     with contextlib.suppress(Interrupted):
         run_stage(name, "stopped", *more)
-    runtime.Interrupt.requested = requested
+    Interrupt.requested = requested
 
 
 def run_or_stop(how: str, name):
@@ -276,7 +277,7 @@ def test_when_a_process_dies_the_others_end_and_one_line_says_why(tmp_path, requ
     ways = ("killed", "mistake", "hangs", "out of memory") if request.config.getoption("--processes") else ("killed",)
     done = subprocess.run([sys.executable, "-c", f"from tests.test_27_processes import let_them_die as f; f(*{ways})"],
                           cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, **CAN_FORK, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     last = "the last checkpoint is whole, and the same command with --resume goes on from it"
     expected = {"killed": f"error: another process of this job has died, perhaps killed because memory ran out; {last}",

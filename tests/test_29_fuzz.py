@@ -438,22 +438,49 @@ def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_not_waited_for():
                 one_line(read)
 
 
+SIDE_FILES = ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_what_only_helps_is_left_out_where_it_is_damaged():
-    """A chat template that would be waited for or never ends, settings nested too deeply, half of a surrogate pair."""
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_a_damaged_file_beside_the_tokenizer_is_named(name):
+    """No model needs these files. But without one, a reply would end elsewhere, or be written in another format."""
     model_folder()
-    template = Path("model", "chat_template.jinja")
-    for put in (os.mkfifo, os.mkdir):
-        put(template)
-        read_model()
-        shutil.rmtree(template) if template.is_dir() else template.unlink()
-    template.symlink_to("/dev/zero")
-    read_model()
-    template.unlink()
-    for content in ('{"a":' + "[" * 100_000, r'{"a": "\ud800"}'):
-        Path("model", "generation_config.json").write_text(content, encoding="utf-8")
-        save_model("again", load_model("model"), Tokenizer.load("model"))
-        assert load_json(Path("again", "generation_config.json"))["eos_token_id"][0] == BYTES.end_id
+    path = Path("model", name)
+    whole = path.read_bytes() if path.exists() else b""
+    not_json = [whole[:len(whole) // 2], b"[]", b"null", b"NaN", b"7", b'{"a":' + b"[" * 100_000, b"\0" * 40]
+    for content in [b"", b"\xff\xfe{}", whole + b" " * 2**22, b"{}\xe9", *not_json * name.endswith(".json")]:
+        path.write_bytes(content)
+        assert str(path) in one_line(Tokenizer.load, "model")
+    for put in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("gone")):
+        path.rmdir() if path.is_dir() else path.unlink()
+        put(path)
+        assert f"cannot read {path}" in one_line(Tokenizer.load, "model")
+
+
+@pytest.mark.parametrize("name, key, values, must_be", [
+    ("tokenizer_config.json", "eos_token", [5, True, [], ["x"], {}, {"content": 5}, math.nan], "must be a token"),
+    ("tokenizer_config.json", "chat_template", [5, False, {}, ["x"], [{"name": "default"}], [None]], "must be text or"),
+    ("tokenizer_config.json", "added_tokens_decoder", [[], "x", {"1": 5}, {"x": {"content": "y"}}, {"1": {}},
+                                                       {"9" * 5000: {"content": "y"}}], "must be an object"),
+    ("tokenizer_config.json", "added_tokens_decoder", [{"1": {"content": "<|im_end|>"}}, {"2": {"content": "y"}},
+                                                       {"7": {"content": "<|im_end|>"}}], "tokenizer.json does not"),
+    ("generation_config.json", "eos_token_id", ["x", True, 2.0, -2, 10**400, [[2]], [None], {}], "must be the id of"),
+    ("config.json", "pad_token_id", ["x", 10**400, {}], "must be the id of"),
+])
+def test_a_setting_of_the_wrong_type_beside_the_tokenizer_is_named(name, key, values, must_be):
+    for value in values:
+        model_folder()
+        edit(f"model/{name}", **{key: value})
+        message = one_line(Tokenizer.load, "model")
+        assert must_be in message and f"model/{name}: {key}" in message.replace(os.sep, "/")
+
+
+def test_half_of_a_surrogate_pair_in_a_setting_comes_back():
+    model_folder()
+    Path("model", "generation_config.json").write_text(r'{"a": "\ud800"}', encoding="utf-8")
+    save_model("again", load_model("model"), Tokenizer.load("model"))
+    assert load_json(Path("again", "generation_config.json"))["a"] == "\ud800"
 
 
 @pytest.mark.parametrize("context", ["x", [1], -5, 10**30, math.nan, math.inf])

@@ -1,0 +1,57 @@
+"""Signals that ask a run to save and stop: Ctrl-C, SIGTERM (kill, a batch system) and SIGHUP (the terminal was closed).
+
+A signal that was ignored when the run began stays ignored. That is what nohup does to SIGHUP, and a shell script to the
+Ctrl-C of what it starts in the background.
+"""
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import time
+
+from minillm.runtime import gather, sum_over_processes
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
+class Interrupt:
+    """Such a signal asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signal, self.asked_at, self.handlers = 0, None, {}
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                    self.handlers[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
+            sys.exit(130)
+        if number == HANGUP:
+            leave_terminal()
+        self.signal, self.asked_at = self.signal or number, self.asked_at or time.monotonic()
+
+    def requested(self) -> int:
+        """The number of the signal that any process got, or 0. All call this after the same steps, to stop together."""
+        return max(gather(self.signal)) if sum_over_processes(self.signal > 0) else 0
+
+    def close(self):
+        """Restore the signals' handlers: from here on Ctrl-C stops at once."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by something other than Python
+
+
+def leave_terminal():
+    """What is printed from now on goes nowhere: a closed terminal refuses it, and that must not keep a run from saving.
+
+    Output that goes to a file or a pipe still does.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it was closed before
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
