@@ -99,12 +99,12 @@ def main(cfg: Config) -> dict:
     loader = PairLoader(train_data, cfg.batch_size, cfg.seed)
 
     # 3. Models
-    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora", home=shard.home(cfg, device))
+    policy = checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora", mapped=shard.is_on(cfg))
     if cfg.peft == "lora":
         apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
-        ref_model = checkpoint.load_model(cfg.ref_model, device, home=shard.home(cfg, device))
+        ref_model = checkpoint.load_model(cfg.ref_model, device, mapped=shard.is_on(cfg))
         check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)

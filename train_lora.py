@@ -118,7 +118,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    model = checkpoint.load_model(cfg.model, device, dtype, cfg.peft != "prefix", shard.home(cfg, device))
+    model = checkpoint.load_model(cfg.model, device, dtype, cfg.peft != "prefix", shard.is_on(cfg))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):

@@ -90,7 +90,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models
     if source:
-        model = checkpoint.load_model(source, device, home=shard.home(cfg, device))
+        model = checkpoint.load_model(source, device, mapped=shard.is_on(cfg))
     else:
         runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
         config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)

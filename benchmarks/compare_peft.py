@@ -90,16 +90,14 @@ def disk_bytes(folder) -> int:
 
 
 def manner(records: list, replies: list):
-    """The share of replies that begin as all expected replies in their language do.
+    """The share of replies that begin as all expected replies in their alphabet do: English ones, and Chinese ones.
 
     None if the expected replies have no common beginning.
     """
-    expected = {}  # by language
-    for record in records:
-        expected.setdefault(record.get("lang"), []).append(record["conversations"][-1]["content"])
-    begins = {language: os.path.commonprefix(texts) for language, texts in expected.items()}
-    found = [reply.startswith(begins[record.get("lang")]) for record, reply in zip(records, replies)
-             if begins[record.get("lang")]]
+    texts = [record["conversations"][-1]["content"] for record in records]
+    begins = {english: os.path.commonprefix([text for text in texts if text.isascii() is english])
+              for english in (True, False)}
+    found = [reply.startswith(begins[text.isascii()]) for text, reply in zip(texts, replies) if begins[text.isascii()]]
     return sum(found) / len(found) if found else None
 
 

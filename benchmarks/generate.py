@@ -52,8 +52,8 @@ SIZES = {
     "cuda": dict(preset="small", vocab_size=6400, batch_size=64, prompt=64, new_tokens=256, repeats=5,
                  batch=(1, 8, 64, 256, 1024, 2048), context=(512, 2048, 8192, 32256),
                  vocabulary=(6400, 32000, 151936), model=("mini", "small", "base", "qwen3-0.6b")),
-    "cpu": dict(preset="tiny", vocab_size=1024, batch_size=8, prompt=64, new_tokens=256, repeats=2,
-                batch=(1, 8, 64), context=(64, 512, 2048), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
+    "cpu": dict(preset="tiny", vocab_size=3072, batch_size=8, prompt=64, new_tokens=256, repeats=2,
+                batch=(1, 8, 64), context=(64, 512, 2048), vocabulary=(3072, 8192, 32768), model=("tiny", "mini")),
     "quick": dict(preset="tiny", vocab_size=300, batch_size=2, prompt=8, new_tokens=4, repeats=1,
                   batch=(1, 2), context=(16,), vocabulary=(600,), model=("tiny",)),
 }
@@ -65,7 +65,7 @@ EVERY = 16  # "recompute" computes one of this many tokens
 class Config:
     parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
     preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
-    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
+    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 3072)", low=0)
     batch_size: int = flag(0, "prompts, except in the table of batches (default: 64, on a CPU 8)", low=0)
     new_tokens: int = flag(0, "tokens after each prompt (default: 256)", low=0)
     repeats: int = flag(0, "turns of each row; their median counts (default: 5, on a CPU 2)", low=0)

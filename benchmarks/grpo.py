@@ -56,10 +56,10 @@ SIZES = {
     "cuda": dict(preset="small", vocab_size=6400, prompts=8, group_size=8, prompt=64, new_tokens=256, repeats=5,
                  answers=(2, 8, 32), length=(256, 1024, 4096), vocabulary=(6400, 32000, 151936),
                  model=("mini", "small", "base", "qwen3-0.6b")),
-    "cpu": dict(preset="tiny", vocab_size=1024, prompts=4, group_size=8, prompt=32, new_tokens=64, repeats=3,
-                answers=(1, 4, 16), length=(32, 128, 512), vocabulary=(1024, 8192, 32768), model=("tiny", "mini")),
-    "quick": dict(preset="tiny", vocab_size=1024, prompts=1, group_size=2, prompt=8, new_tokens=4, repeats=1,
-                  answers=(2,), length=(8,), vocabulary=(2048,), model=("tiny",)),
+    "cpu": dict(preset="tiny", vocab_size=3072, prompts=4, group_size=8, prompt=32, new_tokens=64, repeats=3,
+                answers=(1, 4, 16), length=(32, 128, 512), vocabulary=(3072, 8192, 32768), model=("tiny", "mini")),
+    "quick": dict(preset="tiny", vocab_size=3072, prompts=1, group_size=2, prompt=8, new_tokens=4, repeats=1,
+                  answers=(2,), length=(8,), vocabulary=(4096,), model=("tiny",)),
 }
 WORDS = "What is the sum of these two numbers, and how did you find it? "
 
@@ -68,7 +68,7 @@ WORDS = "What is the sum of these two numbers, and how did you find it? "
 class Config:
     parts: list[str] = flag(PARTS, f"tables to make, of {', '.join(PARTS)}")
     preset: str = flag("", "architecture (default: small, on a CPU tiny)", choices=["", *PRESETS, *QWEN3])
-    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 1024)", low=0)
+    vocab_size: int = flag(0, "tokens of the vocabulary (default: 6400, on a CPU 3072)", low=0)
     prompts: int = flag(0, "prompts of a step (default: 8, on a CPU 4)", low=0)
     group_size: int = flag(0, "answers to each (default: 8)", low=0)
     new_tokens: int = flag(0, "tokens of an answer (default: 256, on a CPU 64)", low=0)

@@ -4,7 +4,7 @@ A policy samples two answers to each prompt, and a judge says which is better. I
 judges tend to favour one of the two places. The mean of the two probabilities is free of that bias (2309.00267, section
 3.1), and decides. The pairs of which the judge is sure enough are written as
 
-    {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task", "lang"}
+    {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task"}
 
     python train_sft.py --model out/sft --data data/judge.jsonl --lr 1e-3 --out out/judge
     python data/label_preferences.py     # out/sft answers, out/judge judges; writes out/rlaif/preference.jsonl
@@ -94,7 +94,7 @@ def main(cfg: Config) -> dict:
             lines.append({"chosen": [*messages, {"role": "assistant", "content": chosen}],
                           "rejected": [*messages, {"role": "assistant", "content": rejected}],
                           "confidence": round(max(p, 1 - p), 4),
-                          **{key: record[key] for key in ("task", "lang") if key in record}})
+                          **({"task": record["task"]} if "task" in record else {})})
             good, bad = gold_components(chosen, record), gold_components(rejected, record)
             gains = {name: good[name] - bad[name] for name in good}
             gains["gold reward"] = sum(gains.values())

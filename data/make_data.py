@@ -566,7 +566,7 @@ def line(messages, task, lang, answer=None, choices=None, **more):
         a, b = map(int, re.findall("[0-9]+", messages[0]["content"]))
         level = f"level {level_of(task, max(a, b), min(a, b))}"
     optional = {"answer": answer, "choices": choices, "level": level, **more}
-    return {"conversations": messages, "task": task, "lang": lang, **{key: v for key, v in optional.items() if v}}
+    return {"conversations": messages, "task": task, **{key: v for key, v in optional.items() if v}}
 
 
 def normal(question):
@@ -785,7 +785,7 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
             asked.add(name)
             made += 1
             lines.append({"prompt": question, "chosen": good, "rejected": bad,
-                          "kind": kind, "task": task, "lang": lang})
+                          "kind": kind, "task": task})
     return dice.shuffled(lines)
 
 
@@ -879,7 +879,7 @@ class Pretrain:
     def __init__(self, dice, tasks, talk, pairs):
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
-        weights = ((self.fact_lines, 20), (self.story, 13), (self.description, 4), (self.talk_lines, 7),
+        weights = ((self.fact_lines, 18), (self.story, 8), (self.description, 3), (self.talk_lines, 15),
                    (self.counting, 5), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5),
                    (self.two_digits, 20), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
                    (self.translation, 3))

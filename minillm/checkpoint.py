@@ -159,11 +159,12 @@ def load_weights(folder) -> dict:
     return tensors
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, home=None) -> CausalLM:
+def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, mapped: bool = False) -> CausalLM:
     """The model of a checkpoint folder, its weights converted to `dtype` one tensor at a time.
 
     frozen: nobody will train these weights, so they go straight to where runtime.hold_in_bf16 would put them. A float32
-    copy, which is twice as large, then never exists. home: where to put them, if another device is to compute.
+    copy, which is twice as large, then never exists. mapped: the weights stay in the file, as they are stored there,
+    until shard.py fetches them part by part; `held_in` of a parameter is the dtype that it then gets.
     Raises UserError when the folder is no causal language model of a supported architecture, or when a tensor is
     missing, unexpected or of the wrong shape: no weight is ever left random.
     """
@@ -187,12 +188,15 @@ def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, 
         model = CausalLM(config).to(dtype)
     expected = weights_of(hold_in_bf16(model, torch.device(device)) if frozen else model)
     check_weights(expected, stored, folder)
-    weights = {name: tensor.to(home or device, expected[name].dtype, copy=True) for name, tensor in stored.items()}
+    weights = stored if mapped else {name: tensor.to(device, expected[name].dtype, copy=True)
+                                     for name, tensor in stored.items()}
     check_finite(weights, folder)
     model.load_state_dict(weights, strict=False, assign=True)  # checked above; only the tied copy is missing
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary = RotaryEmbedding(config).to(home or device)
+    model.model.rotary = RotaryEmbedding(config).to("cpu" if mapped else device)
+    for name, parameter in model.named_parameters() if mapped else ():
+        parameter.held_in = expected[name].dtype
     model.origin = read_origin(folder, stored)
     return model
 

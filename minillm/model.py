@@ -284,8 +284,10 @@ class Backbone(nn.Module):
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
-        # A program for training only: one without gradients would be another, and so would one for each layer's cache.
-        run_layer = self.run_layer if torch.is_grad_enabled() and keys_values is None else Backbone.run_layer
+        # Compiled for training alone: without gradients, for the cache of each layer and for each list of documents there
+        # would be more programs.
+        compiled = torch.is_grad_enabled() and keys_values is None and not isinstance(mask, list)
+        run_layer = self.run_layer if compiled else Backbone.run_layer
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():

@@ -248,14 +248,15 @@ def hold_in_bf16(model, device=None):
 
 @functools.cache
 def why_not_compiled(device: torch.device) -> str:
-    """Why torch.compile is not used there; "" where it works. On CUDA one trivial function is compiled, once."""
-    if device.type != "cuda":
-        return "only on CUDA"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"compute capability {major}.{minor} is below 8.0"
-    if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
-        return "Triton is not installed"
+    """Why torch.compile is not used there; "" where it works. One trivial function is compiled, once."""
+    if device.type not in ("cuda", "cpu"):
+        return "only on CUDA and on CPUs"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 0):
+            return f"compute capability {major}.{minor} is below 8.0"
+        if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
+            return "Triton is not installed"
     try:
         _compile_something(device)
     except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
@@ -348,7 +349,8 @@ def main():
     except UserError as error:
         device = start("cpu", seed=0)
         chosen = f"{describe(device)} ({error})"
-    uncompiled, attention = why_not_compiled(device), "scaled_dot_product_attention"
+    attention = "scaled_dot_product_attention"
+    uncompiled = "only with --compile" if device.type == "cpu" else why_not_compiled(device)
     free, total = memory_gib(device)
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":

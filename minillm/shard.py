@@ -7,7 +7,8 @@ of its gradient and of AdamW's two averages. That is 1/N of the 16 bytes per par
 turn comes, in the forward and in the backward pass, and split again after it. So a GPU holds its part and one or two
 layers, of which embedding and head make one. At no time does it hold the whole model:
 
-- It is loaded into main memory, and goes from there to the GPU layer by layer.
+- It goes from its file to the GPU layer by layer. Main memory holds one layer of it per process at a time; the file
+  is mapped, and the system keeps one copy of it for all processes. So is the state of a run that is resumed.
 - Layers are gathered for evaluation as for training. All processes must then run the same layers in the same order, so
   they go on together until the last one has finished (generate.py).
 - To be saved, it is gathered one tensor at a time, in the main memory of the first process alone.
@@ -42,7 +43,7 @@ def is_on(cfg) -> bool:
 
 
 def home(cfg, device) -> torch.device:
-    """Where to load a model: on the device, or, where shard() is to split it, in main memory."""
+    """Where to make a new model: on the device, or, where shard() is to split it, in main memory."""
     return torch.device("cpu") if is_on(cfg) else device
 
 
@@ -54,6 +55,9 @@ def shard(cfg, model, device):
 
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
+        for parameter in part.parameters():
+            if hasattr(parameter, "held_in"):  # still in its file, as load_model left it
+                parameter.data = parameter.data.to(device, parameter.held_in)
         fully_shard(part, mesh=mesh)  # moves it to the device first
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean: each loss is divided by the tokens of all processes
         part.set_force_sum_reduction_for_comms(True)  # gloo has no sum that also scales

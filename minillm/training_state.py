@@ -64,17 +64,18 @@ def _check_plain(value, name):
         raise ValueError(f"{name} is a {type(value).__name__}; weights_only loading would refuse it")
 
 
-def load_training_state(folder) -> dict:
+def load_training_state(folder, mapped: bool = False) -> dict:
     """Read training_state.pt to the CPU without unpickling objects; prints a note where bit-exactness is not promised.
 
-    Raises UserError when it is missing or damaged.
+    mapped: its tensors stay in the file, for a sharded run, which copies its part of them. Raises UserError when it is
+    missing or damaged.
     """
     path = Path(folder) / "training_state.pt"
     try:
         with open_file(path) as file:
             _check_archive(file)
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         before = dict(state["environment"])
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("no step")
@@ -181,7 +182,7 @@ def restore_optimizer(optimizer, saved: dict):
             shape = torch.Size() if key == "step" else parameters[number].shape
             if value.shape != shape or not value.is_floating_point() or not value.isfinite().all():
                 raise ValueError(f"the optimizer's {key} has another shape or type, or is not finite")
-    kept = {number: {key: value if key == "step" else split_like(value, parameters[number])
+    kept = {number: {key: value.clone() if key == "step" else split_like(value, parameters[number])
                      for key, value in kept.items()} for number, kept in saved["state"].items()}
     optimizer.load_state_dict(for_this_device({**saved, "state": kept}, optimizer))
 

@@ -215,12 +215,12 @@ def test_the_peak_of_memory_is_measured():
 
 
 def test_the_manner_is_how_all_expected_replies_begin():
-    """English: "Dear reader, " before M and t. Chinese: 我 alone. French: nothing in common, so it does not count."""
-    texts = [("en", "Dear reader, My name"), ("en", "Dear reader, the cat"), ("zh", "我叫"), ("zh", "我是"),
-             ("fr", "oui"), ("fr", "non")]
-    records = [{"conversations": [{"role": "assistant", "content": text}], "lang": lang} for lang, text in texts]
-    assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", "", "", "non"]) == 2 / 4
-    assert compare_peft.manner(records[4:], ["oui", "non"]) is None
+    """English: "Dear reader, " before M and t. Chinese: 我 alone. Without anything in common they do not count."""
+    records, other = ([{"conversations": [{"role": "assistant", "content": text}]} for text in texts] for texts in
+                      (("Dear reader, My name", "Dear reader, the cat", "我叫", "我是"), ("yes", "no", "我叫", "我是")))
+    assert compare_peft.manner(records, ["Dear reader, no", "Dear reader", "我不", ""]) == 2 / 4
+    assert compare_peft.manner(other, ["yes", "Dear reader, ", "我不", ""]) == 1 / 2
+    assert compare_peft.manner(other[:2], ["yes", "no"]) is None
 
 
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
@@ -250,4 +250,4 @@ def test_the_comparison_names_the_methods_it_knows():
 # Change the number, say what you expect, and run the test. A failure shows what came out.
 # 1. test_the_peak_of_memory_is_measured: `large = torch.ones(2**20)` -> `large = torch.ones(2**19)`. What is the peak
 #    now, and when?
-# 2. test_the_manner_is_how_all_expected_replies_begin: `records[4:]` -> `records[2:4]`. None, or a number?
+# 2. test_the_manner_is_how_all_expected_replies_begin: `other[:2]` -> `other[2:]`. None, or a number?

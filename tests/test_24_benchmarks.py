@@ -344,8 +344,8 @@ def test_compare_peft(small_project, capsys):
 
 def test_the_manner_of_replies():
     """English replies are to begin with "Dear reader, ", Chinese ones have no common beginning and do not count."""
-    records = [{"lang": lang, "conversations": [{"role": "assistant", "content": text}]} for lang, text in
-               (("en", "Dear reader, yes."), ("en", "Dear reader, no."), ("zh", "是"), ("zh", "不"))]
+    records = [{"conversations": [{"role": "assistant", "content": text}]} for text in
+               ("Dear reader, yes.", "Dear reader, no.", "是", "不")]
     assert compare_peft.manner(records, ["Dear reader, hm", "Dear me", "是", "Dear reader, "]) == 0.5
     assert compare_peft.manner(records[2:], ["是", "不"]) is None
 

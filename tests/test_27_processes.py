@@ -40,8 +40,8 @@ from minillm.interrupt import Interrupt
 from minillm.model import Block
 from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
-from minillm.tokenizer import train_tokenizer
-from minillm.training_state import load_training_state
+from minillm.tokenizer import Tokenizer, train_tokenizer
+from minillm.training_state import load_training_state, save_training_state
 from tests.helpers import close, in_processes, keep_states
 from tests.test_22_train_grpo import ask, small_model, turn, write
 
@@ -339,6 +339,28 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_read(cfg):
     with pytest.raises(UserError, match="--shard: .* give (--optimizer adamw|another --peft)"):
         shard.prepare(cfg)
     shard.prepare(train_pretrain.Config(shard=True, optimizer="adamw"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at what Linux says about the process")
+def test_what_is_to_be_split_stays_in_its_file_until_then(place):
+    """So the main memory that a process needs is that of its own part, and of one layer."""
+    def mapped():
+        return {name for name in ("model.safetensors", "training_state.pt")
+                if name in Path("/proc/self/maps").read_text(encoding="utf-8")}
+
+    save_model("half", load_model("model"), Tokenizer.load("model"), "bfloat16")
+    model = load_model("half", mapped=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.held_in for parameter in model.parameters()} == {torch.float32}
+    assert len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()}) == 1  # the file
+    assert mapped() == {"model.safetensors"}
+    del model
+    save_training_state("half", {"step": 1, "moments": torch.ones(1000)})
+    state = load_training_state("half", mapped=True)
+    assert state["moments"].sum() == 1000 and mapped() == {"training_state.pt"}
+    del state
+    gc.collect()
+    assert mapped() == set()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
