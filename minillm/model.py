@@ -284,8 +284,8 @@ class Backbone(nn.Module):
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
-        # Compiled for training alone: without gradients, for the cache of each layer and for each list of documents there
-        # would be more programs.
+        # Compiled for training alone: without gradients, for the cache of each layer and for each list of documents
+        # there would be more programs.
         compiled = torch.is_grad_enabled() and keys_values is None and not isinstance(mask, list)
         run_layer = self.run_layer if compiled else Backbone.run_layer
         x = self.embed_tokens(tokens)
