@@ -555,6 +555,18 @@ def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
     assert counter.frame_count == 1
 
 
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(monkeypatch):
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    model, tokens = small_model(), ids(2, 5)
+    runtime.compile_backbone(model, True)
+    copied = copy.deepcopy(model)
+    before = model.hidden(tokens)
+    model.model.norm.weight.data.zero_()
+    assert close(copied.hidden(tokens), before) and not model.hidden(tokens).any()
+    assert copied.state_dict().keys() == small_model().state_dict().keys()
+
+
 @pytest.mark.usefixtures("no_programs")
 @pytest.mark.parametrize("prefix, programs", [(0, 1), (2, 0)])
 def test_what_has_a_cache_or_needs_no_gradient_runs_uncompiled(prefix, programs):
