@@ -73,7 +73,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, r, alpha, dropout, rslora)
-        weight = base.weight.detach()  # B is still zero, so the norms are those of W, as the model will hold it (shard.py)
+        weight = base.weight.detach()  # B is still zero: the norms are those of W, as the model will hold it (shard.py)
         weight = weight.to(getattr(base.weight, "held_in", weight.dtype)).to(self.lora_A.dtype)
         self.lora_magnitude_vector = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
 

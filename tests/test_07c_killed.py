@@ -225,8 +225,8 @@ def test_a_closed_terminal_asks_like_the_other_signals():
 @LINUX
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (HANGUP, 129)])
 def test_a_signal_that_also_ends_the_reader_of_the_output(number, code):
-    """In `python train_sft.py 2>&1 | tee log` Ctrl-C goes to both. tee ends at once, and what the run prints then fails.
-    It saves all the same."""
+    """In `python train_sft.py 2>&1 | tee log` Ctrl-C goes to both. tee ends at once, and what the run then prints
+    fails. It saves all the same."""
     def body(step, run):
         run.progress.last_line = 0.0  # so that each step prints a line
         if step == 4:
