@@ -28,7 +28,7 @@ from minillm.attention import (BLOCK, attend, attention_mask_2d, can_flex, docum
 class ModelConfig:
     """The architecture, in transformers' field names."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 3072
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4

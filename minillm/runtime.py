@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -305,10 +306,11 @@ def compile_backbone(model, asked):
     if not wants_compile(model, asked):
         return
     compile_layers(model, dynamic=True)
-    plain, most = model.model.forward, 0
+    most = 0
 
-    def forward(tokens, *others):
+    def forward(backbone, tokens, *others):
         nonlocal most
+        plain = functools.partial(type(backbone).forward, backbone)
         rows = len(tokens)
         if torch.is_grad_enabled():
             most = max(most, rows)
@@ -316,7 +318,7 @@ def compile_backbone(model, asked):
                 return plain(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)))[:rows]
         return plain(tokens, *others)
 
-    model.model.forward = forward
+    model.model.forward = types.MethodType(forward, model.model)  # a copy of the model gets one that runs the copy
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -217,6 +217,37 @@ def test_a_closed_terminal_asks_like_the_other_signals():
     assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
 
 
+@LINUX
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (HANGUP, 129)])
+def test_a_signal_that_also_ends_the_reader_of_the_output(number, code):
+    """In `python train_sft.py 2>&1 | tee log` Ctrl-C goes to both. tee ends at once, and what the run then prints
+    fails. It saves all the same."""
+    def body(step, run):
+        run.progress.last_line = 0.0  # so that each step prints a line
+        if step == 4:
+            os.close(reader)
+            signal.raise_signal(number)
+
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            os.close(writer)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # in place of pytest's
+            main(Config(log_every=1), body)
+        except SystemExit as error:
+            code = error.code
+        finally:
+            os._exit(code)
+    os.close(writer)
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
+
+
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     """But not its echo within a second: torchrun passes on a Ctrl-C that the terminal has sent to every process."""
     clock = iter([100.0, 100.2, 101.5])
