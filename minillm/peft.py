@@ -107,7 +107,7 @@ def merge_adapter(folder, out, base: str = "", dtype: str = "auto"):
     draft = out.with_name(out.name + ".new")
     if draft.exists():
         raise UserError(f"{draft} is in the way: the model is written there first; rename it")
-    tokenizer, model = Tokenizer.load(base), load_model(base)
+    model, tokenizer = load_model(base), Tokenizer.load(base)
     check_tokenizer(model.config, tokenizer, base)
     merge_lora(load_adapter(model, folder))
     save_model(draft, model, tokenizer, dtype)
