@@ -752,6 +752,8 @@ def test_the_pieces_of_a_conversation():
     assert chat.render(chat.QWEN3, messages, thinking=False) == [*turn, *start, piece(block), *answer]
     assert chat.render(chat.QWEN3, messages[:1], True, False) == [*turn, *start, piece(block)]
     assert chat.render(chat.CHATML, messages[:1], True, False) == [*turn, *start]
+    untrained = [{**message, "train": False} for message in messages]
+    assert not any(part.trained for part in chat.render(chat.QWEN3, untrained))
     assert chat.render(chat.LLAMA3, [user(" a"), assistant("b\n")]) == [
         piece("<|begin_of_text|>"), piece("<|start_header_id|>"), piece("user"), piece("<|end_header_id|>"),
         piece("\n\na"), piece("<|eot_id|>"), piece("<|start_header_id|>"), piece("assistant"),
@@ -766,6 +768,12 @@ def test_the_default_system_messages_of_qwen_and_smollm2():
     assert text_of(chat.SMOLLM2, [assistant("a")]) == f"{smol}<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert text_of(chat.QWEN25, [TOOLS, user("a")]).startswith(f"{qwen}\n\n{TOOLS_TEXT}<|im_end|>\n<|im_start|>user")
     assert text_of(chat.QWEN3, [TOOLS]) == f"<|im_start|>system\n{TOOLS_TEXT}<|im_end|>\n"
+
+
+def test_line_ends_alone_are_taken_off_think_text_and_answer():
+    assert text_of(chat.QWEN3, [thinks("x", "y"), user("a"), thinks("\n ?Hm? \n", "\n\n? b\n")]) == (
+        "<|im_start|>assistant\ny<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n ?Hm? \n</think>\n\n? b\n<|im_end|>\n")
 
 
 def test_calls_and_tools_as_text():
