@@ -69,7 +69,7 @@ SIZES = {  # steps: optimizer steps of a turn
                 context=(128, 512, 2048), batch=(2, 8, 32), vocabulary=(3072, 8192, 32768), model=("tiny", "mini"),
                 memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
     "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64),
-                  batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
+                  batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16, 128)),
 }
 
 

@@ -36,6 +36,7 @@ from minillm.errors import UserError
 from minillm.records import content_hash, read_records
 from minillm.token_cache import Subset, load_dataset
 from minillm.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import workers_start_at_once
 
 BYTES = train_tokenizer(["a"], 259)
 END = BYTES.endoftext_id
@@ -847,6 +848,7 @@ def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache)
         token_cache.shutil.rmtree(folder)
     assert files[1] == files[1 << 30] and len(files[1]["starts.bin"]) == 8 * (len(lines) + 1)
 
+    workers_start_at_once(monkeypatch)
     path.write_text(lines[0] + "\n{oops\n" + lines[1])
     assert one_line(load, path).startswith(f"{path}:2: not JSON")
     path.write_text(lines[0] + '\n{"text": "fatal"}')
@@ -854,48 +856,40 @@ def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache)
     assert not any(cache.iterdir())
 
 
-MEMORY = r"""
-import json, resource, sys
-from pathlib import Path
-import numpy as np
-from minillm import token_cache
-from minillm.data import PackedLoader, encode_text
-from minillm.tokenizer import train_tokenizer
+def peaks_of_memory():
+    """In a new process: prints the most MiB so far after epochs over a small, a large and a huge file."""
+    import resource
+    tokenizer = train_tokenizer(["a"], 259)
+    token_cache.CACHE, token_cache.PARALLEL = Path("cache").absolute(), 1 << 40
 
-folder = Path(sys.argv[1])
-token_cache.CACHE, token_cache.PARALLEL = folder / "cache", 1 << 40
-tokenizer = train_tokenizer(["a"], 259)
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    def epoch(dataset):
+        return sum(batch.n_tokens for batch in PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
 
-def epoch(dataset):
-    return sum(batch.n_tokens for batch in PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
-
-peaks = []
-for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 0.6 and 6 MB of masks
-    path = folder / f"{lines}.jsonl"
-    with open(path, "w") as file:
-        for i in range(lines):
-            file.write(json.dumps({"text": "lorem ipsum " * 25}) + "\n")
-    dataset = token_cache.load_dataset(encode_text, str(path), tokenizer, 512)
-    assert epoch(dataset) == lines * 302
-    peaks.append(peak())
-for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 150 MB, written directly
-    with open(dataset.folder / f"{name}.bin", "wb") as file:
-        for _ in range(100):
-            file.write(np.ones(500_000, dtype).tobytes())
-np.arange(0, 50_000_001, 500).tofile(dataset.folder / "starts.bin")
-assert epoch(token_cache.TokenDataset(dataset.folder)) == 50_000_000
-print(*peaks, peak())
-"""
+    peaks = []
+    for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 0.6 and 6 MB of masks
+        path = Path(f"{lines}.jsonl")
+        path.write_text((json.dumps({"text": "lorem ipsum " * 25}) + "\n") * lines, encoding="utf-8")
+        dataset = load_dataset(encode_text, str(path), tokenizer, 512)
+        assert epoch(dataset) == lines * 302
+        peaks.append(peak())
+    for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 75 MB, written directly
+        with open(dataset.folder / f"{name}.bin", "wb") as file:
+            for _ in range(50):
+                file.write(np.ones(500_000, dtype).tobytes())
+    np.arange(0, 25_000_001, 500).tofile(dataset.folder / "starts.bin")
+    assert epoch(token_cache.TokenDataset(dataset.folder)) == 25_000_000
+    print(*peaks, peak())
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too."""
     pytest.importorskip("resource")
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=Path(__file__).parent.parent,
-                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run([sys.executable, "-c", "from tests.test_03_data import peaks_of_memory; peaks_of_memory()"],
+                         cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)})
     assert run.returncode == 0, run.stderr
     small, large, huge = map(float, run.stdout.splitlines()[-1].split())
     assert large - small < 24 and huge - small < 24, (small, large, huge)
