@@ -35,7 +35,7 @@ well, but fewer questions in new words get them. Each method has its own default
 Prefixes and prompts are trained by Muon (arXiv 2502.16982) as one matrix with a row for each virtual token, not by
 AdamW: a prefix then needs no reparametrisation MLP. A prompt needs many passes at a small rate: at a larger one it
 learns the new answers, but mixes them up. Even so it learns only a part of them: it can do no more than steer a frozen
-model of under a million parameters. In its paper it catches up with fine-tuning at eleven billion.
+model of a million parameters. In its paper it catches up with fine-tuning at eleven billion.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ all text is a sum with one term for each token, and to maximise it is to predict
     E[-log p(x)] = H(text) + KL(text || model)
 
 so the loss ends at the entropy of the text, not at 0, and all that training can do is bring the model's distribution to
-the text's. It begins near ln(vocabulary), 6.93 for 1,024 tokens, where all are equally likely. In the logits of one
+the text's. It begins near ln(vocabulary), 8.03 for 3,072 tokens, where all are equally likely. In the logits of one
 token its gradient is (softmax(logits) - onehot(x_t)) / n_targets: what was said goes up, everything else goes down by
 its own probability.
 In memory: weights, gradients and the optimizer's moments (16 bytes a parameter with AdamW, 12 with Muon, which has one

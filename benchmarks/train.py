@@ -69,7 +69,7 @@ SIZES = {  # steps: optimizer steps of a turn
                 context=(128, 512, 2048), batch=(2, 8, 32), vocabulary=(3072, 8192, 32768), model=("tiny", "mini"),
                 memory_shapes=(*PRESETS,), memory_lengths=(1024, 4096)),
     "quick": dict(preset="tiny", vocab_size=300, max_seq_len=64, batch_size=2, steps=1, repeats=1, context=(32, 64),
-                  batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16,)),
+                  batch=(1,), vocabulary=(600,), model=("tiny",), memory_shapes=("tiny",), memory_lengths=(16, 128)),
 }
 
 
@@ -175,7 +175,8 @@ WAYS = {
 def trainer(way: Way, model, compiled: bool):
     """(the function that trains on one batch, its optimizers)"""
     optimizers = make_optimizers(model, lr=1e-4, muon=way.muon)
-    compiled = compiled and way.compile and runtime.can_compile(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    compiled = compiled and way.compile and device.type == "cuda" and runtime.can_compile(device)
     if way.loss is ours:
         forward = packed_forward(model, compiled)
     else:
@@ -291,7 +292,7 @@ def main(cfg: Config) -> dict:
         return report.results
 
     transformers = peer("transformers") if cfg.peers else None
-    compiled = cfg.compile and runtime.can_compile(device)
+    compiled = cfg.compile and device.type == "cuda" and runtime.can_compile(device)
     names = [name for name in WAYS if compiled or name not in ("minillm, eager", "transformers, compiled")]
     names = [name for name in names if transformers or "transformers" not in name]
     fields = {"methods": "preset", "context": "max_seq_len", "batch": "batch_size", "vocabulary": "vocab_size",

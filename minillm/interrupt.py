@@ -6,6 +6,7 @@ Ctrl-C of what it starts in the background.
 
 import contextlib
 import os
+import select
 import signal
 import stat
 import sys
@@ -36,7 +37,10 @@ class Interrupt:
 
     def requested(self) -> int:
         """The number of the signal that any process got, or 0. All call this after the same steps, to stop together."""
-        return max(gather(self.signal)) if sum_over_processes(self.signal > 0) else 0
+        if not sum_over_processes(self.signal > 0):
+            return 0
+        leave_broken_pipes()
+        return max(gather(self.signal))
 
     def close(self):
         """Restore the signals' handlers: from here on Ctrl-C stops at once."""
@@ -49,9 +53,23 @@ def leave_terminal():
 
     Output that goes to a file or a pipe still does.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it was closed before
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                os.dup2(nowhere, descriptor)
+                _send_nowhere(descriptor)
+
+
+def leave_broken_pipes():
+    """The same for a pipe that nobody reads any more: the Ctrl-C that asks a run to stop ends the `tee` behind it."""
+    if hasattr(select, "poll"):  # Windows has none, and ends nothing so
+        for descriptor in (1, 2):
+            poll = select.poll()
+            poll.register(descriptor, 0)  # errors are reported unasked
+            if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+                _send_nowhere(descriptor)
+
+
+def _send_nowhere(descriptor: int):
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -73,7 +73,9 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, r, alpha, dropout, rslora)
-        self.lora_magnitude_vector = nn.Parameter(self.row_norms())  # B is still zero, so these are the norms of W
+        weight = base.weight.detach()  # B is still zero: the norms are those of W, as the model will hold it (shard.py)
+        weight = weight.to(getattr(base.weight, "held_in", weight.dtype)).to(self.lora_A.dtype)
+        self.lora_magnitude_vector = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
 
     @torch.no_grad()
     def row_norms(self):

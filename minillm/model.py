@@ -28,7 +28,7 @@ from minillm.attention import (BLOCK, attend, attention_mask_2d, can_flex, docum
 class ModelConfig:
     """The architecture, in transformers' field names."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 3072
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
@@ -284,8 +284,10 @@ class Backbone(nn.Module):
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
-        # A program for training only: one without gradients would be another, and so would one for each layer's cache.
-        run_layer = self.run_layer if torch.is_grad_enabled() and keys_values is None else Backbone.run_layer
+        # Compiled for training alone: without gradients, for the cache of each layer and for each list of documents
+        # there would be more programs.
+        compiled = torch.is_grad_enabled() and keys_values is None and not isinstance(mask, list)
+        run_layer = self.run_layer if compiled else Backbone.run_layer
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -306,9 +308,10 @@ class CausalLM(nn.Module):
         self.model = Backbone(config)
         self.origin = None  # the files of the folder that it was loaded from (origin.py)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(self._init)
+        if not self.lm_head.weight.is_meta:  # there it would draw nothing, and take seven times as long
+            self.apply(self._init)
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight")) and not weight.is_meta:
                 # GPT-2: the residual stream adds 2 x layers terms; keep its variance at the start.
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
         if config.tie_word_embeddings:

@@ -65,7 +65,7 @@ class RunConfig:
     keep_last: int = flag(0, "keep the last N checkpoints, also as OUT/step_N (default: only the newest)", low=0)
     device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
     seed: int = flag(0, "seed of everything random", low=0)
-    compile: bool = flag(None, "torch.compile on CUDA (default: models above 16 million parameters)")
+    compile: bool = flag(None, "torch.compile (default: on CUDA, for models above 16 million parameters)")
     save_dtype: str = flag("auto", "of the saved weights; auto: as in --model", choices=["auto", "float32", "bfloat16"])
 
 

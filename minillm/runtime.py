@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -248,14 +249,15 @@ def hold_in_bf16(model, device=None):
 
 @functools.cache
 def why_not_compiled(device: torch.device) -> str:
-    """Why torch.compile is not used there; "" where it works. On CUDA one trivial function is compiled, once."""
-    if device.type != "cuda":
-        return "only on CUDA"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"compute capability {major}.{minor} is below 8.0"
-    if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
-        return "Triton is not installed"
+    """Why torch.compile is not used there; "" where it works. One trivial function is compiled, once."""
+    if device.type not in ("cuda", "cpu"):
+        return "only on CUDA and on CPUs"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 0):
+            return f"compute capability {major}.{minor} is below 8.0"
+        if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
+            return "Triton is not installed"
     try:
         _compile_something(device)
     except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
@@ -304,10 +306,11 @@ def compile_backbone(model, asked):
     if not wants_compile(model, asked):
         return
     compile_layers(model, dynamic=True)
-    plain, most = model.model.forward, 0
+    most = 0
 
-    def forward(tokens, *others):
+    def forward(backbone, tokens, *others):
         nonlocal most
+        plain = functools.partial(type(backbone).forward, backbone)
         rows = len(tokens)
         if torch.is_grad_enabled():
             most = max(most, rows)
@@ -315,7 +318,7 @@ def compile_backbone(model, asked):
                 return plain(torch.nn.functional.pad(tokens, (0, 0, 0, 2 - rows)))[:rows]
         return plain(tokens, *others)
 
-    model.model.forward = forward
+    model.model.forward = types.MethodType(forward, model.model)  # a copy of the model gets one that runs the copy
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -348,7 +351,8 @@ def main():
     except UserError as error:
         device = start("cpu", seed=0)
         chosen = f"{describe(device)} ({error})"
-    uncompiled, attention = why_not_compiled(device), "scaled_dot_product_attention"
+    attention = "scaled_dot_product_attention"
+    uncompiled = "only with --compile" if device.type == "cpu" else why_not_compiled(device)
     free, total = memory_gib(device)
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":

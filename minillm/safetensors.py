@@ -10,6 +10,7 @@ somebody who means harm: sizes are compared with the file's size before anything
 """
 
 import contextlib
+import errno
 import json
 import math
 import mmap
@@ -224,12 +225,22 @@ def load_safetensors(path) -> dict:
             if not 2 <= length <= min(size - 8, MAX_JSON):
                 raise ValueError(f"{size:,} bytes, a header of {length:,}; at most {MAX_JSON:,} are read")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = _map_file(file)
         return _map_tensors(header, torch.frombuffer(mapped, dtype=torch.uint8)[8 + length:])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RuntimeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is truncated or corrupted ({str(error)[:200]}); copy or download it again") from None
+
+
+def _map_file(file):
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        file.seek(0)  # some network drives map no files
+        return bytearray(file.read())
 
 
 def _no_duplicates(pairs):

@@ -20,8 +20,6 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from minillm.errors import UserError
 from minillm.runtime import in_lockstep, rank
@@ -53,6 +51,8 @@ def shard(cfg, model, device):
     """With --shard, split a CausalLM over the processes, in place: layer by layer, and the rest as one more part."""
     if not is_on(cfg):
         return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second
+
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
         for parameter in part.parameters():
@@ -66,9 +66,14 @@ def shard(cfg, model, device):
     torch.set_autocast_cache_enabled(False)
 
 
+def is_split(tensor) -> bool:
+    """Whether this is a DTensor, of which each process holds only its part. (isinstance would need the import.)"""
+    return hasattr(tensor, "device_mesh")
+
+
 def local(tensor):
     """This process's part of a split tensor; any other one as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def gathered(value):
@@ -79,7 +84,7 @@ def gathered(value):
         return {key: gathered(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(gathered(item) for item in value)
-    if not isinstance(value, DTensor):
+    if not is_split(value):
         return value
     whole = value.detach().full_tensor()
     return whole.cpu() if rank() == 0 else None
@@ -98,7 +103,7 @@ def whole(model):
             part.reshard()
         for module in model.modules():
             for name, parameter in module._parameters.items():
-                if isinstance(parameter, DTensor) and parameter.requires_grad:
+                if is_split(parameter) and parameter.requires_grad:
                     before.append((module, name, parameter))
                     if id(parameter) not in found:  # a tied one is gathered once
                         found[id(parameter)] = gathered(parameter)
@@ -113,8 +118,10 @@ def whole(model):
 
 def split_like(tensor, parameter):
     """A whole tensor, the same in all processes, split as the parameter is; itself where that is not split."""
-    if not isinstance(parameter, DTensor):
+    if not is_split(parameter):
         return tensor
+    from torch.distributed.tensor import DTensor
+
     mesh = parameter.device_mesh
     parts = tensor.chunk(mesh.size())  # of the rows, as FSDP2 splits them; the last processes may get none
     part = parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else tensor[:0]

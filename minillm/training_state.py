@@ -74,8 +74,7 @@ def load_training_state(folder, mapped: bool = False) -> dict:
     try:
         with open_file(path) as file:
             _check_archive(file)
-            file.seek(0)
-            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            state = _load(path, file, mapped)
         before = dict(state["environment"])
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("no step")
@@ -90,6 +89,14 @@ def load_training_state(folder, mapped: bool = False) -> dict:
     if changed:
         say(f"note: resumed with {', '.join(changed)}: results may differ in the last bits from an uninterrupted run")
     return state
+
+
+def _load(path, file, mapped: bool) -> dict:
+    if mapped:
+        with contextlib.suppress(RuntimeError):  # some network drives map no files: then it is read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_archive(file):

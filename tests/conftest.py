@@ -7,6 +7,7 @@ from tests import exercise, helpers
 
 torch.set_num_threads(1)
 helpers.keep_states()
+helpers.do_not_wait_for_the_disk()
 
 
 def pytest_addoption(parser):

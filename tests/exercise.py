@@ -13,7 +13,9 @@ import ast
 import functools
 import importlib
 import pkgutil
+import symtable
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -22,21 +24,30 @@ PATH = ["token_logprobs", "sft_loss", "LoRALinear", "reward_loss", "dpo_loss", "
         "gae", "ppo_policy_loss", "ppo_value_loss", "RMSNorm", "RotaryEmbedding", "attention_mask_2d", "sample"]
 HEADER = '''"""Write the bodies. Then:
 
-    pytest --mine mine.py {chapters}
+    {command}
 
-The imports are what the real file has at hand; use of them what you like.
+The imports are what the real bodies use. You need none of them (what begins with _ holds a part of the answer), and may
+import what else you like.
 """
+
 '''
+COLUMNS = 120
 
 
 # From the real files to an exercise.
+
+@functools.cache
+def parsed(path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
 
 @functools.cache
 def definitions() -> dict:
     """{name: (file, node)} of every public function and class of minillm."""
     found = {}
     for path in sorted((ROOT / "minillm").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 found.setdefault(node.name, (path, node))
     return found
@@ -74,33 +85,74 @@ def without_body(node, lines: list) -> str:
     return text
 
 
+@functools.cache
+def origins(path) -> dict:
+    """{name: (module, name there)} of what stands at the top of a file: what it imports, and what it defines itself.
+
+    The name there is None for a module as a whole: `import torch` is ("torch", None).
+    """
+    found = {}
+    for node in parsed(path).body:
+        if isinstance(node, ast.Import):
+            found.update({alias.asname or alias.name: (alias.name, None) for alias in node.names})
+        elif isinstance(node, ast.ImportFrom):
+            found.update({alias.asname or alias.name: (node.module, alias.name) for alias in node.names})
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = (f"minillm.{path.stem}", node.name)
+        elif isinstance(node, ast.Assign):
+            names = {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            found.update({name: (f"minillm.{path.stem}", name) for name in names})
+    return found
+
+
+def names_used(source: str) -> set:
+    """The names that a definition takes from outside: no arguments and no variables of its own."""
+    def names(table):
+        found = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+        return found.union(*map(names, table.get_children()))
+
+    return names(symtable.symtable(source, "an exercise", "exec"))
+
+
+def import_lines(wanted: dict) -> list:
+    """Import statements for {name: (module, name there)}: Python's own, packages, minillm; sorted and wrapped."""
+    groups = [[], [], []]
+    for module in sorted({module for module, _ in wanted.values()}):
+        group = groups[2 if module.split(".")[0] == "minillm" else module.split(".")[0] not in sys.stdlib_module_names]
+        parts = []
+        for name, (source, there) in sorted(wanted.items()):
+            if source == module and there is None:
+                group.append((0, f"import {module}" + (f" as {name}" if name != module else "")))
+            elif source == module:
+                parts.append(there if name == there else f"{there} as {name}")
+        if parts:
+            start, line = f"from {module} import ", f"from {module} import {', '.join(parts)}"
+            if len(line) > COLUMNS:
+                line = textwrap.fill(f"{start}({', '.join(parts)})", COLUMNS, subsequent_indent=" " * (len(start) + 1))
+            group.append((1, line))
+    return "\n\n".join("\n".join(line for _, line in sorted(group)) for group in groups if group)
+
+
 def exercise(names: list) -> str:
-    """A Python file with these functions and classes, their bodies taken out, and the imports of their files."""
+    """A Python file with these functions and classes, their bodies taken out, and imports of what the bodies used."""
     known = definitions()
-    imports, parts, files = {}, [], set()
+    wanted, parts, files = {}, [], set()
     for name in names:
         path, node = known[name]
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        for statement in tree.body:
-            if isinstance(statement, (ast.Import, ast.ImportFrom)):
-                imports[ast.get_source_segment(source, statement)] = None
-        text = without_body(node, source.splitlines())
-        own = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | {
-            target.id for n in tree.body if isinstance(n, ast.Assign) for target in n.targets
-            if isinstance(target, ast.Name)}
-        mentioned = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)} & own
-        functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-        used = sorted((mentioned | functions) - set(names))  # the file's other functions are there to be called
-        if used:
-            imports[f"from minillm.{path.stem} import {', '.join(used)}"] = None
+        lines = path.read_text(encoding="utf-8").splitlines()
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        used = names_used("\n".join(lines[first - 1:node.end_lineno])) - set(names)
+        wanted.update({name: origin for name, origin in origins(path).items() if name in used})
         if path not in files:  # the rules of the file are a part of the exercise
             files.add(path)
-            rules = [f"# {line}".rstrip() for line in ast.get_docstring(tree).splitlines()]
-            parts.append("\n".join(["\n", f"# minillm/{path.name}", "#", *rules]) + "\n")
-        parts.append(f"\n\n{text}\n")
+            rules = [f"minillm/{path.name}", ""]
+            for line in ast.get_docstring(parsed(path)).splitlines():
+                rules += textwrap.wrap(line, COLUMNS - 2) or [""]
+            parts.append("\n".join(["\n", *(f"# {line}".rstrip() for line in rules)]) + "\n")
+        parts.append(f"\n\n{without_body(node, lines)}\n")
     where = " ".join(dict.fromkeys(filter(None, map(chapter_of, names))))
-    return HEADER.format(chapters=where) + "\n".join(imports) + "\n" + "".join(parts)
+    command = textwrap.wrap(f"pytest --mine mine.py {where}", COLUMNS - 6, subsequent_indent="    ")
+    return HEADER.format(command=" \\\n    ".join(command)) + import_lines(wanted) + "\n" + "".join(parts)
 
 
 # Your file in the place of the real one.

@@ -1,11 +1,23 @@
-"""What tests share: the one comparison, the states of finished runs, and a GPU that must not be waited for."""
+"""What tests share: the one comparison, the states of finished runs, processes that start at once, and a disk and a GPU
+not to wait for.
+"""
 
 import contextlib
+import functools
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from minillm import run, runtime
+from minillm import run, runtime, token_cache
+
+ROOT = Path(__file__).parent.parent
+STAGES = ["train_pretrain", "train_sft", "train_lora", "train_reward", "train_dpo", "train_grpo", "train_ppo"]
 
 CAN_FORK = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # neither threads nor CUDA survive a fork
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -37,6 +49,84 @@ def keep_states():
         pass
 
     run.remove_training_state = keep
+
+
+@functools.cache
+def loaded():
+    """Where processes come from: forks of one that has PyTorch and the stages loaded, which takes three seconds.
+
+    It has computed nothing, so it has no threads, which would be missing in a fork. pytest itself has some.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "pytest", *STAGES])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CAN_FORK, "PYTHONPATH": str(ROOT)}.items():
+            patch.setenv(name, value)
+        context.Process(target=int).start()  # with which the first one starts
+    return context
+
+
+def _speak_into(path, environment: dict, work, arguments):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1), os.dup2(file, 2)
+    os.environ |= environment
+    torch.set_num_threads(1)  # this and the next two: as in conftest.py
+    keep_states()
+    do_not_wait_for_the_disk()
+    try:
+        work(*arguments)
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # which a script may have replaced
+        sys.exit(1)
+    finally:
+        runtime._leave()
+
+
+def in_processes(work, *arguments, count: int = 1, timeout: float = 120) -> list:
+    """Run work(*arguments), a function of a module, in a process of its own; returns what it has said, in a list.
+
+    count: in so many processes that find each other, as torchrun starts them. If one fails, the others are killed.
+    Not on Windows. Raises AssertionError, with all that was said, unless every process ends with 0 in this time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environments, store = [{}], None
+        if count > 1:
+            store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            job = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environments = [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        files = [Path(folder, str(rank)) for rank in range(count)]
+        processes = [loaded().Process(target=_speak_into, args=(file, environment, work, arguments))
+                     for file, environment in zip(files, environments)]
+        for process in processes:
+            process.start()
+        running, give_up = processes, time.time() + timeout
+        while running and time.time() < give_up and not any(process.exitcode for process in processes):
+            multiprocessing.connection.wait([process.sentinel for process in running], timeout=1)
+            running = [process for process in running if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        said = [file.read_text(encoding="utf-8") for file in files]
+        assert [process.exitcode for process in processes] == [0] * count, "\n".join(said)
+        return said
+
+
+def workers_start_at_once(monkeypatch):
+    """The workers of the token cache are forked from `loaded` instead of loading PyTorch each; not on Windows."""
+    if hasattr(os, "fork"):
+        context = loaded()
+        monkeypatch.setattr(token_cache.multiprocessing, "get_context", lambda method: context)
+
+
+def do_not_wait_for_the_disk():
+    """What a test has written need not survive a power failure: thousands of waits less. A kill loses nothing."""
+    def fsync(descriptor):
+        pass
+
+    os.fsync = fsync
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from minillm.errors import UserError
 from minillm.records import content_hash, read_records
 from minillm.token_cache import Subset, load_dataset
 from minillm.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import workers_start_at_once
 
 BYTES = train_tokenizer(["a"], 259)
 END = BYTES.endoftext_id
@@ -224,6 +225,9 @@ def test_too_long_a_text_overlaps_by_one_token():
     assert encode_text({"text": "abcde"}, "", BYTES, 3, stats) == [
         ([END, a, b], [False, True, True]), ([b, c, d], [False, True, True]), ([d, e, END], [False, True, True])]
     assert stats == {"cut into pieces": 1, "bytes": 5}
+    fits = Counter()
+    assert encode_text({"text": "a"}, "", BYTES, 3, fits) == [([END, a, END], [False, True, True])]
+    assert fits == {"bytes": 1}
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 12, 13, 14, 100])
@@ -312,7 +316,7 @@ def test_pack_takes_the_row_with_the_least_room():
 def test_pack_at_its_limits():
     """A sequence of one token, of all the row's, of none; among equal lengths the order of the file is kept."""
     assert pack([1, 1], 3) == pack([3, 0], 3) == [[0, 1]] and pack([0], 3) == [[0]]
-    assert pack([5] * 1000, 5) == [[i] for i in range(1000)]
+    assert pack([5, 4] * 500, 5) == [[i] for i in (*range(0, 1000, 2), *range(1, 1000, 2))]
     assert type(pack([2], 2)[0][0]) is int
 
 
@@ -537,8 +541,8 @@ def test_what_goes_wrong_ahead_is_raised_where_the_items_are_taken():
 
 
 def test_the_thread_makes_two_items_ahead():
-    """One is taken, two are ready, and the next one waits in its hand for a place."""
-    made = []
+    """One is taken, two are ready, and the next one waits in its hand for a place. It ends while it waits, too."""
+    before, made = set(threading.enumerate()), []
 
     def items():
         for number in itertools.count():
@@ -547,12 +551,15 @@ def test_the_thread_makes_two_items_ahead():
 
     stream = data.ahead(items())
     next(stream)
+    thread, = set(threading.enumerate()) - before
     until = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(0.02)  # time for one too many
     assert made == [0, 1, 2, 3]
     stream.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_the_thread_ends_when_nobody_wants_more():
@@ -660,7 +667,9 @@ def test_the_held_out_part_is_seeded_disjoint_and_covers_all_with_the_rest(tmp_p
     path = write(tmp_path / "a.jsonl", [{"text": f"{i:04d}"} for i in range(300)])
     train, held_out = split(path)
     assert capsys.readouterr().out.endswith("held out for evaluation: 15 of 300 sequences\n")
-    assert (len(train), len(held_out)) == (285, 15) and train.stats["sequences held out"] == 15
+    assert (len(train), len(held_out)) == (285, 15)
+    assert train.stats == {"documents": 300, "tokens": 1800, "trained tokens": 1500, "bytes": 1200, "dtype": "uint16",
+                           "sequences held out": 15}
     assert sorted(spell(train) + spell(held_out)) == [f"{i:04d}" for i in range(300)]
     assert spell(split(path)[1]) == spell(held_out) != spell(split(path, seed=1)[1])
     assert contents(PackedLoader(held_out, 4, 16, seed=0).epoch_batches(0)) == everything(held_out)
@@ -677,7 +686,7 @@ def test_no_copy_of_a_held_out_sequence_is_trained_on(tmp_path, encode):
     records = [{"text": f"{i:04d}", "conversations": answer(f"{i:04d}")} for i in range(100)]
     copies = [{**record, "source": "copy"} for record in reversed(records)]
     train, held_out = split(write(tmp_path / "a.jsonl", records + copies), encode=encode)
-    assert (len(train), len(held_out)) == (190, 10)
+    assert (len(train), len(held_out)) == (190, 10) and ("bytes" in held_out.stats) is (encode is encode_text)
     assert len(set(spell(held_out))) == 5 and not set(spell(train)) & set(spell(held_out))
 
 
@@ -689,18 +698,25 @@ def test_the_held_out_part_knows_its_bytes(tmp_path):
     """
     _, held_out = split(write(tmp_path / "a.jsonl", [{"text": "\u4e16\u754c" + chr(0x4e00 + i)} for i in range(20)]))
     assert len(held_out) == 1 and held_out.stats == {"sequences": 1, "bytes": 9}
-    _, held_out = split(write(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "x" * 64 + f"{i:02d}"} for i in range(20)]))
-    lengths = held_out.lengths([0, 1]).tolist()
-    assert held_out.stats["bytes"] == sum({64: 63, 7: 5}[length] for length in lengths)
+    path, seen = write(tmp_path / "b.jsonl", [{"text": f"{i:02d}" + "x" * 64 + f"{i:02d}"} for i in range(20)]), []
+    for seed in range(4):
+        held_out = split(path, seed)[1]
+        seen += held_out.lengths([0, 1]).tolist()
+        assert held_out.stats["bytes"] == sum({64: 63, 7: 5}[length] for length in seen[-2:])
+    assert set(seen) == {64, 7}
     merges = train_tokenizer(["abab"] * 9, 262)  # "abababab" is fewer tokens than it has bytes
     path = write(tmp_path / "c.jsonl", [{"text": "abababab" + c} for c in "0123456789"])
     assert load_split(encode_text, [path], "", merges, 64, 0)[1].stats == {"sequences": 1, "bytes": 9}
 
 
-def test_a_file_of_ones_own_is_the_held_out_data(tmp_path):
+def test_a_file_of_ones_own_is_the_held_out_data(tmp_path, capsys):
+    """What it shares with the training data is counted."""
     own = write(tmp_path / "b.jsonl", [{"text": "bb"}] * 3)
     train, held_out = split(write(tmp_path / "a.jsonl", [{"text": "a"}]), eval_path=own)
     assert len(train) == 1 and len(held_out) == 3 and held_out.stats["bytes"] == 6
+    assert "held-out" not in capsys.readouterr().out
+    split(write(tmp_path / "c.jsonl", [{"text": "bb"}, {"text": "c"}]), eval_path=own)
+    assert f"{own}: 3 of 3 held-out sequences are in the training data too; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("copies", [1, 30])
@@ -832,6 +848,7 @@ def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache)
         token_cache.shutil.rmtree(folder)
     assert files[1] == files[1 << 30] and len(files[1]["starts.bin"]) == 8 * (len(lines) + 1)
 
+    workers_start_at_once(monkeypatch)
     path.write_text(lines[0] + "\n{oops\n" + lines[1])
     assert one_line(load, path).startswith(f"{path}:2: not JSON")
     path.write_text(lines[0] + '\n{"text": "fatal"}')
@@ -839,48 +856,40 @@ def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache)
     assert not any(cache.iterdir())
 
 
-MEMORY = r"""
-import json, resource, sys
-from pathlib import Path
-import numpy as np
-from minillm import token_cache
-from minillm.data import PackedLoader, encode_text
-from minillm.tokenizer import train_tokenizer
+def peaks_of_memory():
+    """In a new process: prints the most MiB so far after epochs over a small, a large and a huge file."""
+    import resource
+    tokenizer = train_tokenizer(["a"], 259)
+    token_cache.CACHE, token_cache.PARALLEL = Path("cache").absolute(), 1 << 40
 
-folder = Path(sys.argv[1])
-token_cache.CACHE, token_cache.PARALLEL = folder / "cache", 1 << 40
-tokenizer = train_tokenizer(["a"], 259)
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    def epoch(dataset):
+        return sum(batch.n_tokens for batch in PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
 
-def epoch(dataset):
-    return sum(batch.n_tokens for batch in PackedLoader(dataset, 8, 512, seed=0).epoch_batches(0))
-
-peaks = []
-for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 0.6 and 6 MB of masks
-    path = folder / f"{lines}.jsonl"
-    with open(path, "w") as file:
-        for i in range(lines):
-            file.write(json.dumps({"text": "lorem ipsum " * 25}) + "\n")
-    dataset = token_cache.load_dataset(encode_text, str(path), tokenizer, 512)
-    assert epoch(dataset) == lines * 302
-    peaks.append(peak())
-for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 150 MB, written directly
-    with open(dataset.folder / f"{name}.bin", "wb") as file:
-        for _ in range(100):
-            file.write(np.ones(500_000, dtype).tobytes())
-np.arange(0, 50_000_001, 500).tofile(dataset.folder / "starts.bin")
-assert epoch(token_cache.TokenDataset(dataset.folder)) == 50_000_000
-print(*peaks, peak())
-"""
+    peaks = []
+    for lines in (2_000, 20_000):  # 0.6 and 6 MB of text: 1.2 and 12 MB of tokens, 0.6 and 6 MB of masks
+        path = Path(f"{lines}.jsonl")
+        path.write_text((json.dumps({"text": "lorem ipsum " * 25}) + "\n") * lines, encoding="utf-8")
+        dataset = load_dataset(encode_text, str(path), tokenizer, 512)
+        assert epoch(dataset) == lines * 302
+        peaks.append(peak())
+    for name, dtype in (("tokens", np.uint16), ("mask", np.bool_)):  # a cache of 75 MB, written directly
+        with open(dataset.folder / f"{name}.bin", "wb") as file:
+            for _ in range(50):
+                file.write(np.ones(500_000, dtype).tobytes())
+    np.arange(0, 25_000_001, 500).tofile(dataset.folder / "starts.bin")
+    assert epoch(token_cache.TokenDataset(dataset.folder)) == 25_000_000
+    print(*peaks, peak())
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too."""
     pytest.importorskip("resource")
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=Path(__file__).parent.parent,
-                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run([sys.executable, "-c", "from tests.test_03_data import peaks_of_memory; peaks_of_memory()"],
+                         cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)})
     assert run.returncode == 0, run.stderr
     small, large, huge = map(float, run.stdout.splitlines()[-1].split())
     assert large - small < 24 and huge - small < 24, (small, large, huge)

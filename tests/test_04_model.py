@@ -296,12 +296,12 @@ def test_tied_embeddings_are_one_tensor():
 
 
 def test_a_new_model_knows_nothing():
-    """All of 1,024 tokens are about equally likely at first: the loss is ln 1024 = 6.931 within 0.1."""
+    """All of 3,072 tokens are about equally likely at first: the loss is ln 3072 = 8.030 within 0.1."""
     torch.manual_seed(0)
-    model = CausalLM(preset_config("tiny", 1024))
-    tokens = torch.randint(1024, (4, 64))
-    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].reshape(-1, 1024), tokens[:, 1:].reshape(-1))
-    assert abs(loss.item() - 6.931) < 0.1
+    model = CausalLM(preset_config("tiny", 3072))
+    tokens = torch.randint(3072, (4, 64))
+    loss = torch.nn.functional.cross_entropy(model(tokens)[:, :-1].reshape(-1, 3072), tokens[:, 1:].reshape(-1))
+    assert abs(loss.item() - 8.030) < 0.1
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -553,6 +553,18 @@ def test_a_smaller_batch_is_not_compiled_again(monkeypatch):
         tokens, doc_ids = ids(rows, 12), torch.arange(12).expand(rows, 12) // 5
         assert close(forward(tokens, doc_ids, blocks_of(doc_ids)), plain.hidden(tokens, doc_ids=doc_ids))
     assert counter.frame_count == 1
+
+
+def test_a_copy_of_a_compiled_model_runs_its_own_weights(monkeypatch):
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    model, tokens = small_model(), ids(2, 5)
+    runtime.compile_backbone(model, True)
+    copied = copy.deepcopy(model)
+    before = model.hidden(tokens)
+    model.model.norm.weight.data.zero_()
+    assert close(copied.hidden(tokens), before) and not model.hidden(tokens).any()
+    assert copied.state_dict().keys() == small_model().state_dict().keys()
 
 
 @pytest.mark.usefixtures("no_programs")

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import runtime
+from minillm import runtime, safetensors
 from minillm.checkpoint import (check_tokenizer, config_from_json, config_to_json, load_config, load_model, save_model,
                                 weights_of)
 from minillm.errors import UserError
@@ -370,6 +370,21 @@ def test_a_loaded_model_does_not_depend_on_its_file(folder):
     with open(folder / "model.safetensors", "r+b") as file:
         file.write(bytes((folder / "model.safetensors").stat().st_size))
     assert_same(model.state_dict(), small_model().state_dict())
+
+
+def test_a_drive_that_maps_no_files(folder, monkeypatch):
+    """Some network drives cannot. There the weights, and the state of a sharded run, are read instead."""
+    def refuse(*args, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    def refuse_storage(*args, **options):  # in PyTorch's words
+        raise RuntimeError("unable to mmap 1000 bytes from file <training_state.pt>: No such device (19)")
+
+    monkeypatch.setattr(safetensors.mmap, "mmap", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse_storage)
+    assert_same(load_model(folder).state_dict(), small_model().state_dict())
+    save_training_state(folder, {"step": 1, "weights": torch.arange(3.0)})
+    assert load_training_state(folder, mapped=True)["weights"].tolist() == [0, 1, 2]
 
 
 def test_loading_draws_no_random_numbers(folder):

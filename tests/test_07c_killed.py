@@ -7,6 +7,7 @@ Processes are killed for real. The toy stage is that of the second part; two tes
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import torch
 import train_sft
 from minillm import interrupt, runtime, token_cache
 from minillm import model as model_file
+from minillm.errors import UserError
 from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
 from minillm.training_state import load_training_state
-from tests.helpers import CAN_FORK, close, keep_states
+from tests.helpers import close, in_processes, keep_states
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -32,33 +34,22 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks a process in w
 
 # ------------------------------------------------------------------------------------ killed
 
-KILL_EVERYWHERE = r"""
-import os, pathlib, shutil, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from minillm.errors import UserError
-from tests import test_07c_killed as tests
-
-torch.set_num_threads(1)
-tests.keep_states()
-replace, rename = os.replace, pathlib.Path.rename
-
-def child(work):
+def child(work) -> int:
+    """Run work() in a fork; returns how it ended. A UserError goes to the file "error", and the code is 3."""
     pid = os.fork()
     if pid == 0:
-        os.close(1)  # what the runs print
-        os.open(os.devnull, os.O_WRONLY)
         try:
             work()
             code = 0
         except UserError as error:
             code = 3
-            pathlib.Path("error").write_text(str(error), encoding="utf-8")
+            Path("error").write_text(str(error), encoding="utf-8")
         os._exit(code)
     return os.waitpid(pid, 0)[1]
 
-def run_to(moment, out, events=None):
-    # Runs until this many moments have passed, then is killed.
+
+def run_to(moment: int, out: str, events=None):
+    """Run until this many moments have passed, and die. 0: never; the moments are written to the file `events`."""
     passed = []
 
     def at(name):
@@ -75,27 +66,34 @@ def run_to(moment, out, events=None):
             return function(source, target)
         return call
 
-    os.replace, pathlib.Path.rename = around(replace), around(rename)
-    tests.main(tests.Config(out=out), lambda step, run: at(f"in step {step}"), lambda: at("evaluating"))
+    os.replace, Path.rename = around(os.replace), around(Path.rename)
+    main(Config(out=out), lambda step, run: at(f"in step {step}"), lambda: at("evaluating"))
     at("after summary.json")
 
-def beside_an_older_run(folder):
+
+def beside_an_older_run(folder) -> str:
     os.mkdir(folder)
     shutil.copytree("older", f"{folder}/out")
     return f"{folder}/out"
 
-tests.main(tests.Config(out="older", seed=5, max_steps=3))  # in this process: what PyTorch loads is then there for all
-out = beside_an_older_run("recorded")
-with open("events.txt", "w", encoding="utf-8") as events:
-    assert child(lambda: run_to(0, out, events)) == 0
-for moment in range(1, len(open("events.txt", encoding="utf-8").readlines()) + 1):
-    out = beside_an_older_run(f"killed{moment}")
-    assert child(lambda: run_to(moment, out)) == signal.SIGKILL
-    code = child(lambda: tests.main(tests.Config(out=out, resume=True)))
-    if code == 3 << 8 and "had other settings: --max_steps 8 (it was 3), --seed 0" in open("error").read():
-        code = child(lambda: tests.main(tests.Config(out=out)))  # OUT is still the older run
-    assert code == 0, (moment, code, open("error").read())
-"""
+
+def kill_everywhere():
+    """A run beside an older one is recorded, then killed at each of its moments and resumed. In a process that has
+    computed nothing, so that it may fork.
+    """
+    like_the_fixtures()
+    assert child(lambda: main(Config(out="older", seed=5, max_steps=3))) == 0
+    out = beside_an_older_run("recorded")
+    with open("events.txt", "w", encoding="utf-8") as events:
+        assert child(lambda: run_to(0, out, events)) == 0
+    for moment in range(1, len(Path("events.txt").read_text(encoding="utf-8").splitlines()) + 1):
+        out = beside_an_older_run(f"killed{moment}")
+        assert child(lambda: run_to(moment, out)) == signal.SIGKILL
+        code = child(lambda: main(Config(out=out, resume=True)))
+        if code == 3 << 8 and "had other settings: --max_steps 8 (it was 3), --seed 0" in Path("error").read_text(
+                encoding="utf-8"):
+            code = child(lambda: main(Config(out=out)))  # OUT is still the older run
+        assert code == 0, (moment, code)
 
 
 @LINUX
@@ -103,9 +101,7 @@ def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
     """A new run takes an older one's place. It is killed before each rename of a file or a folder, in each step, in
     each evaluation, and at the end. Resumed (or, before its first checkpoint, started again), it always ends as the
     undisturbed run does: state, weights, log and summary. The older run is whole, and nothing is left over."""
-    done = subprocess.run([sys.executable, "-c", KILL_EVERYWHERE, str(ROOT)], capture_output=True, text=True, cwd=place,
-                          env={**os.environ, **CAN_FORK}, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_processes(kill_everywhere, timeout=300)
     moments = Path("events.txt").read_text(encoding="utf-8").splitlines()
     assert moments.count("before model.safetensors") == moments.count("before training_state.pt") == 3  # checkpoints
     assert moments.count("before out.bak") == moments.count("before out") == moments.count("before summary.json") == 1
@@ -119,7 +115,6 @@ def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
             assert weights(f"{folder}/out.bak") == weights("older") and summary(f"{folder}/out.bak") == summary("older")
         except AssertionError as error:
             raise AssertionError(f"killed at moment {number}, {moment}") from error
-
 
 
 def like_the_fixtures():
@@ -219,6 +214,37 @@ def test_a_closed_terminal_asks_like_the_other_signals():
         time.sleep(0.01)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
+
+
+@LINUX
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (HANGUP, 129)])
+def test_a_signal_that_also_ends_the_reader_of_the_output(number, code):
+    """In `python train_sft.py 2>&1 | tee log` Ctrl-C goes to both. tee ends at once, and what the run then prints
+    fails. It saves all the same."""
+    def body(step, run):
+        run.progress.last_line = 0.0  # so that each step prints a line
+        if step == 4:
+            os.close(reader)
+            signal.raise_signal(number)
+
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            os.close(writer)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # in place of pytest's
+            main(Config(log_every=1), body)
+        except SystemExit as error:
+            code = error.code
+        finally:
+            os._exit(code)
+    os.close(writer)
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
 
 

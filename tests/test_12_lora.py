@@ -356,6 +356,15 @@ def test_the_mistake_of_merging_in_half_precision():
     close(model(TOKENS), expected)
 
 
+def test_dora_begins_with_the_lengths_of_the_rows_as_they_will_be_held():
+    """With --shard a model stays in its file at first, here in float32, and becomes bf16 later. 1.001 rounds to 1."""
+    base = nn.Linear(1, 1, bias=False)
+    base.weight.data.fill_(1.001)
+    close(DoRALinear(base, 1, 1).lora_magnitude_vector, [1.001])
+    base.weight.held_in = torch.bfloat16  # as load_model notes it
+    assert DoRALinear(base, 1, 1).lora_magnitude_vector.tolist() == [1]
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_base_may_be_bf16(dora):
     """The trained tensors stay float32. The logits are around 5, where 0.5 is 16 to 32 steps of bf16."""

@@ -68,7 +68,7 @@ def small_model(tokenizer, seed=0):
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
                                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
-                                 max_position_embeddings=128))
+                                 max_position_embeddings=96))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -163,9 +163,9 @@ def ragged(monkeypatch, module):
 
 # ---------------------------------------------------------------- does it learn
 
-@pytest.mark.parametrize("loss, lr", [("grpo", 5e-3), ("dr_grpo", 1e-2), ("dapo", 5e-3)])
+@pytest.mark.parametrize("loss, lr", [("grpo", 1e-2), ("dr_grpo", 2e-2), ("dapo", 1e-2)])
 def test_a_reward_file_of_ones_own_trains(folder, run, loss, lr):
-    result = run("grpo", "--max_steps", 25, "--loss", loss, "--lr", lr)
+    result = run("grpo", "--max_steps", 12, "--loss", loss, "--lr", lr)
     lines = training_steps(folder / "grpo")
     assert lines[0]["reward"] < 0.5 and result["sampled_reward"] > lines[0]["reward"] + 0.3
     found = summary(folder / "grpo")
@@ -487,29 +487,26 @@ def without_seconds(result):
     return {name: value for name, value in result.items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_resume_is_exact(folder, run, monkeypatch, how):
+def test_resume_is_exact(folder, run, monkeypatch):
     """Pitfall 4. Stopped after step 3 of 5, or killed in step 4 after the checkpoint of step 2: weights, optimizer,
     rollouts and log end as if nothing had happened, even if other random numbers were drawn in between.
     """
     flags = ["--max_steps", 5, "--save_every", 2, "--eval_every", 2, "--update_epochs", 2, "--grad_accum", 2]
     expected = run("whole", *flags)
-    with monkeypatch.context() as patch:
-        if how == "stopped":
-            interrupt_after(patch, 3)
-            with pytest.raises(Interrupted) as stopped:
-                run("parts", *flags)
-            assert stopped.value.code == 130
-        else:
-            crash_in(patch, train_grpo, 4)
-            with pytest.raises(Crash):
-                run("parts", *flags)
-    assert state_of(folder / "parts")["step"] == (3 if how == "stopped" else 2)
-    torch.rand(7)
-    found = run("parts", *flags, "--resume")
-    same_runs(folder, "whole", "parts")
-    assert without_seconds(found) == without_seconds(expected)
-    assert run("parts", *flags, "--resume") == without_seconds(expected), "finished: nothing is done"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stopped:
+        interrupt_after(patch, 3)
+        run("stopped", *flags)
+    assert stopped.value.code == 130
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_in(patch, train_grpo, 4)
+        run("killed", *flags)
+    for out, step in (("stopped", 3), ("killed", 2)):
+        assert state_of(folder / out)["step"] == step
+        torch.rand(7)
+        found = run(out, *flags, "--resume")
+        same_runs(folder, "whole", out)
+        assert without_seconds(found) == without_seconds(expected)
+        assert run(out, *flags, "--resume") == without_seconds(expected), "finished: nothing is done"
 
 
 def test_a_reward_that_fails_on_the_way_is_one_line_and_the_run_goes_on_from_its_last_save(folder, run, monkeypatch):

@@ -116,13 +116,19 @@ def test_recompute_is_the_plain_twin_of_generate():
     assert tokens.shape == (2, 8) and tokens.tolist() == tokens[:, [0, 0, 0, 3, 3, 3, 6, 6]].tolist()
 
 
-def test_memory_of_full_training_and_lora():
-    rows = bench_train.memory(["tiny"], [16, 256], bench_train.Config(), CPU)
-    full, _, lora, lora_bf16, _ = (row["16 tokens"] for row in rows)
+@pytest.fixture(scope="module")
+def memory_rows():
+    """The table of --memory --quick."""
+    results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
+    return results["peak MiB of training, one row"]
+
+
+def test_memory_of_full_training_and_lora(memory_rows):
+    full, _, lora, lora_bf16, _ = (row["16 tokens"] for row in memory_rows)
     weights = 4 * sum(p.numel() for p in CausalLM(common.config_of("tiny", 6400, 16)).parameters()) / 2**20
     assert full > 4 * weights  # with gradients and AdamW's two moments
     assert lora_bf16 < lora < 0.6 * full
-    full, full_recompute, lora, lora_bf16, lora_recompute = (row["256 tokens"] for row in rows)
+    full, full_recompute, lora, lora_bf16, lora_recompute = (row["128 tokens"] for row in memory_rows)
     assert lora_recompute < lora_bf16 < lora < full and lora_recompute < full_recompute < full
 
 
@@ -211,12 +217,10 @@ def test_a_package_that_is_not_installed_is_left_out_with_a_line(capsys):
     assert capsys.readouterr().out == "no_such_package is left out: No module named 'no_such_package'\n"
 
 
-def test_memory(capsys, monkeypatch):
-    results = bench_train.main(bench_train.Config(quick=True, memory=True, device="cpu"))
-    rows = results["peak MiB of training, one row"]
-    assert [row["method"] for row in rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16",
+def test_memory(memory_rows, capsys, monkeypatch):
+    assert [row["method"] for row in memory_rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16",
                                                "LoRA, base in bf16, recompute"]
-    assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in rows)
+    assert all(row["shape"] == "tiny" and 3 < row["16 tokens"] < 50 for row in memory_rows)
     assert torch.get_default_dtype() == torch.float32
     monkeypatch.setattr(bench_train, "peak_memory_mb", lambda step, device: 7.0)
     again = bench_train.main(bench_train.Config(quick=True, memory=True, shapes=["tiny"], max_seq_len=24, device="cpu"))

@@ -28,6 +28,7 @@ from minillm.preferences import encode_pair, load_pairs
 from minillm.records import advice_on_folder, check_file, read_records, read_texts
 from minillm.token_cache import load_dataset
 from minillm.tokenizer import train_tokenizer
+from tests.helpers import workers_start_at_once
 
 BYTES = train_tokenizer(["a"], 259)  # one byte, one token
 HI_YO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -301,6 +302,7 @@ def test_several_processes_name_the_same_keys(capsys, monkeypatch):
     path = write("a.jsonl", *({"text": "x" * 99_990, **more} for more in [{}] * 4 + [{"b": 1}] * 4 + [{"a": 1}]))
     monkeypatch.setattr(token_cache, "PARALLEL", 900_000)
     monkeypatch.setattr(token_cache.os, "cpu_count", lambda: 2)
+    workers_start_at_once(monkeypatch)
     load_dataset(encode_text, [path], BYTES, 200_000)
     assert 'a.jsonl: unknown keys are ignored: "b" (line 5), "a" (line 9)' in capsys.readouterr().out
 

@@ -3,8 +3,9 @@
 After this chapter you know what several processes must agree on so that their number does not matter, and how small the
 difference is.
 
-One torchrun job runs all stages one after the other; then this process runs them alone. The batches do not divide by
-the number of processes: 5 rows, 3 pairs or 3 prompts for two processes, and at the end of an epoch a single one.
+One job of several processes runs all stages one after the other; then this process runs them alone. The batches do not
+divide by the number of processes: 5 rows, 3 pairs or 3 prompts for two processes, and at the end of an epoch a single
+one.
 
     pytest tests/test_27_processes.py --processes 3 -s      all stages, and the table of differences for 3 processes
 """
@@ -41,7 +42,7 @@ from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import Tokenizer, train_tokenizer
 from minillm.training_state import load_training_state, save_training_state
-from tests.helpers import CAN_FORK, close, keep_states
+from tests.helpers import close, in_processes, keep_states
 from tests.test_22_train_grpo import ask, small_model, turn, write
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,20 @@ def stop(name, *more):
     Interrupt.requested = requested
 
 
+def like_the_fixture():
+    """In a process of its own: what the fixture `place` sets, and conftest.py."""
+    torch.set_num_threads(1)
+    runtime.cpu_has_bf16 = lambda: False
+    token_cache.CACHE = Path("cache").absolute()
+    keep_states()
+
+
+def run_alike(out, names):
+    """run_all in a process of its own."""
+    like_the_fixture()
+    run_all(out, names)
+
+
 def run_or_stop(how: str, name):
     """The first or the second part of a run."""
     if how == "stop":
@@ -184,7 +199,7 @@ def measure_whole(name):
 
 
 def torchrun(processes, *argv):
-    """Run this file's main with so many processes."""
+    """Run this file's main with so many processes, and all that a user's command does."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                            str(processes), "-m", "tests.test_27_processes", os.getcwd(), *argv], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
@@ -255,10 +270,10 @@ def start_process(how: str, rank: int, port: int) -> int:
 def let_them_die(*ways: str):
     """Prints for each of these ways of dying: how the first process ended, and what both said. There is no torchrun
     here, which would end the first process when the second is gone: as on two machines.
+
+    In a process that has computed nothing, so that it may fork.
     """
-    torch.set_num_threads(1)
-    runtime.cpu_has_bf16 = lambda: False
-    token_cache.CACHE = Path("cache").absolute()
+    like_the_fixture()
     make_inputs()
     for how in ways:
         store, began = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), time.time()
@@ -272,18 +287,16 @@ def let_them_die(*ways: str):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo, forks")
-def test_when_a_process_dies_the_others_end_and_one_line_says_why(tmp_path, request):
+def test_when_a_process_dies_the_others_end_and_one_line_says_why(tmp_path, monkeypatch, request):
     """In a moment where a connection breaks or another one fails; in SILENCE, here 10 seconds, where it only hangs."""
     ways = ("killed", "mistake", "hangs", "out of memory") if request.config.getoption("--processes") else ("killed",)
-    done = subprocess.run([sys.executable, "-c", f"from tests.test_27_processes import let_them_die as f; f(*{ways})"],
-                          cwd=tmp_path, text=True, capture_output=True, timeout=300,
-                          env={**os.environ, **CAN_FORK, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    (said,) = in_processes(let_them_die, *ways, timeout=300)
     last = "the last checkpoint is whole, and the same command with --resume goes on from it"
     expected = {"killed": f"error: another process of this job has died, perhaps killed because memory ran out; {last}",
                 "hangs": f"error: process 1 of this job gives no sign of life; {last}",
                 "out of memory": "error: out of memory", "mistake": "error: mine.jsonl: cannot be read"}
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [case["how"] for case in found] == list(ways)
     for case in found:
         lines = [line for line in case["said"].splitlines() if "error" in line.lower() or "Traceback" in line]
@@ -307,7 +320,7 @@ def test_every_stage_gives_what_one_process_gives(place, request):
     processes, names = request.config.getoption("--processes"), STAGES
     if not processes:
         processes, names = 2, QUICK
-    torchrun(processes, "many", *names)
+    in_processes(run_alike, "many", list(names), count=processes, timeout=300)
     print(f"\n{'stage':<20}{'steps':>6}{'logged values':>16}{'weights':>16}   one process against {processes}")
     run_all("one", names)
     for name in names:
@@ -401,18 +414,13 @@ def test_a_run_goes_on_with_another_number_of_processes(place, request, first, t
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    torch.set_num_threads(1)
-    runtime.cpu_has_bf16 = lambda: False
-    keep_states()
-    token_cache.CACHE = Path("cache")
+    like_the_fixture()
     if sys.argv[2] == "sharded":
         for stage in sys.argv[3:]:
             stop_and_resume(stage, "--shard")
     elif sys.argv[2] in ("stop", "resume"):
         for stage in sys.argv[3:]:
             run_or_stop(sys.argv[2], stage)
-    else:
-        run_all(sys.argv[2], sys.argv[3:])
 
 
 # ---------------------------------------------------------------- two questions

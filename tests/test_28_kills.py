@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,9 +43,8 @@ from minillm.heads import RewardModel, save_reward_model
 from minillm.model import CausalLM, ModelConfig
 from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
-from tests.helpers import CAN_FORK
+from tests.helpers import in_processes
 
-ROOT = Path(__file__).parent.parent
 RL = "--batch_size 4 --max_new_tokens 4 --warmup_steps 0 --data ../p.jsonl --eval_data ../e.jsonl"
 PAIRS = "--data ../pairs.jsonl --eval_data ../pairs.jsonl --batch_size 3"
 CHATS = "--data ../chats.jsonl --eval_data ../chats.jsonl --batch_size 2"
@@ -229,16 +227,12 @@ def kill_one(name: str, chance: random.Random, moments: list, seconds: float) ->
 
 
 def kill_all(kills: int, seed: int, names: list):
-    """Kill the stages in turns, at least this often in all; prints one line for each that came to its end."""
+    """Kill the stages in turns, at least this often in all; prints one line for each that came to its end.
+
+    In a process that has computed nothing and may fork.
+    """
     write_inputs()
-    torch.set_num_threads(1)
     runtime.cpu_has_bf16 = lambda: False  # float32: no autocast
-    with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing):
-        os.mkdir("warm")
-        os.chdir("warm")
-        token_cache.CACHE = Path("cache").absolute()
-        start("sft", False)  # what PyTorch loads when it is first used is then there for all
-        os.chdir("..")
     chance, count, number, known = random.Random(seed), 0, 0, {}
     while count < kills or number < len(names):
         name = names[number % len(names)]
@@ -315,15 +309,13 @@ def differences(folder: str, whole: str) -> list:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process in which torch is loaded")
-def test_killed_and_resumed_every_stage_ends_as_if_nothing_had_happened(tmp_path, request):
+def test_killed_and_resumed_every_stage_ends_as_if_nothing_had_happened(tmp_path, monkeypatch, request):
     kills = request.config.getoption("--kills")
     names = list(STAGES) if kills else ["grpo"]
-    command = f"from tests.test_28_kills import kill_all; kill_all({kills}, seed={kills}, names={names})"
-    done = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, text=True, capture_output=True,
-                          env={**os.environ, **CAN_FORK, "PYTHONPATH": str(ROOT)}, timeout=60 + 20 * kills)
-    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    monkeypatch.chdir(tmp_path)
+    (said,) = in_processes(kill_all, kills, kills, names, timeout=60 + 20 * kills)
+    runs = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     print(f"kills: {sum(len(run['killed']) for run in runs)} in {len(runs)} runs")
-    assert done.returncode == 0, done.stderr[-3000:]
     assert {run["stage"] for run in runs} == set(names)
     assert [run for run in runs if run["differences"]] == []
 

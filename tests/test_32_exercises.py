@@ -6,6 +6,7 @@ is a finite number, and one logged metric gives it away within two steps. Find i
     python -m tests.exercise --broken 3 > broken.py && python broken.py --max_steps 2 --log_every 1
 """
 
+import ast
 import importlib
 import inspect
 import json
@@ -22,7 +23,8 @@ from minillm import lora, losses, model, token_cache
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.heads import RewardModel, save_reward_model
-from tests import exercise
+from tests import (exercise, test_04_model, test_05_sft_loss, test_09_generate, test_12_lora,
+                   test_15_preference_losses, test_18_grpo_losses, test_19_ppo_losses)
 from tests.helpers import close
 from tests.test_22_train_grpo import REWARDS, ask, small_model, tokenizer, turn, write  # noqa: F401
 
@@ -41,6 +43,89 @@ def test_each_step_of_the_path_has_a_chapter_and_no_body(name):
     assert inspect.getdoc(getattr(mine, name)) == inspect.getdoc(real)
     assert inspect.signature(getattr(mine, name)) == inspect.signature(real)
     assert "NotImplementedError" in text and len(text) < len(inspect.getsource(inspect.getmodule(real)))
+
+
+# A test of its chapter for each step of the path.
+WORKED = {
+    "token_logprobs": test_05_sft_loss.test_each_token_is_scored_by_the_row_before_it,
+    "sft_loss": test_05_sft_loss.test_worked_example,
+    "LoRALinear": test_12_lora.test_the_worked_example,
+    "reward_loss": test_15_preference_losses.test_reward_worked_example,
+    "dpo_loss": test_15_preference_losses.test_dpo_worked_example,
+    "group_advantages": test_18_grpo_losses.test_advantages_worked_example,
+    "kl_k3": test_18_grpo_losses.test_kl_worked_example,
+    "grpo_loss": test_18_grpo_losses.test_grpo_worked_example,
+    "gae": test_19_ppo_losses.test_gae_with_a_kl_penalty_on_every_token,
+    "ppo_policy_loss": test_19_ppo_losses.test_policy_worked_example,
+    "ppo_value_loss": test_19_ppo_losses.test_value_worked_example,
+    "RMSNorm": test_04_model.test_rmsnorm_worked_example,
+    "RotaryEmbedding": test_04_model.test_rope_turns_each_pair_by_its_own_angle,
+    "attention_mask_2d": test_04_model.test_who_may_look_at_whom,
+    "sample": test_09_generate.test_temperature_zero_is_argmax_and_certain,
+}
+
+
+@pytest.mark.parametrize("name", exercise.PATH)
+def test_a_blank_is_red_and_the_real_body_in_its_place_green(tmp_path, name):
+    """The imports of the file are all that the real body needs."""
+    path, text = tmp_path / "mine.py", exercise.exercise([name])
+    module = importlib.import_module(f"minillm.{exercise.definitions()[name][0].stem}")
+    real = inspect.getsource(getattr(module, name))
+    filled = text[:text.index(real.splitlines()[0])] + real
+    for written, error in ((text, NotImplementedError), (filled, None)):
+        path.write_text(written, encoding="utf-8")
+        undo = exercise.use(path)
+        try:
+            assert getattr(module, name).__module__ == "mine"
+            if error:
+                with pytest.raises(error, match="yours to write"):
+                    WORKED[name]()
+            else:
+                WORKED[name]()
+        finally:
+            exercise.restore(undo)
+
+
+def imports_of(text):
+    """The part of an exercise between its docstring and the rules of the first file."""
+    return text.split('"""\n\n')[1].split("\n\n\n# minillm/")[0]
+
+
+def test_a_file_imports_what_the_real_bodies_use_from_where_it_is_defined():
+    """Python's own modules, then packages, then minillm; at most 120 columns. What is itself to be written is not
+    imported (token_logprobs), and an argument or a variable of a body is no name from outside.
+    """
+    assert exercise.names_used("def f(a=N):\n    b = [a for c in G.d]\n    return math.exp(b)") == {"N", "G", "math"}
+    assert imports_of(exercise.exercise(["dpo_loss", "LoRALinear", "token_logprobs", "sft_loss"])) == """\
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.logprobs import check_sequences, check_shapes, denominator, fp32, masked, shift
+from minillm.lora import check_rank
+from minillm.losses import _implicit_rewards"""
+    wanted = {name: ("minillm.verify", name) for name in (f"a_long_name_of_number_{i}" for i in range(10, 15))}
+    assert exercise.import_lines(wanted | {"np": ("numpy", None), "os": ("os", None)}) == """\
+import os
+
+import numpy as np
+
+from minillm.verify import (a_long_name_of_number_10, a_long_name_of_number_11, a_long_name_of_number_12,
+                            a_long_name_of_number_13, a_long_name_of_number_14)"""
+
+
+def test_every_exercise_is_a_file_of_python_with_no_import_too_many():
+    """All public functions and classes of minillm, not those of the path alone."""
+    for name, (path, node) in exercise.definitions().items():
+        text = exercise.exercise([name])
+        assert max(map(len, text.splitlines())) <= 120
+        exec(compile(text, "mine.py", "exec"), {"__name__": "mine"})
+        body = ast.dump(node)
+        for statement in ast.parse(imports_of(text)).body:
+            for alias in statement.names:
+                assert f"Name(id='{(alias.asname or alias.name).split('.')[0]}'" in body, (name, alias.name)
 
 
 def test_what_is_written_takes_the_place_of_the_real_one_everywhere(tmp_path):
