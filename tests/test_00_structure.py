@@ -27,7 +27,7 @@ IMPORTS = {
     "runtime": "job",
     "attention": "runtime", "interrupt": "runtime",
     "forms": "verify",
-    "records": "chat forms runtime",
+    "records": "chat forms runtime safetensors",
     "config": "job runtime",
     "losses": "logprobs",
     "token_view": "logprobs runtime safetensors",
