@@ -13,6 +13,7 @@ import ast
 import functools
 import importlib
 import pkgutil
+import re
 import symtable
 import sys
 import textwrap
@@ -150,6 +151,10 @@ def exercise(names: list) -> str:
                 rules += textwrap.wrap(line, COLUMNS - 2) or [""]
             parts.append("\n".join(["\n", *(f"# {line}".rstrip() for line in rules)]) + "\n")
         parts.append(f"\n\n{without_body(node, lines)}\n")
+        for other in re.findall(r"as in (\w+)", ast.get_docstring(node) or ""):  # what is explained there
+            if other in known and other not in names:
+                explained = [f"{other}:", "", *ast.get_docstring(known[other][1]).splitlines()]
+                parts.append("\n".join(["", *(f"# {line}".rstrip() for line in explained)]) + "\n")
     where = " ".join(dict.fromkeys(filter(None, map(chapter_of, names))))
     command = textwrap.wrap(f"pytest --mine mine.py {where}", COLUMNS - 6, subsequent_indent="    ")
     return HEADER.format(command=" \\\n    ".join(command)) + import_lines(wanted) + "\n" + "".join(parts)

@@ -128,6 +128,14 @@ def test_every_exercise_is_a_file_of_python_with_no_import_too_many():
                 assert f"Name(id='{(alias.asname or alias.name).split('.')[0]}'" in body, (name, alias.name)
 
 
+def test_what_another_docstring_explains_is_printed_too():
+    """IPO's says "as in dpo_loss", which the file does not hold; where it does, once is enough."""
+    line = "# dpo_loss:\n#\n# Bradley-Terry on the implicit reward"
+    assert exercise.exercise(["ipo_loss"]).count(line) == 1
+    assert exercise.exercise(["ipo_loss", "dpo_loss"]).count(line) == 0
+    assert "as in" not in exercise.exercise(["kl_k3"]).split("def kl_k3")[1]
+
+
 def test_what_is_written_takes_the_place_of_the_real_one_everywhere(tmp_path):
     """A function that a script imported by name, one that three files hold, a class that another one is built on, and
     one that the model uses by its name. Afterwards everything is as it was.
