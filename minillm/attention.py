@@ -110,7 +110,7 @@ def can_flex(device, heads: int, kv_heads: int, head_dim: int) -> bool:
 
 
 def _compile_flex(device, heads: int, kv_heads: int, head_dim: int):
-    """Forward and backward of flex attention on a row of two documents, as a layer runs it. Raises if it fails."""
+    """Forward and backward of flex attention on a row of three documents, as a layer runs it. Raises if it fails."""
     doc_ids = np.arange(2 * BLOCK)[None] // 100
     blocks = [torch.from_numpy(array).to(device) for array in document_blocks(doc_ids)]
     mask = document_block_mask(torch.from_numpy(doc_ids).to(device), *blocks)

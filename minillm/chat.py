@@ -238,8 +238,7 @@ def render(chat: ChatFormat, messages: list, add_generation_prompt: bool = False
 def lost_think(messages: list) -> int:
     """How many turns of an assistant lose their "reasoning_content" in `render`: those before the last question, or all
     of a conversation without one."""
-    said = [message for message in messages if message["role"] != "tools"]
-    return sum(bool(message.get("reasoning_content")) for message in said[:last_question(said) + 1])
+    return sum(bool(message.get("reasoning_content")) for message in messages[:last_question(messages) + 1])
 
 
 # --------------------------------------------------- the template ---------------------------------------------------

@@ -1,11 +1,17 @@
 """The models of the tests are so small that a second thread only waits for the first; beside other work it waits long.
 """
 
+import signal
+
 import torch
 
 from tests import exercise, helpers
 
 torch.set_num_threads(1)
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    # nohup and a script's background ignore signals, and minillm and all that a test starts would leave it at that.
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 helpers.keep_states()
 helpers.do_not_wait_for_the_disk()
 

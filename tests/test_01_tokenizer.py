@@ -553,6 +553,7 @@ def test_the_prompt_is_a_prefix_of_the_training_text(tokenizer, messages, superv
         ([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "message 1 has content that is not text"),
         ([{"content": "Hi"}], "message 1 has the role None"),
         (["Hi"], "message 1 must have a role and content"),
+        (["Hi", user("Hi")], "message 1 must have a role and content"),
         ({"role": "user", "content": "Hi"}, "must be a list of messages, not dict"),
     ],
 )
@@ -751,6 +752,8 @@ def test_the_pieces_of_a_conversation():
     assert chat.render(chat.QWEN3, messages, thinking=False) == [*turn, *start, piece(block), *answer]
     assert chat.render(chat.QWEN3, messages[:1], True, False) == [*turn, *start, piece(block)]
     assert chat.render(chat.CHATML, messages[:1], True, False) == [*turn, *start]
+    untrained = [{**message, "train": False} for message in messages]
+    assert not any(part.trained for part in chat.render(chat.QWEN3, untrained))
     assert chat.render(chat.LLAMA3, [user(" a"), assistant("b\n")]) == [
         piece("<|begin_of_text|>"), piece("<|start_header_id|>"), piece("user"), piece("<|end_header_id|>"),
         piece("\n\na"), piece("<|eot_id|>"), piece("<|start_header_id|>"), piece("assistant"),
@@ -767,8 +770,33 @@ def test_the_default_system_messages_of_qwen_and_smollm2():
     assert text_of(chat.QWEN3, [TOOLS]) == f"<|im_start|>system\n{TOOLS_TEXT}<|im_end|>\n"
 
 
+def test_line_ends_alone_are_taken_off_think_text_and_answer():
+    assert text_of(chat.QWEN3, [thinks("x", "y"), user("a"), thinks("\n ?Hm? \n", "\n\n? b\n")]) == (
+        "<|im_start|>assistant\ny<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n ?Hm? \n</think>\n\n? b\n<|im_end|>\n")
+
+
+def test_calls_and_tools_as_text():
+    """Arguments may be JSON text already. A line each, in the letters of the language."""
+    calls = [{"name": "f", "arguments": '{"x":1}'}, {"name": "g", "arguments": {"x": "天"}}]
+    text = ('<tool_call>\n{"name": "f", "arguments": {"x":1}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "g", "arguments": {"x": "天"}}\n</tool_call>')
+    assert chat.write_calls(calls, after_content=False) == text
+    assert chat.write_calls(calls, after_content=True) == "\n" + text and chat.write_calls([], True) == ""
+    tools = chat.write_tools([{"name": "f"}, {"name": "天"}])
+    assert '<tools>\n{"name": "f"}\n{"name": "天"}\n</tools>\n\nFor each' in tools
+
+
+def test_answers_of_tools_at_both_ends():
+    """Each is a turn of its own; nothing stands before the first one that it could join."""
+    assert text_of(chat.QWEN3, [tool("x"), assistant("a"), tool("y")]) == (
+        "<|im_start|>user\n<tool_response>\nx\n</tool_response><|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\ny\n</tool_response><|im_end|>\n")
+
+
 @pytest.mark.parametrize("message, expected", [
     ({"content": "<think>\n\nHm.\n\n</think>\n\nb\n"}, ("Hm.", "b\n")),
+    ({"content": "<think>\n?Hm?\n</think>\n?b"}, ("?Hm?", "?b")),
     ({"content": "Hm.\n</think>b"}, ("Hm.", "b")),  # where the prompt ends with <think>
     ({"content": "a<think>b<think> c </think>d</think>\ne"}, (" c ", "e")),
     ({"content": "b", "reasoning_content": "Hm.\n"}, ("Hm.\n", "b")),
