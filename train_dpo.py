@@ -84,8 +84,8 @@ def main(cfg: Config) -> dict:
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     if cfg.ref_model:
         checkpoint.require_stage(cfg.ref_model, option="--ref_model", max_seq_len=cfg.max_seq_len)
-    if cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError(f"--label_smoothing {cfg.label_smoothing} belongs to --loss dpo; leave it out with ipo")
+    if cfg.loss != "dpo" and cfg.label_smoothing:
+        raise UserError(f"--label_smoothing {cfg.label_smoothing} belongs to --loss dpo; leave it out with {cfg.loss}")
     tokenizer = Tokenizer.load(cfg.model)
     checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")

@@ -49,7 +49,7 @@ def checkpoint_folder(folder) -> Path:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder} holds an adapter, not a whole model; eval.py takes its base with --model and "
-                            "this with --adapter; to train on, make a whole model with train_lora.py --merge")
+                            f"this with --adapter; to train on, make a whole model: python -m minillm.peft {folder}")
         if (folder / "training_state.pt").is_file():
             raise UserError(f"{folder} holds an unfinished run; finish it with --resume first")
         if snapshots := sorted(folder.glob("snapshots/*/config.json")):  # the hub's cache: models--Qwen--Qwen3-0.6B

@@ -139,10 +139,12 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Source: J. Schulman, Approximating KL Divergence, k3; GRPO, arXiv 2402.03300, Eq. 4.
     kl = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
 
-    Arguments, result and errors: as in kl_k1.
+    logprobs, ref_logprobs: any one shape, of tokens sampled from the policy. Returns that shape.
+    Raises ValueError for different shapes. Subtracted in float32, like k1, and exp(x) - 1 is taken by torch.expm1:
+    where the two nearly agree it would lose all its digits.
     """
     log_ratio = -kl_k1(logprobs, ref_logprobs)
-    return torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 would lose all its digits where the two nearly agree
+    return torch.expm1(log_ratio) - log_ratio
 
 
 @torch.no_grad()
@@ -152,7 +154,9 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     Paper: GRPO, arXiv 2402.03300, section 4.1.2 (outcome supervision).
     advantages = (rewards - mean) / (std + eps), mean and std over the group
 
-    rewards (N, G): G answers to each of N prompts.  eps keeps a group of equal rewards at advantage 0, not NaN.
+    rewards (N, G): G answers to each of N prompts.  eps: without it equal rewards, whose std is 0, would give NaN.
+    Equal rewards give exactly 0: each is first measured from the first of its group, for their rounded mean may not be
+    the number itself (float32: eight times 0.7), and divided by so small an eps that error would become an advantage.
     Returns (N, G), a constant. Raises ValueError for another number of dimensions or groups of fewer than two.
     The paper does not say which std; here it has Bessel's correction, as in most code. Dr. GRPO only centres:
     rewards - rewards.mean(1, keepdim=True).
@@ -161,8 +165,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     if rewards.shape[1] < 2:
         raise ValueError(f"a group needs at least 2 answers to compare, got rewards {tuple(rewards.shape)}")
     rewards = fp32(rewards)
-    # Measured from the first one: the rounded mean of equal rewards can differ from each of them, and eps is small.
-    rewards = rewards - rewards[:, :1]
+    rewards = rewards - rewards[:, :1]  # changes neither a difference nor the std; equal rewards are now exactly 0
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
 

@@ -34,7 +34,8 @@ def is_new_run(new: Path, out: Path, name: str) -> bool:
     """Whether OUT.new belongs to a run to OUT (the name alone proves nothing) and holds a file of this name."""
     if not os.path.exists(new / "run_config.json") or not os.path.exists(new / name):
         return False
-    return os.path.basename(os.path.abspath(str(load_json(new / "run_config.json").get("out")))) == out.name
+    said = str(load_json(new / "run_config.json").get("out"))
+    return out.name in (os.path.basename(os.path.abspath(said)), os.path.basename(os.path.realpath(said)))
 
 
 def ended_in_first_save(folder: Path) -> bool:

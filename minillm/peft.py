@@ -3,23 +3,32 @@
 A folder holds adapter_config.json and adapter_model.safetensors. Adapters saved here open in PEFT, and PEFT's adapters
 load here. (PEFT has no bottleneck adapters; only the layout of their folder is the same.)
 
+    python -m minillm.peft out/dpo                        # a LoRA and its base become a whole model, out/dpo/merged
+    python -m minillm.peft out/dpo --out out/dpo-whole --model out/sft
+
 Each setting in adapter_config.json is computed, ignored because it changes nothing, or refused by name. The tables
 COMPUTED and IGNORED list the first two. Any other setting is refused unless it is empty, PEFT's way to say "not used".
 """
 
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from minillm.adapter import PLACES, AdapterLinear, apply_bottleneck
-from minillm.checkpoint import check_weights
+from minillm.checkpoint import check_tokenizer, check_weights, load_model, save_model
+from minillm.config import flag, parse_config
 from minillm.errors import UserError
-from minillm.lora import DoRALinear, LoRALinear, check_rank, find_targets
+from minillm.lora import DoRALinear, LoRALinear, check_rank, find_targets, merge_lora
+from minillm.out_folder import check_out, take_place
 from minillm.prefix import PromptTuning, apply_prefix, apply_prompt
+from minillm.runtime import say
 from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors, short
+from minillm.tokenizer import Tokenizer
 
 
 def save_adapter(model: nn.Module, folder, base: str | None = None):
@@ -76,6 +85,33 @@ def remove_adapter(model: nn.Module) -> nn.Module:
 def has_adapter(model: nn.Module) -> bool:
     """Whether the model holds an adapter of any kind. A merged LoRA does not count."""
     return bool(_layers(model)) or model.model.prefix is not None
+
+
+def merge_adapter(folder, out, base: str = "", dtype: str = "auto"):
+    """Write the base with the LoRA of a folder merged into it: a whole model, with what else the base's folder holds.
+
+    base: its folder (default: the one that the adapter names). dtype: of the weights, as in save_model; they are added
+    up in float32. What stood in `out` is renamed to out.bak. Raises UserError for an adapter that is no LoRA or does
+    not fit, and for an `out` that cannot be used.
+    """
+    kind = _read_folder(folder)[0]["peft_type"]
+    if kind != "LORA":
+        raise UserError(f"{folder}: {kind} is no change of the weights; only lora and dora can be merged")
+    if not base:
+        base = str(load_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path"))
+        if not os.path.isdir(base):  # PEFT may record a name of the hub
+            raise UserError(f"{folder}/adapter_config.json names {short(base)} as its base, which is no folder here; "
+                            "give the base with --model")
+    out = Path(os.path.abspath(out))
+    check_out(out, [folder, base])
+    draft = out.with_name(out.name + ".new")
+    if draft.exists():
+        raise UserError(f"{draft} is in the way: the model is written there first; rename it")
+    model, tokenizer = load_model(base), Tokenizer.load(base)
+    check_tokenizer(model.config, tokenizer, base)
+    merge_lora(load_adapter(model, folder))
+    save_model(draft, model, tokenizer, dtype)
+    take_place(draft, out)
 
 
 # The settings of adapter_config.json
@@ -307,3 +343,26 @@ def _describe(model) -> dict:
             "target_modules": ends if len(same_ends) == len(layers) else list(layers),
             "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != one.r},
             "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != one.alpha}}
+
+
+# python -m minillm.peft
+
+@dataclass
+class Config:
+    """The flags of the command."""
+
+    adapter: str = flag("out/lora", "folder of a LoRA", positional=True)
+    out: str = flag("", "folder to write (default: merged, in the adapter's)")
+    model: str = flag("", "checkpoint folder of its base (default: the one that adapter_config.json names)")
+    save_dtype: str = flag("auto", "of the saved weights; auto: as in the base",
+                           choices=["auto", "float32", "bfloat16"])
+
+
+def main(cfg: Config):
+    out = cfg.out or Path(cfg.adapter) / "merged"
+    merge_adapter(cfg.adapter, out, cfg.model, cfg.save_dtype)
+    say(f"{out}: a whole model, for --model")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, __doc__))

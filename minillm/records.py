@@ -16,6 +16,7 @@ from minillm.chat import ROLES, write_calls
 from minillm.errors import UserError
 from minillm.forms import normalise, tools_message
 from minillm.runtime import say
+from minillm.safetensors import MAX_DEPTH, check_depth
 
 # By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
@@ -156,6 +157,8 @@ def parse_line(text: str, where: str) -> dict:
     advice = "each line must be an object, or the file one array of objects"
     try:
         record = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            check_depth(record)
     except json.JSONDecodeError as error:  # its own message counts lines from the start of this one
         raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); {advice}") from None
     except (ValueError, RecursionError) as error:

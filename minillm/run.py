@@ -80,7 +80,7 @@ class Run:
     """
 
     def __init__(self, cfg: RunConfig, inputs=()):
-        self.cfg, self.out = cfg, Path(os.path.abspath(cfg.out))
+        self.cfg, self.out = cfg, Path(os.path.realpath(cfg.out))  # one folder has one lock, whatever leads there
         self.state = self.result = self.progress = self.lock = None
         shard.prepare(cfg)
         inputs = [str(path) for path in inputs if path and os.path.exists(path)]

@@ -26,6 +26,7 @@ import torch
 from minillm.errors import UserError
 
 MAX_JSON = 1 << 22  # bytes; parsed JSON can take twenty times as much memory
+MAX_DEPTH = 100  # levels of JSON
 TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 
 
@@ -146,6 +147,7 @@ def load_json(path, limit: int = MAX_JSON) -> dict:
         if len(text) > limit:
             raise UserError(f"{path} is too large: such a file has at most {limit:,} bytes")
         value = json.loads(text.decode("utf-8"))
+        check_depth(value)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -153,6 +155,18 @@ def load_json(path, limit: int = MAX_JSON) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def check_depth(value):
+    """Raise ValueError for a JSON value nested so deeply that reading it may work, but not showing or writing it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for container in level if isinstance(container, (dict, list))
+                 for item in (container.values() if isinstance(container, dict) else container)
+                 if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def short(value) -> str:

@@ -29,7 +29,7 @@ from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import read_texts
 from minillm.runtime import say
-from minillm.safetensors import open_file, save_json, short
+from minillm.safetensors import check_depth, open_file, save_json, short
 from minillm.tokenizer_config import check_added, read_folder
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
@@ -377,6 +377,7 @@ class Tokenizer:
             if len(text) > MAX_FILE:
                 raise ValueError(f"it has more than {MAX_FILE:,} bytes")
             document = json.loads(text.decode("utf-8"))
+            check_depth(document)
             # Newer files have each merge as a list. A string is smaller, and nothing for the garbage collector.
             if "merges" in (model := document["model"]):
                 model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

@@ -393,6 +393,25 @@ def test_on_a_disk_that_is_full_from_the_start_the_line_is_about_what_was_to_be_
     assert os.listdir("out") == [] and not os.path.exists("out.lock")
 
 
+@POSIX
+def test_an_out_that_is_a_link_is_the_folder_behind_it():
+    """It has that folder's lock, so a run to the one name keeps out a run to the other, and the link stays."""
+    Path("folder").mkdir()
+    Path("link").symlink_to("folder")
+
+    def body(step, run):
+        if step == 0:
+            assert Path("folder.lock").exists() and not Path("link.lock").exists()
+
+    main(Config(out="link"), body)
+    main(Config(out="link", seed=1), body)
+    interrupted(Config(out="link", seed=2), 1)
+    main(Config(out="link", seed=2, resume=True))
+    assert os.readlink("link") == "folder" and not Path("link.bak").exists()
+    assert [json.loads(Path(name, "run_config.json").read_text(encoding="utf-8"))["seed"]
+            for name in ("folder.bak", "folder.bak2", "folder")] == [0, 1, 2]
+
+
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(monkeypatch):
     """The disk is full when step 6 is to be saved; with room again, the run goes on from step 3."""
     def full(*arguments):

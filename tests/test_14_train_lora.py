@@ -15,8 +15,9 @@ import torch
 
 import train_lora
 from benchmarks import compare_peft
-from minillm import token_cache
+from minillm import peft, token_cache
 from minillm.checkpoint import load_model, save_model
+from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.interrupt import Interrupt
 from minillm.losses import sft_loss
@@ -174,6 +175,62 @@ def test_merge_writes_a_whole_folder_with_the_adapters_logits(options):
     merged, unmerged = load_model("out/merged"), load_adapter(load_model("base"), "out")
     close(merged(TOKENS), unmerged.eval()(TOKENS))  # without dropout
     assert Tokenizer.load("out/merged").document == Tokenizer.load("base").document
+
+
+def merge(*flags):
+    """python -m minillm.peft FLAGS"""
+    peft.main(parse_config(peft.Config, "", list(flags)))
+
+
+@pytest.mark.parametrize("options", [{}, {"peft": "dora"}], ids=variant)
+def test_one_command_merges_any_adapter(options):
+    """Into the base that it names; what stood in --out keeps its bits. Beside the weights everything is the base's."""
+    settings = json.loads(Path("base/generation_config.json").read_text(encoding="utf-8"))
+    Path("base/generation_config.json").write_text(json.dumps(settings | {"temperature": 0.6}), encoding="utf-8")
+    Path("base/chat_template.jinja").write_text("{# the base's own #}", encoding="utf-8")
+    train_lora.main(config(**options))
+    merge("out")
+    merged, unmerged = load_model("out/merged"), load_adapter(load_model("base"), "out")
+    close(merged(TOKENS), unmerged.eval()(TOKENS))
+    assert (merged(TOKENS) - load_model("base")(TOKENS)).abs().max() > 1e-2
+    names = {path.name for path in Path("base").iterdir()}
+    assert "chat_template.jinja" in names and {path.name for path in Path("out/merged").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert Path("out/merged", name).read_bytes() == Path("base", name).read_bytes(), name
+
+    before = Path("out/merged/model.safetensors").read_bytes()
+    merge("out", "--out", "out/merged", "--save_dtype", "bfloat16")
+    assert Path("out/merged.bak/model.safetensors").read_bytes() == before
+    assert load_safetensors("out/merged/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_what_cannot_be_merged_is_told_in_one_line():
+    """Nothing is written then."""
+    train_lora.main(config(max_steps=1))
+    train_lora.main(config(max_steps=1, out="prefix", peft="prefix"))
+    Path("elsewhere").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        Path("elsewhere", name).write_bytes(Path("out", name).read_bytes().replace(b'"base"', b'"Qwen/Qwen3-0.6B"'))
+    Path("notes.txt").write_text("mine", encoding="utf-8")
+    Path("taken.new").mkdir()
+    before = sorted(Path().rglob("*"))
+    for flags, message in [
+        (["prefix"], "prefix: PREFIX_TUNING is no change of the weights; only lora and dora can be merged"),
+        (["base"], "base holds no adapter: adapter_config.json is missing"),
+        (["elsewhere"], "elsewhere/adapter_config.json names 'Qwen/Qwen3-0.6B' as its base, which is no folder here; "
+                        "give the base with --model"),
+        (["out", "--model", "prefix"], "prefix holds an adapter, not a whole model"),
+        (["out", "--out", "notes.txt"], "notes.txt is a file; give a folder"),
+        (["out", "--out", "base"], "which this run needs; give another --out"),
+        (["out", "--out", "out"], "which this run needs; give another --out"),
+        (["out", "--out", "taken"], "taken.new is in the way"),
+    ]:
+        with pytest.raises(UserError) as error:
+            merge(*flags)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert sorted(Path().rglob("*")) == before
+    merge("elsewhere", "--model", "base")
+    assert Path("elsewhere/merged/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("options, message", [

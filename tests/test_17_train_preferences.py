@@ -258,6 +258,8 @@ def test_dpo_with_a_lora_writes_an_adapter_that_is_all_it_changed(tmp_path, run,
     rewards = 0.1 * (after - before)  # (N, 2)
     margin = (rewards[:, 0] - rewards[:, 1]).mean()
     assert abs(margin) > 1e-4 and close(margin, result["margin"])
+    peft.merge_adapter(tmp_path / "lora", tmp_path / "whole")  # for whoever trains on: GRPO, a reward model
+    close(pair_logprobs(load_model(tmp_path / "whole"), pairs, 8, cpu), after)
 
 
 # ---------------------------------------------------------------- stop, crash, resume

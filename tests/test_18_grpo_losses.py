@@ -54,10 +54,13 @@ def test_advantages_worked_example():
 
 def test_equal_rewards_give_advantage_zero():
     """All right or all wrong: nothing to learn. Without the small constant it would be 0 / 0. And the float32 mean of
-    eight times 0.7 is not 0.7: divided by that constant, the rounding error would become an advantage.
+    eight times 0.7 is not 0.7: divided by that constant, the rounding error would become an advantage. So rewards are
+    measured from the first of their group before the mean is taken: equal ones are then 0, whatever their value.
     """
     rewards = torch.tensor([[0.7] * 8, [0.0] * 8, [1.0] * 8])
     assert torch.equal(group_advantages(rewards), torch.zeros(3, 8))
+    for size in range(2, 20):
+        assert torch.equal(group_advantages(torch.full((1, size), -1 / 3)), torch.zeros(1, size))
     centred = rewards - rewards.mean(1, keepdim=True)
     assert (centred / centred.std(1, keepdim=True))[1].isnan().all()
     assert (centred / (centred.std(1, keepdim=True) + 1e-4))[0].abs().max() > 5e-4
@@ -109,10 +112,16 @@ def test_kl_worked_example():
 
 
 def test_kl_in_half_precision_is_computed_in_float32():
-    """-8 and -0.01171875 are exact in bf16. Their difference, -7.98828125, would be rounded to -8."""
+    """-8 and -0.01171875 are exact in bf16. Their difference, -7.98828125, would be rounded to -8, and k3 would say
+    e^8 - 1 - 8 = 2972.0 instead of 2937.2. The other way round it is e^-7.98828 - 1 + 7.98828 = 6.988621.
+    """
     logprobs, ref = torch.tensor([-8.0, -0.01171875], dtype=torch.bfloat16).split(1)
-    assert kl_k1(logprobs, ref).dtype == torch.float32
+    assert kl_k1(logprobs, ref).dtype == kl_k3(logprobs, ref).dtype == torch.float32
     close(kl_k1(logprobs, ref), [-7.9882812])
+    close(kl_k3(ref, logprobs), [6.9886206])
+    close(kl_k3(logprobs, ref) / 1000, [2.9372405])
+    with pytest.raises(AssertionError):  # subtracted in bf16
+        close(kl_k3(ref - logprobs, torch.zeros(1)), [6.9886206])
 
 
 def test_both_estimators_are_right_on_average():

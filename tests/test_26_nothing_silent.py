@@ -357,7 +357,7 @@ def test_folders_that_are_no_model_each_get_their_own_line(tmp_path):
         ("model/model.safetensors", "model/model.safetensors is a file; give the folder that holds it, with "
                                     "config.json beside it"),
         ("adapter", "adapter holds an adapter, not a whole model; eval.py takes its base with --model and this with "
-                    "--adapter; to train on, make a whole model with train_lora.py --merge"),
+                    "--adapter; to train on, make a whole model: python -m minillm.peft adapter"),
         ("empty", "empty is no checkpoint folder: config.json is missing"),
         ("bare", "bare has no tokenizer.json; copy it from the model that this one was made of, or make it with "
                  "save_pretrained of transformers' AutoTokenizer"),

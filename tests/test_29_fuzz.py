@@ -492,6 +492,19 @@ def test_the_old_context_of_rope_is_a_number(context):
         assert "needs a positive original_max_position_embeddings" in one_line(load_model, "model")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_json_that_python_can_just_read_and_not_write_is_refused(name):
+    """Python stops at a depth of about 1,000. Showing or writing a value takes some levels more than reading it."""
+    model_folder()
+    whole = Path("model", name).read_text(encoding="utf-8").rstrip()[:-1]
+    for depth in (100, *range(900, 1000, 4)):
+        Path("model", name).write_text(whole + f', "x": {"[" * depth}{"]" * depth}}}', encoding="utf-8")
+        message = one_line(read_model)
+        assert name in message and ("nested more than 100 levels deep" in message or "recursion" in message)
+    line = '{"conversations": [{"role": "user", "content": "a", "weight": %s}]}' % ('{"a":' * 900 + "1" + "}" * 900)
+    assert one_line(records.parse_line, line, "a.jsonl:3").startswith("a.jsonl:3: not JSON (nested more than 100")
+
+
 def test_a_list_of_layers_is_not_made_as_long_as_config_json_says():
     model_folder()
     edit("model/config.json", num_hidden_layers=2**31 - 1, use_sliding_window=True, layer_types=["full_attention"])
