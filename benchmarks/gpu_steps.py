@@ -206,7 +206,7 @@ RATIO = {"ratio_mean": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0}
 
 
 def rl_numbers(found: Found, what: str, lines: list, compiled: bool):
-    """The ratio compares two runs of one program. The reference is not compiled: a compiled policy differs from it."""
+    """The ratio compares two runs of one program. The reference is another one, and compiled ones round differently."""
     same_numbers(found, what, lines, RATIO if compiled else {**RATIO, "kl": 0.0})
     if compiled:
         kl = [line["kl"] for line in lines]

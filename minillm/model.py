@@ -12,6 +12,7 @@ d head_dim, D hidden_size, V vocab_size.
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -348,6 +349,10 @@ def packed_forward(model: CausalLM, asked=None):
     def plain(tokens, doc_ids, blocks):
         return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
 
+    if model.model.prefix is not None:  # it would be a program for each layer: see Backbone.forward
+        if asked:
+            runtime.say("not compiled: a model with a learned prefix", file=sys.stderr)
+        return plain
     if not runtime.wants_compile(model, asked):
         return plain
     config = model.config

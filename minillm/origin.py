@@ -100,8 +100,9 @@ def tokens_without_rows(folder, vocab_size: int) -> list:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict) or not isinstance(added, list):
         return []  # the tokenizer complains when it is loaded
-    tokens = {token.get("id"): token.get("content") for token in added if isinstance(token, dict)}
-    new = sorted(i for i in tokens if type(i) is int and i >= vocab_size)
+    tokens = {token["id"]: token.get("content") for token in added
+              if isinstance(token, dict) and type(token.get("id")) is int}
+    new = sorted(i for i in tokens if i >= vocab_size)
     if new != list(range(vocab_size, vocab_size + len(new))) or any(
             type(i) is int and i >= vocab_size and tokens.get(i) != token for token, i in vocabulary.items()):
         return []  # that is the tokenizer of another model

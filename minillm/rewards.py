@@ -98,8 +98,8 @@ def question_text(messages):
     return "\n".join(f'{m["role"]}: {m["content"]}' for m in messages)
 
 
-def _language(messages, example):
-    return example.get("lang") or ("zh" if re.search("[\u4e00-\u9fff]", question_of(messages)) else "en")
+def _language(messages):
+    return "zh" if re.search("[\u4e00-\u9fff]", question_of(messages)) else "en"
 
 
 class Judge:
@@ -125,7 +125,7 @@ class Judge:
 
         Without position bias both are the same. Their mean is free of the bias.
         """
-        asked = [(question_text(messages), a, b, _language(messages, example)) for messages, a, b, example in questions]
+        asked = [(question_text(messages), a, b, _language(messages)) for messages, a, b, _ in questions]
         prompts = [judge_prompt(q, a, b, lang) for q, a, b, lang in asked]
         prompts += [judge_prompt(q, b, a, lang) for q, a, b, lang in asked]
         verdicts = self.ask(prompts, batch_size)

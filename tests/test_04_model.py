@@ -583,6 +583,13 @@ def test_what_has_a_cache_or_needs_no_gradient_runs_uncompiled(prefix, programs)
     assert counter.frame_count == programs
 
 
+@pytest.mark.parametrize("asked, said", [(True, "not compiled: a model with a learned prefix\n"), (None, "")])
+def test_with_a_learned_prefix_nothing_says_that_it_compiles(monkeypatch, capsys, asked, said):
+    monkeypatch.setattr(runtime, "wants_compile", lambda *args: pytest.fail("asked"))
+    packed_forward(apply_prefix(small_model(), 2), asked)
+    assert capsys.readouterr().err == said
+
+
 class Pairs:
     """A data set for PairLoader: the pairs of answers have these lengths."""
 

@@ -22,6 +22,8 @@ from minillm.checkpoint import choose_defaults, load_model, save_model
 from minillm.config import flag, parse_config
 from minillm.hf_config import config_from_json
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
+from minillm.origin import tokens_without_rows
+from minillm.safetensors import save_json
 from minillm.tokenizer import Tokenizer, train_tokenizer
 from minillm.training_state import remove_training_state
 from tests.helpers import close
@@ -263,6 +265,13 @@ def test_only_what_has_to_change_changes(tmp_path):
     config = json.loads(after["config.json"])
     assert config == {**json.loads(before["config.json"]), "torch_dtype": "float32"}
     assert json.loads(after["generation_config.json"]) == {"eos_token_id": [2, 0], "temperature": 0.6}
+
+
+@pytest.mark.parametrize("i", [[], {}, "7", 7.0, True, None])
+def test_an_added_token_whose_id_is_no_number_has_no_row(tmp_path, i):
+    """The tokenizer refuses it later, by name."""
+    save_json(tmp_path / "tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"id": i, "content": "<a>"}]})
+    assert tokens_without_rows(tmp_path, 1) == []
 
 
 def test_added_tokens_get_the_mean_embedding(tmp_path, capsys):

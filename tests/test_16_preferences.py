@@ -592,7 +592,7 @@ def test_both_orders_cancel_a_judges_love_for_the_first_place(lm_folder, monkeyp
     close([first, second], [0.9, 0.1])
     assert asked == ["Question: q\nAnswer A: one\nAnswer B: two\nWhich answer is better, A or B?",
                      "Question: q\nAnswer A: two\nAnswer B: one\nWhich answer is better, A or B?"]
-    judge.compare([([turn("user", "二加二？")], "四", "五", {})])
+    judge.compare([([turn("user", "二加二？")], "四", "五", {"lang": "zho"})])  # a key of one's own data says nothing
     assert asked[2] == "问题：二加二？\n回答A：四\n回答B：五\n哪个回答更好，A还是B？"
 
 
