@@ -6,8 +6,8 @@
     python benchmarks/results.py --report                           # write the page again from the runs that are there
 
 A run is a stage's own command in a process of its own; each starts as soon as those it builds on are done. A finished
-run is not repeated, one that was interrupted goes on. OUT/PRECISION/SEED/STAGE holds it, with its log and with
-test.json, what it scored. Nothing but this program reads the *_test.jsonl files.
+run is not repeated, one that was interrupted goes on. OUT/PRECISION/SEED/STAGE holds it; beside it are STAGE.log and
+STAGE.json, what it scored. Nothing but this program reads the *_test.jsonl files.
 """
 
 import datetime
@@ -106,6 +106,11 @@ def folder_of(cfg, precision, seed, stage) -> Path:
     return Path(cfg.out, precision, f"seed{seed}", stage)
 
 
+def scores_of(folder: Path) -> Path:
+    """What a finished run scored: beside its folder, whose files a model that starts from it would take along."""
+    return Path(f"{folder}.json")
+
+
 def options_of(cfg, precision: str, seed: int, stage: str) -> dict:
     """The flags of a run."""
     script, before, options = STAGES[stage]
@@ -135,7 +140,7 @@ def float32(device) -> torch.dtype:
 
 
 def run_job(cfg: Config):
-    """Train one stage, unless it is finished, and write what it scores on the test files to test.json."""
+    """Train one stage, unless it is finished, and write what it scores on the test files beside its folder."""
     precision, seed, stage = cfg.job.split("/")
     script, before, _ = STAGES[stage]
     if precision == "fp32":
@@ -152,9 +157,9 @@ def run_job(cfg: Config):
     took = load_json(done)["seconds"] if done.exists() else time.time() - began
     device = runtime.pick_device(cfg.device)
     base = folder_of(cfg, precision, seed, "sft")
-    save_json(folder / "test.json", {"command": command_of(script, options), "seconds": took,
-                                     "machine": common.machine(device), "date": str(datetime.date.today()),
-                                     **measure(stage, folder, base, device)})
+    save_json(scores_of(folder), {"command": command_of(script, options), "seconds": took,
+                                  "machine": common.machine(device), "date": str(datetime.date.today()),
+                                  **measure(stage, folder, base, device)})
 
 
 def measure(stage: str, folder: Path, base: Path, device) -> dict:
@@ -243,7 +248,7 @@ def run_all(cfg: Config) -> list:
         Path(cfg.out, OLD).write_text("".join(itertools.islice(file, OLD_LINES)), encoding="utf-8", newline="\n")
 
     def is_done(job):
-        return (folder_of(cfg, *job) / "test.json").exists()
+        return scores_of(folder_of(cfg, *job)).exists()
 
     def is_ready(job):
         return all(is_done((*job[:2], before)) for before in STAGES[job[2]][1].values())
@@ -306,11 +311,11 @@ def others(found: dict) -> float:
 
 
 def read_runs(cfg: Config) -> dict:
-    """{(precision, stage): {seed: test.json}} of the finished runs."""
+    """{(precision, stage): {seed: what it scored}} of the finished runs."""
     runs = {}
-    for path in sorted(Path(cfg.out).glob("*/seed*/*/test.json")):
-        precision, seed, stage = path.parts[-4:-1]
-        runs.setdefault((precision, stage), {})[int(seed.removeprefix("seed"))] = load_json(path)
+    for path in sorted(Path(cfg.out).glob("*/seed*/*.json")):
+        precision, seed = path.parts[-3:-1]
+        runs.setdefault((precision, path.stem), {})[int(seed.removeprefix("seed"))] = load_json(path)
     return runs
 
 
@@ -346,7 +351,7 @@ MEASURES = {"sums, greedy": (arithmetic, 100, 1), "other tasks, greedy": (others
 
 
 def each_seed(runs: dict, seeds: list) -> list:
-    """{stage: {seed: test.json}} -> rows of stage, measure and its value for each seed, without a mean over them."""
+    """{stage: {seed: what it scored}} -> rows of stage, measure and its value for each seed, without a mean."""
     def all_pairs(found):
         return found["preference_accuracy"]
 

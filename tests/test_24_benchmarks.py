@@ -256,7 +256,7 @@ def test_a_run_of_the_results(small_project):
     Path("out/results/auto/seed0").mkdir(parents=True)
     Path("sft").rename("out/results/auto/seed0/sft")
     results.main(results.Config(job="auto/0/dpo", max_steps=1, device="cpu"))
-    found = json.loads(Path("out/results/auto/seed0/dpo/test.json").read_text(encoding="utf-8"))
+    found = json.loads(Path("out/results/auto/seed0/dpo.json").read_text(encoding="utf-8"))
     assert found["command"] == ("python train_dpo.py --model out/results/auto/seed0/sft --seed 0 "
                                 "--out out/results/auto/seed0/dpo --max_steps 1")
     assert set(found["accuracy_by_kind"]) == {"rambling", "rude", "wrong"} and 0 <= found["sampled_gold_reward"] <= 1
@@ -280,7 +280,7 @@ def test_the_page_of_results(tmp_path):
         found = {"accuracy_by_task": tasks, "accuracy_by_level": {"level 1": sums}, "accuracy": sums, "talk": [],
                  "sampled_accuracy": sums, "sampled_gold_reward": sums, "stopped": 1.0, "seconds": 100, "date": "today",
                  "machine": "a laptop", "command": f"python {stage}"}
-        (folder / "test.json").write_text(json.dumps(found), encoding="utf-8")
+        results.scores_of(folder).write_text(json.dumps(found), encoding="utf-8")
         points = {"steps": 2, "before": {"sampled_accuracy": 0.1}, "after": {"sampled_accuracy": sums}}
         (folder / "summary.json").write_text(json.dumps(points), encoding="utf-8")
         (folder / "metrics.jsonl").write_text('{"step": 1, "sampled_accuracy": 0.2}\n', encoding="utf-8")
@@ -305,7 +305,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         if job[1] == 0:
             found = {"bits_per_byte": 0.6, "seconds": 1, "date": "today", "machine": "a laptop", "command": "python x"}
-            (folder / "test.json").write_text(json.dumps(found), encoding="utf-8")
+            results.scores_of(folder).write_text(json.dumps(found), encoding="utf-8")
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({job[1]})"])
 
     monkeypatch.setattr(results, "start", start)
