@@ -13,6 +13,7 @@ The runs are forks of one process that has PyTorch loaded and small models at ha
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import pathlib
@@ -63,6 +64,7 @@ STAGES = {
     "dapo": (train_grpo, RL + " --group_size 2 --num_minibatches 2 --reward ../letters.py:letters --loss dapo"),
     "ppo": (train_ppo, RL + " --reward_model ../reward --num_minibatches 2 --update_epochs 2"),
 }
+STUCK = 40  # seconds after which a run is ended, and says where it was
 EVERYWHERE = "--max_steps 4 --save_every 2 --eval_every 3 --log_every 1 --max_seq_len 64 --device cpu --out out"
 
 
@@ -164,6 +166,8 @@ def fork(name: str, resume: bool, moment: int = 0, events=None, trouble=die) -> 
     try:
         os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)
+        signal.alarm(STUCK)
         token_cache.CACHE = Path("cache").absolute()
         passed = []
 
