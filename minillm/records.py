@@ -16,7 +16,7 @@ from minillm.chat import ROLES, write_calls
 from minillm.errors import UserError, printable
 from minillm.forms import normalise, tools_message
 from minillm.runtime import say
-from minillm.safetensors import MAX_DEPTH, check_depth, no_duplicates
+from minillm.safetensors import LFS, MAX_DEPTH, check_depth, no_duplicates
 
 # By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
@@ -109,7 +109,9 @@ def limited_lines(path, file, whole: bool):
 
 
 def check_encoding(path, start: bytes):
-    """Raise UserError if a file that begins like this is UTF-16 or UTF-32, which a byte-order mark shows."""
+    """Raise UserError if a file that begins like this is UTF-16 or UTF-32 (it has a byte-order mark), or no data."""
+    if start.startswith(LFS):
+        raise UserError(f"{path}: is a Git LFS pointer; git lfs pull fetches the file itself")
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
              codecs.BOM_UTF16_BE: "UTF-16"}
     name = next((name for mark, name in marks.items() if start.startswith(mark)), None)

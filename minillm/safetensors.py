@@ -28,6 +28,7 @@ from minillm.errors import UserError
 
 MAX_JSON = 1 << 22  # bytes; parsed JSON can take twenty times as much memory
 MAX_DEPTH = 100  # levels of JSON
+LFS = b"version https://git-lfs"  # how the file begins that git leaves in the place of a large one
 TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 
 
@@ -127,6 +128,9 @@ def open_file(path, writable: bool = False):
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(0, "not a regular file")
+        if not writable and os.read(descriptor, len(LFS)) == LFS:
+            raise OSError(0, "it is a Git LFS pointer; git lfs pull fetches the file itself")
+        os.lseek(descriptor, 0, os.SEEK_SET)
         return os.fdopen(descriptor, "r+b" if writable else "rb")
     except BaseException:
         os.close(descriptor)
@@ -192,6 +196,7 @@ def short(value) -> str:
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
+OTHER_DTYPES = re.compile("F[468]_E\\d.*|[FIU]4|U16|U32|U64|C64")  # of the format, but not of weights that are trained
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 16
 
@@ -239,6 +244,8 @@ def load_safetensors(path) -> dict:
         return _map_tensors(header, torch.frombuffer(mapped, dtype=torch.uint8)[8 + length:])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, RuntimeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is truncated or corrupted ({str(error)[:200]}); copy or download it again") from None
 
@@ -260,6 +267,9 @@ def _map_tensors(header, data) -> dict:
     header.pop("__metadata__", None)
     places = []
     for name, entry in header.items():
+        if isinstance(entry, dict) and OTHER_DTYPES.fullmatch(str(entry.get("dtype"))):
+            raise UserError(f"{short(name)} holds {entry['dtype']} numbers, which are not supported (is the model "
+                            "quantized?); give one in BF16, F16 or F32")
         if not isinstance(entry, dict) or entry.get("dtype") not in list(DTYPES):
             raise ValueError(f"{short(name)}: unknown dtype in {short(entry)}")
         shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -280,7 +290,8 @@ def _map_tensors(header, data) -> dict:
         if end > len(data):
             break
         part = data[start:stop]
-        if part.data_ptr() % dtype.itemsize:
+        address = part.data_ptr() if len(part) else part.storage_offset()  # what is empty has no address
+        if address % dtype.itemsize:
             part = part.clone()  # other writers need not align
         tensors[name] = part.view(dtype).reshape(shape)
     if end != len(data):

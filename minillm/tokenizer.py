@@ -202,8 +202,12 @@ class Tokenizer:
         self.missing_bytes = bytes(byte for byte in range(256) if self.byte_ids[byte] is None)
         self.ignore_merges = model.get("ignore_merges", False)  # Llama 3: a word that is a token needs no merges
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        self.rank_of = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
-        self.merged = [self.ids[left + right] for left, right in merges]
+        try:
+            self.rank_of = {(self.ids[left], self.ids[right]): rank for rank, (left, right) in enumerate(merges)}
+            self.merged = [self.ids[left + right] for left, right in merges]
+        except (KeyError, ValueError):
+            culprit = next(pair for pair in merges if len(pair) != 2 or not {*pair, "".join(pair)} <= self.ids.keys())
+            raise ValueError(f"the merge {short(culprit)} is not two tokens that make a third one") from None
 
         self.bytes_of = {i: token_bytes(token) for token, i in self.ids.items()}
         self.cut_word = word_cutter(self.bytes_of.values())
@@ -392,9 +396,11 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except KeyError as error:
-            raise UserError(f"{path}: not a usable tokenizer.json ({error} is missing)") from None
+            raise UserError(f"{path}: not a usable tokenizer.json ({error} is missing); copy or download it "
+                            "again") from None
         except (TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a usable tokenizer.json (a part is of the wrong kind: {error})") from None
+            raise UserError(f"{path}: not a usable tokenizer.json (a part is of the wrong kind: {error}); copy or "
+                            "download it again") from None
         except (ValueError, RecursionError, LookupError, OverflowError) as error:
             raise UserError(f"{path}: not a usable tokenizer.json ({error})") from None
 

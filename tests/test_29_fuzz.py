@@ -408,6 +408,30 @@ def test_a_header_of_99_mb_is_not_parsed():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50 << 10
 
 
+def test_numbers_that_only_quantized_models_have_are_named():
+    """Such a file is not damaged, and another copy of it would be no better."""
+    for dtype, size in (("F8_E4M3", 1), ("F4", 1), ("U32", 4)):
+        header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+        Path("x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+        assert f"x.safetensors: 'a' holds {dtype} numbers, which are not" in one_line(load_safetensors, "x.safetensors")
+
+
+def test_an_empty_tensor_needs_no_alignment():
+    header = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'  # 54 bytes: the data begins at byte 62
+    Path("x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert load_safetensors("x.safetensors")["a"].shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "data.jsonl"])
+def test_a_file_that_git_lfs_has_not_fetched_is_named(name):
+    model_folder()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12345\n"
+    Path("model", name).write_text(pointer, encoding="utf-8")
+    read = read_model if name != "data.jsonl" else lambda: list(records.read_lines(Path("model", name)))
+    message = one_line(read)
+    assert name in message and "Git LFS pointer; git lfs pull fetches the file itself" in message
+
+
 def test_the_ids_of_a_tokenizer_are_near_its_number_of_tokens():
     BYTES.save("tokenizer.json")
     for big in (2**31, 10**21):
@@ -415,6 +439,16 @@ def test_the_ids_of_a_tokenizer_are_near_its_number_of_tokens():
         document["model"]["vocab"]["a"] = big
         Path("big.json").write_text(json.dumps(document), encoding="utf-8")
         assert "far beyond the number of tokens, 259" in one_line(Tokenizer.load, "big.json")
+
+
+@pytest.mark.parametrize("merge", ["a b c", "ab", "", ["a", "b", "c"], ["a b", "c"], "zz zz", "z z"])
+def test_a_merge_that_is_none_is_named(merge):
+    """Three tokens, one, none; tokens that the vocabulary lacks, or two whose sum it lacks."""
+    BYTES.save("tokenizer.json")
+    document = json.loads(Path("tokenizer.json").read_text(encoding="utf-8"))
+    document["model"]["merges"] = [merge]
+    Path("tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    assert "] is not two tokens that make a third one" in one_line(Tokenizer.load, "tokenizer.json")
 
 
 def test_a_prefix_gets_no_room_before_its_tensor_has_it():
