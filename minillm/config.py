@@ -117,6 +117,8 @@ def check_ranges(cfg):
             raise UserError(f"--{f.name} {value}: must be one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name} {value}: must be a finite number")
+        if isinstance(value, int) and value >= 2**63:  # as large as PyTorch's whole numbers can be
+            raise UserError(f"--{f.name} {str(value)[:40]}: must be below 2**63")
         if low is not None and value < low or high is not None and value > high:
             bounds = f"between {low} and {high}"
             if low is None or high is None:

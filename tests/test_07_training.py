@@ -480,6 +480,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
     (["--lr", "nan"], "--lr nan: must be a finite number"),
     (["--lr", "inf"], "--lr inf: must be a finite number"),
     (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+    (["--seed", "9223372036854775808"], "--seed 9223372036854775808: must be below 2**63"),
     (["--batch_size", "1.5"], "argument --batch_size: invalid int value: '1.5'"),
     (["--max_grad_norm", "0"], "--max_grad_norm 0.0: must be at least"),
     (["--max_seq_len", "1"], "--max_seq_len 1: must be at least 8"),
