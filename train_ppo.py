@@ -205,7 +205,8 @@ def main(cfg: Config) -> dict:
         parts = [part for minibatch in minibatches for part in minibatch.parts]
         for part in parts:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = part.logprobs = logprobs.detach()
+            logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
+            part.old_logprobs = part.logprobs = logprobs
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             part.old_values = response_values(value_model, part).detach()
@@ -234,7 +235,8 @@ def main(cfg: Config) -> dict:
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
             for part in minibatch.parts:
-                logprobs = response_logprobs(policy, part, cfg.temperature)
+                # The critic's first rollouts do not move the policy: it would say the same again.
+                logprobs = response_logprobs(policy, part, cfg.temperature) if policy_step >= 0 else part.old_logprobs
                 policy_loss, policy_stats = ppo_policy_loss(
                     logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
                 if policy_step >= 0:
