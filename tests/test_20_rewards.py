@@ -17,8 +17,10 @@ from collections import Counter
 import pytest
 import torch
 
+import train_grpo
 from minillm import chat, runtime
 from minillm.checkpoint import save_model
+from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
 from minillm.model import CausalLM, ModelConfig
@@ -76,6 +78,16 @@ def test_a_weighted_sum_with_its_parts(tmp_path):
     totals, _ = score_answers(load_rewards([f"-2*{mine}:words"], "", ""),
                               [(SUM[0], ["a b c"], SUM[1]), (SUM[0], ["a"], SUM[1])])
     assert totals == [[-6.0], [-2.0]]
+
+
+def test_a_reward_may_count_against_an_answer(tmp_path):
+    """A weight below 0: the longer one of two right answers is worth less. On the command line it is no flag."""
+    mine = write(tmp_path / "mine.py", OWN)
+    cfg = parse_config(train_grpo.Config, "", ["--reward", "answer", f"-2*{mine}:words", "--lr", "1e-3"])
+    assert cfg.reward == ["answer", f"-2*{mine}:words"] and cfg.lr == 1e-3
+    assert parse_config(train_grpo.Config, "", ["--reward", "-.5*model"]).reward == ["-.5*model"]
+    totals, _ = score_answers(load_rewards(cfg.reward, "", ""), [(SUM[0], ["82", "It is 82"], SUM[1])])
+    close(torch.tensor(totals), [[1 - 2 * 1, 1 - 2 * 3]])
 
 
 def test_numbers_of_any_kind_are_taken(tmp_path):
