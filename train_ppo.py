@@ -38,12 +38,12 @@ ratio is exactly 1 in the first optimizer step on each rollout.
 Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
-model, or without one as the language model with a new head. Scores are normalised by their
-mean and standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward
-model), and the critic's head with them. For the first critic_steps rollouts only the critic is trained: the advantages
-of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in
-standard deviations of the score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout
-are the same in each pass over it. No pretraining gradients are mixed in (no PPO-ptx).
+model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
+on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
+with them. For the first critic_steps rollouts only the critic is trained: the advantages of one that has not learned
+yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in standard deviations of the
+score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass
+over it. No pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
