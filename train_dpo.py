@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
             with runtime.autocast(device):
                 hidden = policy.hidden(batch.tokens)  # (2B, T, D): the chosen answers, then the rejected ones
                 logprobs = answer_logprobs(hidden, policy.lm_head.weight, batch, average)  # (2B,)
-            chosen_logprobs, rejected_logprobs = logprobs.chunk(2)  # (B,) each
+            chosen_logprobs, rejected_logprobs = logprobs.chunk(2)
             ref_chosen_logprobs, ref_rejected_logprobs = ref_logprobs[batch.pairs].unbind(1)
             four = chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs
             if cfg.loss == "dpo":
