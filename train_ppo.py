@@ -223,7 +223,7 @@ def main(cfg: Config) -> dict:
                      "returns": part.returns.sum() / part.n_tokens,
                      "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
         whiten_advantages(parts, device)
-        if cfg.show_every and step % cfg.show_every == 0:
+        if cfg.show_every and step % cfg.show_every == 0 and parts:  # of several processes one may have no answer
             part = parts[0]  # the advantage of an answer: the mean of its tokens'
             shown = [tokenizer.decode(tokens[1:][mask]) for tokens, mask in zip(part.tokens, part.mask)]
             means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
