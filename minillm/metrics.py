@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillm import curves
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.safetensors import atomic_write, open_file
 
 
@@ -117,7 +117,8 @@ def width(text: str) -> int:
 
 def table(rows: list) -> str:
     """Rows of cells (the first row is the head) as a Markdown table with aligned columns."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else printable(str(c)) for c in row]
+             for row in rows]
     widths = [max(width(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(c + " " * (w - width(c)) for c, w in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -150,7 +151,7 @@ def evenly_spaced(items: list, count: int) -> list:
 def show_replies(columns: list, replies: list, count: int = 10) -> str:
     """A table of a few questions with the replies of each column: replies[column] = [[question, reply], ...]."""
     def cut(text):
-        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
+        return printable(text).replace("|", "/")[:48]
 
     rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
     return table([["question", *columns]] + rows)
@@ -159,7 +160,7 @@ def show_replies(columns: list, replies: list, count: int = 10) -> str:
 def show_samples(question: str, answers: list, rewards, advantages) -> str:
     """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,)."""
     def cut(text):
-        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:64]
+        return printable(text).replace("|", "/")[:64]
 
     rows = sorted(zip(rewards.tolist(), advantages.tolist(), answers), reverse=True)
     return table([["reward", "advantage", cut(question)]] + [[r, a, cut(answer)] for r, a, answer in rows])
