@@ -38,12 +38,12 @@ ratio is exactly 1 in the first optimizer step on each rollout.
 Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
-model, or without one as the language model with a new head. Scores are normalised by their
-mean and standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward
-model), and the critic's head with them. For the first critic_steps rollouts only the critic is trained: the advantages
-of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in
-standard deviations of the score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout
-are the same in each pass over it. No pretraining gradients are mixed in (no PPO-ptx).
+model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
+on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
+with them. For the first critic_steps rollouts only the critic is trained: the advantages of one that has not learned
+yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in standard deviations of the
+score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass
+over it. No pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
@@ -205,7 +205,8 @@ def main(cfg: Config) -> dict:
         parts = [part for minibatch in minibatches for part in minibatch.parts]
         for part in parts:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = part.logprobs = logprobs.detach()
+            logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
+            part.old_logprobs = part.logprobs = logprobs
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             part.old_values = response_values(value_model, part).detach()
@@ -234,7 +235,8 @@ def main(cfg: Config) -> dict:
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
             for part in minibatch.parts:
-                logprobs = response_logprobs(policy, part, cfg.temperature)
+                # The critic's first rollouts do not move the policy: it would say the same again.
+                logprobs = response_logprobs(policy, part, cfg.temperature) if policy_step >= 0 else part.old_logprobs
                 policy_loss, policy_stats = ppo_policy_loss(
                     logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
                 if policy_step >= 0:

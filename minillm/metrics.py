@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillm import curves
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.safetensors import atomic_write, open_file
 
 
@@ -118,7 +118,8 @@ def width(text: str) -> int:
 
 def table(rows: list) -> str:
     """Rows of cells (the first row is the head) as a Markdown table with aligned columns."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else printable(str(c)) for c in row]
+             for row in rows]
     widths = [max(width(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(c + " " * (w - width(c)) for c, w in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -151,7 +152,7 @@ def evenly_spaced(items: list, count: int) -> list:
 def show_replies(columns: list, replies: list, count: int = 10) -> str:
     """A table of a few questions with the replies of each column: replies[column] = [[question, reply], ...]."""
     def cut(text):
-        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
+        return printable(text).replace("|", "/")[:48]
 
     rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
     return table([["question", *columns]] + rows)
@@ -162,9 +163,6 @@ def show_samples(title: str, answers: list, rewards, advantages) -> str:
 
     answers: texts, or (prompt, answer). Of a prompt the end is shown, which is where the question stands.
     """
-    def printable(text):
-        return "".join(c if c.isprintable() else " " for c in text)
-
     def shown(answer):
         if isinstance(answer, str):
             return printable(answer)[:64]

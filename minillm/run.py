@@ -210,6 +210,7 @@ class Run:
             with shard.whole(self.model):
                 self._save(states)
         if signal_number:
+            runtime.gather(None)  # torchrun ends them all soon after the first: that one may still be writing
             say(f"interrupted: saved after step {self.step} of {self.total_steps}; "
                 "the same command with --resume continues")
             raise Interrupted(128 + signal_number)

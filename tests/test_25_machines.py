@@ -8,6 +8,7 @@ and check what follows.
 
 import errno
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -182,6 +183,24 @@ def test_threads_are_only_ever_taken_away(monkeypatch, usual, allowed, expected)
     monkeypatch.setattr(runtime, "allowed_threads", lambda: allowed)
     runtime.start("cpu", 0)
     assert chosen == expected
+
+FREED_AND_TAKEN_AGAIN = """
+import resource, sys, torch
+from minillm import runtime
+runtime.start("cpu", 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.zeros(2**22 // 4).add_(1.0)  # 4 MiB: 1,024 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """The system clears the pages of a block once, not in each of 50 steps: these would be 51,200 page faults."""
+    said = subprocess.run([sys.executable, "-c", FREED_AND_TAKEN_AGAIN], cwd=ROOT, capture_output=True, text=True)
+    assert int(said.stdout) < 5000, said.stderr
+
 
 
 # The device
