@@ -60,9 +60,9 @@ from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
 from minillm.rewards import load_rewards
-from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, read_answers, response_logprobs,
-                              response_values, sample_rollout, sampled_scores, score_rollout, select, split_rollout,
-                              whiten_advantages)
+from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, part_texts, read_answers,
+                              response_logprobs, response_values, sample_rollout, sampled_scores, score_rollout,
+                              select, split_rollout, whiten_advantages)
 from minillm.run import Run, RunConfig
 from minillm.token_view import save_rollout
 from minillm.tokenizer import Tokenizer
@@ -225,9 +225,9 @@ def main(cfg: Config) -> dict:
         whiten_advantages(parts, device)
         if cfg.show_every and step % cfg.show_every == 0 and parts:  # of several processes one may have no answer
             part = parts[0]  # the advantage of an answer: the mean of its tokens'
-            shown = [tokenizer.decode(tokens[1:][mask]) for tokens, mask in zip(part.tokens, part.mask)]
             means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
-            runtime.say(show_samples("answers to several questions", shown[:8], part.scores[:8], means[:8]))
+            runtime.say(show_samples("answers to several prompts; reward: the normalised score",
+                                     part_texts(part, tokenizer)[:8], part.scores[:8], means[:8]))
         run.add({"explained_variance": explained_variance(parts, device)}, weight=len(answers))
 
         # Update

@@ -261,6 +261,13 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
     return [mini_batch(rows) for rows in order.tensor_split(num_minibatches)]
 
 
+def part_texts(part: MicroBatch, tokenizer) -> list:
+    """(prompt, answer) of each row as text, with the special tokens: an answer shows whether it ended by itself."""
+    starts, ends = (part.mask.int().argmax(dim=1) + 1).tolist(), (part.last + 2).tolist()  # the mask starts at token 1
+    return [(tokenizer.decode(row[:start]), tokenizer.decode(row[start:end]))
+            for row, start, end in zip(part.tokens.tolist(), starts, ends)]
+
+
 def response_logprobs(model, part: MicroBatch, temperature: float = 1.0, with_entropy: bool = False):
     """Log-probabilities of the answers' tokens, (b, t - 1), 0 elsewhere.
 

@@ -13,6 +13,7 @@ Drawn in tests/figures/reward_row.svg and tests/figures/four_models.svg.
 
 import json
 import math
+import re
 import weakref
 
 import pytest
@@ -444,7 +445,8 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
 def test_what_show_every_prints_and_keeps(run, folder, capsys):
     """In PPO each token has an advantage of its own. In the only pass over a rollout every ratio is 1."""
     run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 1)
-    assert "answers to several questions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "answers to several prompts" in printed and re.search(r"\| .* user \S+ assistant: ", printed)
     kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(kept) == 6  # every second one of twelve
     assert any(len(set(line["advantages"]) - {None}) > 1 for line in kept)

@@ -376,7 +376,8 @@ def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypat
 
 def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, capsys):
     """Traced on a CPU, where PyTorch's backward pass is not allowed but there, by a backend that keeps the program and
-    runs it as it is. Outside of this test a CPU is not asked."""
+    runs it as it is. It must be one program: a break in it would leave flex attention uncompiled. Outside of this test
+    a CPU is not asked."""
     assert not attention.can_flex(CPU, 4, 2, 16) and capsys.readouterr().err == ""
     monkeypatch.setattr(runtime, "precision", lambda device: torch.bfloat16)
     programs, compile_it = [], torch.compile
@@ -387,8 +388,11 @@ def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeyp
         programs.append(program.print_readable(print_output=False))
         return program
 
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_it(function, fullgraph=fullgraph,
-                                                                                 backend=keep))
+    def compile_whole(function, fullgraph):
+        assert fullgraph
+        return compile_it(function, fullgraph=True, backend=keep)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
     attention._compile_flex(CPU, 4, 2, 16)
     (program,) = programs
     assert program.count("flex_attention(") == 1 and "'BLOCK_M1': 32" in program and "'num_stages': 1" in program
