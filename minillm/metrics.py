@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -157,13 +158,19 @@ def show_replies(columns: list, replies: list, count: int = 10) -> str:
     return table([["question", *columns]] + rows)
 
 
-def show_samples(question: str, answers: list, rewards, advantages) -> str:
-    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,)."""
-    def cut(text):
-        return printable(text).replace("|", "/")[:64]
+def show_samples(title: str, answers: list, rewards, advantages) -> str:
+    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,).
 
-    rows = sorted(zip(rewards.tolist(), advantages.tolist(), answers), reverse=True)
-    return table([["reward", "advantage", cut(question)]] + [[r, a, cut(answer)] for r, a, answer in rows])
+    answers: texts, or (prompt, answer). Of a prompt the end is shown, which is where the question stands.
+    """
+    def shown(answer):
+        if isinstance(answer, str):
+            return printable(answer)[:64]
+        prompt = " ".join(printable(re.sub(r"<\|\w+\|>", " ", answer[0])).split())  # without special tokens
+        return f"{prompt[-64:]}: {printable(answer[1])[:64]}"
+
+    rows = sorted(zip(rewards.tolist(), advantages.tolist(), map(shown, answers)), reverse=True)
+    return table([["reward", "advantage", printable(title)[:64]]] + [list(row) for row in rows])
 
 
 if __name__ == "__main__":

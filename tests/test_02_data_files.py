@@ -44,8 +44,10 @@ def task_of(maker):
     """The task of a line of sft.jsonl, which does not say it: whose wording its first question is, or "talk"."""
     tables = {"add": [maker.ADD], "subtract": [maker.SUBTRACT], "compare": [maker.COMPARE], "sort": [maker.SORT],
               "count": [maker.COUNT, maker.COUNT_ALL], "reverse": [maker.REVERSE]}
-    asked = {task: re.compile("|".join(re.sub(r"\\{\w\\}", ".+", re.escape(form)) for table in found
-                                       for forms in table.values() for form in forms)) for task, found in tables.items()}
+    asked = {}
+    for task, found in tables.items():
+        wordings = [form for table in found for forms in table.values() for form in forms]
+        asked[task] = re.compile("|".join(re.sub(r"\\{\w\\}", ".+", re.escape(form)) for form in wordings))
     facts = {maker.fact_text(form, subject) for relations in maker.FACTS.values()
              for forms, _, items in relations.values() for form in forms for subject in items}
 
