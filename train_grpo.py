@@ -15,7 +15,7 @@ out). For what the clip does, see train_ppo.py.
 
 k1 against k3: with x = log ref - log policy of a sampled token, k1 = -x and k3 = exp(x) - x - 1. Both have the mean
 KL(policy || ref), because the mean of exp(x) is sum_o policy(o) ref(o) / policy(o) = 1; k3 is never negative and less
-noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, whose mean is 0: it holds nothing.
+noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0: it holds nothing.
 k3's is (1 - ref / policy) grad log policy, which pulls back (on average it is the gradient of KL(ref || policy)). So
 it is k3 here and in the logs, and k1 where PPO takes the value off the reward.
 In memory: the policy with gradients and moments, the frozen reference (with --peft lora the same weights), and the
