@@ -11,11 +11,11 @@ E[grad log policy(o)] = grad sum_o policy(o) = grad 1 = 0, any number that does 
 expectation stays, the noise shrinks. Without one, rewards of 0 and 1 would only ever push up. The mean contains r_i
 itself, but r_i - mean(r) = (G - 1)/G (r_i - mean of the others): the same direction, a little shorter. The division by
 std is another matter: it gives prompts that are almost always or almost never solved more weight (dr_grpo leaves it
-out). What the clip does is told in train_ppo.py.
+out). For what the clip does, see train_ppo.py.
 
 k1 against k3: with x = log ref - log policy of a sampled token, k1 = -x and k3 = exp(x) - x - 1. Both have the mean
 KL(policy || ref), because the mean of exp(x) is sum_o policy(o) ref(o) / policy(o) = 1; k3 is never negative and less
-noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0, which holds nothing.
+noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0: it holds nothing.
 k3's is (1 - ref / policy) grad log policy, which pulls back (on average it is the gradient of KL(ref || policy)). So
 it is k3 here and in the logs, and k1 where PPO takes the value off the reward.
 In memory: the policy with gradients and moments, the frozen reference (with --peft lora the same weights), and the

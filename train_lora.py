@@ -13,8 +13,8 @@ B (out, r) and A (r, in). With s = alpha / r and g the gradient of the loss in y
 
     d loss / d B = s g (A x)^T          d loss / d A = s B^T g x^T
 
-B starts at 0: the first output is the base's, and in the first step only B moves. A starts at random, for with both at
-0 neither would ever move. r (in + out) numbers are trained instead of in x out.
+B starts at 0: the first output is the base's, and in the first step only B moves. A starts at random: with both at 0
+neither would ever move. r (in + out) numbers are trained instead of in x out.
 In memory: the base, without gradients and moments, and at most 16 bytes for each number that is trained. The
 activations stay: the gradient has to pass through the frozen layers (--recompute).
 
