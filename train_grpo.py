@@ -35,7 +35,8 @@ over num_minibatches parts. --loss chooses the objective (all in minillm/losses.
 
 (Dr. GRPO: arXiv 2503.20783; DAPO: arXiv 2503.14476.) A group of equal rewards has advantage 0. grpo and dr_grpo count
 its answers in the denominator, as their papers do; dapo leaves them out (its authors also sample others in their
-place). Where beta is 0 such a group has no gradient at all, and is not computed.
+place). Where beta is 0 such a group has no gradient at all, and is not computed: entropy and KL in the log are then
+those of the other groups.
 
 On each rollout the ratio is exactly 1 and clip_fraction 0 in the first optimizer step, and in the first rollout the KL
 to the reference is 0: with --num_minibatches 1 the first line of the log shows it.

@@ -69,7 +69,7 @@ STAGES = {
     "ppo": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 7, "--critic_steps", 1,
                         "--value_lr", 1e-3, "--num_minibatches", 3]),
     "ppo, one prompt": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 1, "--show_every", 1,
-                                    "--max_steps", 1]),  # as above
+                                    "--max_steps", 1]),  # here too
 }
 QUICK = ["ppo", "ppo, one prompt"]  # without --processes; chapter 7c has SFT
 SHARDED = ["pretrain adamw", "sft adamw", "lora", "dpo"]
