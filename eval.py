@@ -123,6 +123,8 @@ def main(cfg: Config) -> dict:
     # 4. Measure
     files = [cfg.data] if cfg.data else [EVAL_DATA, EVAL_TEXT]
     records = questions_of(files[0], cfg.max_questions)
+    if cfg.reward_model and not records:
+        raise UserError(f"--reward_model scores the replies to questions, and {files[0]} holds none")
     results = [measure(model, tokenizer, files, records, cfg, device)]
     for folder in cfg.compare[1:]:
         model = None  # two large models need not fit side by side
@@ -230,9 +232,9 @@ def held_out_pairs(cfg: Config, tokenizer, max_seq_len: int):
 
 def measure_reward_model(cfg: Config, device) -> dict:
     """All numbers for a reward model: how it ranks held-out pairs, and how sure it is."""
-    if cfg.chat or cfg.prompt is not None or cfg.tokens or cfg.adapter or cfg.ref:
+    if cfg.chat or cfg.prompt is not None or cfg.tokens or cfg.adapter or cfg.ref or cfg.reward_model:
         raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
-                        "leave out --chat, --prompt, --tokens, --adapter and --ref")
+                        "leave out --chat, --prompt, --tokens, --adapter, --ref and --reward_model")
     tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
     checkpoint.check_tokenizer(model.config, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))

@@ -188,7 +188,8 @@ def main(cfg: Config) -> dict:
         # (Gradients stay enabled: without them PyTorch may choose kernels that round differently.)
         for part in [part for minibatch in minibatches for part in minibatch.parts]:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = part.logprobs = logprobs.detach()
+            logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
+            part.old_logprobs = part.logprobs = logprobs
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             run.add({"entropy": entropy}, weight=part.n_tokens)

@@ -38,12 +38,12 @@ ratio is exactly 1 in the first optimizer step on each rollout.
 Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
-model, or without one as the language model with a new head. Scores are normalised by their
-mean and standard deviation on held-out prompts before training (arXiv 1909.08593, section 2.1, normalises the reward
-model), and the critic's head with them. For the first critic_steps rollouts only the critic is trained: the advantages
-of one that has not learned yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in
-standard deviations of the score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout
-are the same in each pass over it. No pretraining gradients are mixed in (no PPO-ptx).
+model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
+on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
+with them. For the first critic_steps rollouts only the critic is trained: the advantages of one that has not learned
+yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in standard deviations of the
+score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass
+over it. No pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
@@ -60,9 +60,9 @@ from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
 from minillm.rewards import load_rewards
-from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, read_answers, response_logprobs,
-                              response_values, sample_rollout, sampled_scores, score_rollout, select, split_rollout,
-                              whiten_advantages)
+from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, part_texts, read_answers,
+                              response_logprobs, response_values, sample_rollout, sampled_scores, score_rollout,
+                              select, split_rollout, whiten_advantages)
 from minillm.run import Run, RunConfig
 from minillm.token_view import save_rollout
 from minillm.tokenizer import Tokenizer
@@ -205,7 +205,8 @@ def main(cfg: Config) -> dict:
         parts = [part for minibatch in minibatches for part in minibatch.parts]
         for part in parts:
             logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            part.old_logprobs = part.logprobs = logprobs.detach()
+            logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
+            part.old_logprobs = part.logprobs = logprobs
             with lora_off(ref_model):
                 part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
             part.old_values = response_values(value_model, part).detach()
@@ -222,11 +223,11 @@ def main(cfg: Config) -> dict:
                      "returns": part.returns.sum() / part.n_tokens,
                      "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
         whiten_advantages(parts, device)
-        if cfg.show_every and step % cfg.show_every == 0:
+        if cfg.show_every and step % cfg.show_every == 0 and parts:  # of several processes one may have no answer
             part = parts[0]  # the advantage of an answer: the mean of its tokens'
-            shown = [tokenizer.decode(tokens[1:][mask]) for tokens, mask in zip(part.tokens, part.mask)]
             means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
-            runtime.say(show_samples("answers to several questions", shown[:8], part.scores[:8], means[:8]))
+            runtime.say(show_samples("answers to several prompts; reward: the normalised score",
+                                     part_texts(part, tokenizer)[:8], part.scores[:8], means[:8]))
         run.add({"explained_variance": explained_variance(parts, device)}, weight=len(answers))
 
         # Update
@@ -234,7 +235,8 @@ def main(cfg: Config) -> dict:
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
             for part in minibatch.parts:
-                logprobs = response_logprobs(policy, part, cfg.temperature)
+                # The critic's first rollouts do not move the policy: it would say the same again.
+                logprobs = response_logprobs(policy, part, cfg.temperature) if policy_step >= 0 else part.old_logprobs
                 policy_loss, policy_stats = ppo_policy_loss(
                     logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
                 if policy_step >= 0:

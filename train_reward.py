@@ -116,7 +116,7 @@ def main(cfg: Config) -> dict:
             batch, size = batch.to(device), batch.n_tokens
             with runtime.autocast(device):
                 hidden = reward_model.model(batch.tokens)  # (2B, T, D): the chosen answers, then the rejected ones
-            chosen_rewards, rejected_rewards = reward_model.read(hidden, batch.lengths).chunk(2)
+            chosen_rewards, rejected_rewards = reward_model.read(hidden, batch.lengths).chunk(2)  # (B,) each
             loss = reward_loss(chosen_rewards, rejected_rewards, batch.margins, n_pairs)
             margins = (chosen_rewards - rejected_rewards).detach()
             run.add({"loss": loss}, tokens=size)

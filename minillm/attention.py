@@ -138,7 +138,7 @@ def attend(q, k, v, mask):
         for row, lengths in enumerate(mask):
             for document in zip(*(x[row:row + 1].split(lengths, dim=2) for x in (q, k, v))):
                 found.append(attend(*document, None))  # three tensors (1, heads, length, d) -> (1, H, length, d)
-        return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)
+        return torch.cat(found, dim=2).view(H, B, T, d).transpose(0, 1)  # (1, H, B T, d) -> (B, H, T, d)
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=H != K, kernel_options=KERNEL_OPTIONS)
     if two_products(q.device.type, q.dtype, T, S, mask is not None):
@@ -165,7 +165,7 @@ def _attend_in_two_products(q, k, v, mask):
     """The formula as written: scores = q k^T / sqrt(d), then softmax(scores) v."""
     (B, H, T, d), (K, S) = q.shape, k.shape[1:3]
     q = q.reshape(B, K, H // K * T, d) * d**-0.5  # the query heads that share a key head, side by side
-    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)
+    scores = (q @ k.transpose(-1, -2)).view(B, H, T, S)  # from (B, K, H/K T, S)
     forbidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     weights = (scores + forbidden).softmax(dim=-1)  # not add_: its gradient would be copied twice, scores being a view
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, d)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from minillm.config import set_downloaded_defaults
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.hf_config import ARCHITECTURES, config_from_json, config_to_json, is_made_here
 from minillm.model import CausalLM, ModelConfig, RotaryEmbedding
 from minillm.origin import as_json, files_of, read_origin, tokens_without_rows
@@ -244,7 +244,8 @@ def grow_vocabulary(config: ModelConfig, stored: dict, folder) -> ModelConfig:
     for name in names:
         mean = stored[name].float().mean(dim=0, keepdim=True).to(stored[name].dtype)  # (1, D)
         stored[name] = torch.cat([stored[name], mean.expand(len(added), -1)])
-    _say_grown(str(folder), ", ".join(added[:5]) + (", ..." if len(added) > 5 else ""), len(added))
+    shown = ", ".join(token[:80] for token in added[:5]) + (", ..." if len(added) > 5 else "")
+    _say_grown(str(folder), printable(shown), len(added))
     return replace(config, vocab_size=config.vocab_size + len(added))
 
 

@@ -46,6 +46,11 @@ def flag(default, help: str, choices=None, low=None, high=None, positional=False
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        # By itself it takes -0.5 for a value but -0.5*model for a flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 

@@ -14,4 +14,9 @@ class UserError(Exception):
         text = super().__str__()
         if len(text) > LONGEST:
             text = f"{text[:LONGEST - 200]} ... {text[-180:]}"
-        return "".join(character if character.isprintable() else " " for character in text)
+        return printable(text)
+
+
+def printable(text: str) -> str:
+    """Text from a file in one line: what could break it, or command a terminal, becomes a space."""
+    return "".join(character if character.isprintable() else " " for character in text)

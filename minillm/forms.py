@@ -9,7 +9,9 @@ line.
 """
 
 import json
+import math
 import re
+from decimal import Decimal
 
 from minillm.errors import UserError
 from minillm.verify import is_verifiable
@@ -36,7 +38,7 @@ def normalise(record: dict, where: str) -> dict:
         if f"{side}_response" in record and side not in record:
             record[side] = record.pop(f"{side}_response")
     if type(record.get("answer")) in (int, float):
-        record["answer"] = str(record["answer"])
+        record["answer"] = digits_of(record["answer"], where)
     if "chosen" in record or "rejected" in record:
         pair_of(record, where)
         names = ("prompt", "chosen", "rejected")
@@ -55,6 +57,14 @@ def normalise(record: dict, where: str) -> dict:
         for key in UNREAD:
             check_empty(record, key, where)
     return record
+
+
+def digits_of(answer, where: str) -> str:
+    """A number as people write it, which str() does not do from 1e16 on and below 0.0001. Raises UserError for NaN."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise UserError(f'{where}: "answer" is {answer}, which no reply can match; leave the key out where there is no '
+                        "right answer")
+    return f"{Decimal(str(answer)):f}"
 
 
 def check_marks(record: dict, where: str):
@@ -175,7 +185,10 @@ def messages_of(messages: list, where: str) -> list:
         if isinstance(message, dict):
             message = message_of(message, where.format(number))
             if found := message.pop("tools", None):
-                tools = tools_message(found, where.format(number))
+                found = tools_message(found, where.format(number))
+                if tools not in (None, found):
+                    raise UserError(f'{where.format(number)} has other "tools" than one before it; keep one list')
+                tools = found
         result.append(message)
     return [tools, *result] if tools else result
 
@@ -191,10 +204,13 @@ def message_of(message: dict, where: str) -> dict:
         message["content"] = ""
     if isinstance(role, str):
         role = message["role"] = ROLE_NAMES.get(role, role)
-    for key in ("tool_calls", "function_call"):
-        calls = message.pop(key, None) or calls
+    calls = [found for found in (calls, message.pop("tool_calls", None), message.pop("function_call", None)) if found]
     reasoning = [message.pop(key) for key in ("reasoning_content", "reasoning", "thinking")
                  if message.get(key) is not None]
+    for what, found in (("the calls of tools", calls), ("the think text", reasoning)):
+        if any(other != found[0] for other in found[1:]):
+            raise UserError(f"{where} has {what} under two keys, and they differ; keep one of them")
+    calls = calls[0] if calls else None
     check_masks(message, where)
     for key in UNREAD_IN_MESSAGE:
         check_empty(message, key, where)

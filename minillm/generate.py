@@ -174,7 +174,7 @@ def generate(model, prompts: list, max_new_tokens: int, end_id, temperature: flo
         hidden = model.hidden(padded, attention_mask=None if valid.all() else valid, cache=cache)
         logits = model.lm_head(hidden[:, -1])  # (prompts, V): the last position alone
         if group_size > 1:
-            logits = logits.repeat_interleave(group_size, dim=0)
+            logits = logits.repeat_interleave(group_size, dim=0)  # (N, V)
             cache.select(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
 
         responses = torch.full((N, max_new_tokens), pad_id, device=device)

@@ -38,7 +38,7 @@ class _ScalarModel(nn.Module):
         return model
 
     def scores(self, hidden):
-        # In float32 also under autocast: bf16 knows only 256 scores between 2 and 4.
+        # In float32 also under autocast: bf16 knows only 128 scores between 2 and 4.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float())[..., 0]
 

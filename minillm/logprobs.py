@@ -115,7 +115,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
             picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
             return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
     logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
-    logprobs = logprobs.view(batch, max(length - 1, 0))
+    logprobs = logprobs.view(batch, max(length - 1, 0))  # (B (T-1),) -> (B, T-1)
     return logprobs if mask is None else masked(logprobs, mask)
 
 
@@ -195,7 +195,7 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
     if _picks_rows(hidden):
         states, mask = states[mask], mask[mask]
-    states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)
+    states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)  # (N, D), (N,)
     for rows in _HeadLogprobs.chunks(states, weight):
         logprobs = (fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
         total = total - masked((logprobs.exp() * logprobs).sum(-1), mask[rows]).sum()

@@ -108,7 +108,7 @@ def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
 def _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
                       beta):
     check_shapes("B", policy_chosen_logprobs=policy_chosen_logprobs, policy_rejected_logprobs=policy_rejected_logprobs,
-           ref_chosen_logprobs=ref_chosen_logprobs, ref_rejected_logprobs=ref_rejected_logprobs)
+                 ref_chosen_logprobs=ref_chosen_logprobs, ref_rejected_logprobs=ref_rejected_logprobs)
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
     chosen_rewards = beta * (fp32(policy_chosen_logprobs) - fp32(ref_chosen_logprobs.detach()))
@@ -289,7 +289,8 @@ def dr_grpo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | 
     """GRPO without the division by the answer's own length, which made long wrong answers cheap.
 
     Paper: Dr. GRPO, arXiv 2503.20783, section 3.2.
-    loss = sum over tokens of (clipped objective as in grpo_loss + beta * kl_k3) / (n_sequences * max_response_tokens)
+    loss = sum over tokens of (-min(ratio * advantages, clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantages)
+           + beta * kl_k3) / (n_sequences * max_response_tokens)
 
     advantages (B,): centred in their group, not divided by the std.  max_response_tokens: the length limit of sampling,
     the same number for every answer.  The other arguments, stats and errors: as in grpo_loss.

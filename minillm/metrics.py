@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillm import curves
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.safetensors import atomic_write, open_file
 
 
@@ -117,7 +118,8 @@ def width(text: str) -> int:
 
 def table(rows: list) -> str:
     """Rows of cells (the first row is the head) as a Markdown table with aligned columns."""
-    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    cells = [[f"{c:.3f}" if isinstance(c, float) else "-" if c is None else printable(str(c)) for c in row]
+             for row in rows]
     widths = [max(width(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["| " + " | ".join(c + " " * (w - width(c)) for c, w in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -150,19 +152,25 @@ def evenly_spaced(items: list, count: int) -> list:
 def show_replies(columns: list, replies: list, count: int = 10) -> str:
     """A table of a few questions with the replies of each column: replies[column] = [[question, reply], ...]."""
     def cut(text):
-        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:48]
+        return printable(text).replace("|", "/")[:48]
 
     rows = [[cut(same[0][0]), *(cut(reply) for _, reply in same)] for same in evenly_spaced(list(zip(*replies)), count)]
     return table([["question", *columns]] + rows)
 
 
-def show_samples(question: str, answers: list, rewards, advantages) -> str:
-    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,)."""
-    def cut(text):
-        return "".join(c if c.isprintable() else " " for c in text).replace("|", "/")[:64]
+def show_samples(title: str, answers: list, rewards, advantages) -> str:
+    """A table of sampled answers, the best first, with the reward and the advantage of each: tensors (G,).
 
-    rows = sorted(zip(rewards.tolist(), advantages.tolist(), answers), reverse=True)
-    return table([["reward", "advantage", cut(question)]] + [[r, a, cut(answer)] for r, a, answer in rows])
+    answers: texts, or (prompt, answer). Of a prompt the end is shown, which is where the question stands.
+    """
+    def shown(answer):
+        if isinstance(answer, str):
+            return printable(answer)[:64]
+        prompt = " ".join(printable(re.sub(r"<\|\w+\|>", " ", answer[0])).split())  # without special tokens
+        return f"{prompt[-64:]}: {printable(answer[1])[:64]}"
+
+    rows = sorted(zip(rewards.tolist(), advantages.tolist(), map(shown, answers)), reverse=True)
+    return table([["reward", "advantage", printable(title)[:64]]] + [list(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, d)
             k, v = k.to(q.dtype), v.to(q.dtype)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, H, T, d) -> (B, T, H d) -> (B, T, D)
 
 
 class MLP(nn.Module):

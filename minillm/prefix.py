@@ -60,7 +60,7 @@ class Prefixed:
         """(B, K, T, d) -> the prefix and all keys and values so far, (B, K, P + S, d)."""
         if self.cache is not None:
             keys, values = self.cache.append(layer, keys, values)
-        before = [x.to(keys.dtype).expand(len(keys), -1, -1, -1) for x in self.layers[layer]]
+        before = [x.to(keys.dtype).expand(len(keys), -1, -1, -1) for x in self.layers[layer]]  # two of (B, K, P, d)
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
 
@@ -108,7 +108,8 @@ class PrefixTuning(Prefix):
         with torch.no_grad():
             layers = read(backbone, backbone.embed_tokens.weight[words])
         start = torch.stack([torch.cat(pair) for pair in layers])  # (layers, 2, K, P, d)
-        self.prompt_embeddings = nn.Parameter(start.float().permute(3, 0, 1, 2, 4).reshape(self.length, -1))
+        start = start.float().permute(3, 0, 1, 2, 4)  # (P, layers, 2, K, d)
+        self.prompt_embeddings = nn.Parameter(start.reshape(self.length, -1))
 
     def keys_values(self, backbone):
         layers = self.prompt_embeddings.view(self.shape).permute(1, 2, 3, 0, 4)  # (layers, 2, K, P, d)

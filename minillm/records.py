@@ -13,10 +13,10 @@ import zlib
 from pathlib import Path
 
 from minillm.chat import ROLES, write_calls
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.forms import normalise, tools_message
 from minillm.runtime import say
-from minillm.safetensors import MAX_DEPTH, check_depth
+from minillm.safetensors import MAX_DEPTH, check_depth, no_duplicates
 
 # By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
@@ -30,6 +30,14 @@ KNOWN_IN_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "train
 MOST_UNPACKED = 20  # bytes of a line for a byte of the file; gzip makes text 3 to 10 times smaller
 SMALL = 1 << 26  # bytes that any file may unpack to
 PROJECT = Path(__file__).parent.parent
+DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)  # otherwise the last of two equal keys counts, silently
+# How other files than text begin, what they are, and how to make text of them.
+PANDAS = "python -c \"import pandas as p; p.read_{}('OLD').to_json('NEW.jsonl', orient='records', lines=True)\""
+OTHER_FORMATS = {
+    b"PAR1": ("a Parquet file", PANDAS.format("parquet")), b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+    b"PK\3\4": ("a zip archive", "unzip"), b"\x1f\x8b": ("compressed twice with gzip", "gzip -d"),
+    b"(\xb5/\xfd": ("compressed with zstd", "zstd -d"), b"\xfd7zXZ": ("compressed with xz", "xz -d"),
+    b"BZh": ("compressed with bzip2", "bzip2 -d"), b"%PDF": ("a PDF file", "pdftotext")}
 
 
 def is_text(path) -> bool:
@@ -47,13 +55,15 @@ def check_file(path):
     """Raise UserError unless path is a file."""
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; give the files in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is a pipe or a device, and data is read more than once; write it into a file first")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such data file{advice_on_folder(path)}")
 
 
 def advice_on_folder(path) -> str:
     """The end of a message about a path that is missing here but exists in the project's folder; else ""."""
-    found = not os.path.isabs(path) and (PROJECT / path).exists()
+    found = path and not os.path.isabs(path) and os.path.exists(PROJECT / path)
     return f"; run the command in the project's folder, {PROJECT}" if found else ""
 
 
@@ -107,17 +117,26 @@ def check_encoding(path, start: bytes):
         raise UserError(f"{path}:1: is {name}, not UTF-8; iconv -f {name} -t UTF-8 OLD > NEW converts such a file")
 
 
+def check_format(path, start: bytes):
+    """Raise UserError if a file that is no text, and begins like this, is of a format that can be converted."""
+    for mark, (what, command) in OTHER_FORMATS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path}: is {what}; minillm reads text and JSON Lines; convert it first ({command})")
+
+
 def text_of_line(path, number: int, line: bytes, start: bytes) -> str:
     """A line of a file that begins with the bytes `start`, as text without a byte-order mark. Raises UserError."""
     try:
         text = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        check_format(path, start)
         if b"\0" in start:
             line = b"\0"
         else:
             raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start + 1} of the line); convert the file "
                             "to UTF-8, a Chinese one perhaps with iconv -f GB18030 -t UTF-8 OLD > NEW") from None
     if b"\0" in line:
+        check_format(path, start)
         raise UserError(f"{path}:{number}: holds NUL bytes, as UTF-16 does; "
                         "iconv -f UTF-16 -t UTF-8 OLD > NEW converts such a file")
     return text
@@ -156,7 +175,7 @@ def parse_line(text: str, where: str) -> dict:
     """One JSON object, normalised; `where` ("file:line") begins the message of the UserError."""
     advice = "each line must be an object, or the file one array of objects"
     try:
-        record = json.loads(text)
+        record = DECODER.decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH:
             check_depth(record)
     except json.JSONDecodeError as error:  # its own message counts lines from the start of this one
@@ -197,7 +216,7 @@ class UnknownKeys:
     def tell(self, path):
         """Print one line, if there were any."""
         if self.lines:
-            named = ", ".join(f'"{key}" (line {line:,})' for key, line in self.lines.items())
+            named = ", ".join(f'"{printable(key)}" (line {line:,})' for key, line in self.lines.items())
             say(f"{path}: unknown keys are ignored: {named}")
 
 
@@ -269,6 +288,7 @@ def check_messages(messages, where: str, key: str = "conversations"):
                             f'known: {", ".join(ROLES)}')
         for name in ("content", "reasoning_content"):
             check_text(message.get(name, ""), where, f'"{name}" of message {i} of "{key}"')
+        check_text(write_calls(message.get("tool_calls", []), False), where, f'"tool_calls" of message {i} of "{key}"')
         if message["role"] == "tools":
             tools_message(message["content"], f'{where}: message {i} of "{key}"')
 

@@ -18,6 +18,7 @@ from collections import Counter
 import torch
 
 from minillm import runtime
+from minillm.chat import without_think
 from minillm.checkpoint import check_tokenizer, load_model
 from minillm.errors import UserError
 from minillm.generate import generate
@@ -71,8 +72,11 @@ def model_reward(folder, device="cpu"):
     def source(batch):
         sequences = []
         for messages, answers, _ in batch:
-            prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0]
-            sequences += [prompt + tokenizer.encode(answer) + [tokenizer.end_id] for answer in answers]
+            for answer in answers:
+                # As in the pairs it was trained on: an empty think block precedes only an answer without think text.
+                thinking = answer.lstrip().startswith("<think>")
+                prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)[0]
+                sequences.append(prompt + tokenizer.encode(answer) + [tokenizer.end_id])
         with runtime.autocast(torch.device(device)):
             return _in_batches(model, sequences, device)
 
@@ -136,7 +140,8 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
     """The reward source of an AI judge (RLAIF, arXiv 2309.00267): the probability that an answer beats the judge's.
 
     The judge's own answer is greedy, and the probability is the mean over both orders, so an equal answer gets 1/2. A
-    fixed opponent keeps rewards comparable over the whole run. Raises UserError for a folder without a language model.
+    fixed opponent keeps rewards comparable over the whole run. The judge is shown no think text. Raises UserError for a
+    folder without a language model.
     """
     judge, own = Judge(folder, device), {}  # own: {prompt tokens: the judge's answer}
     tokenizer = judge.tokenizer
@@ -148,7 +153,7 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
             rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_ids, temperature=0.0)
             for prompt, response in zip(new, rollout.responses()):
                 own[prompt] = tokenizer.decode(response[:-1] if response[-1] in tokenizer.end_ids else response)
-        pairs = [(messages, answer, own[prompt], example)
+        pairs = [(messages, without_think(answer), own[prompt], example)
                  for prompt, (messages, answers, example) in zip(prompts, batch) for answer in answers]
         return [(first + second) / 2 for first, second in judge.compare(pairs)]
 

@@ -121,14 +121,15 @@ class PromptLoader(Loader):
 
 # Sampled answers, and their scores.
 
-def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id: int, temperature: float, generator,
+def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id, temperature: float, generator,
                    group_size: int = 1, pad_id: int = 0) -> Rollout:
-    """group_size answers to each Prompt. Each process samples its share, and all get the whole rollout.
+    """group_size answers to each Prompt. Each process samples its share, and all get the whole rollout. end_id: as in
+    generate.
 
     The random numbers of all answers are drawn first, so the answers do not depend on the number of processes.
     """
     device = next(policy.parameters()).device
-    uniforms = torch.rand(len(prompts), group_size, max_new_tokens, generator=generator, device=device)
+    uniforms = torch.rand(len(prompts), group_size, max_new_tokens, generator=generator, device=device)  # (N, G, T)
     mine, rollout = share(prompts), None
     if mine:
         with autocast(device):
@@ -260,6 +261,13 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
     return [mini_batch(rows) for rows in order.tensor_split(num_minibatches)]
 
 
+def part_texts(part: MicroBatch, tokenizer) -> list:
+    """(prompt, answer) of each row as text, with the special tokens: an answer shows whether it ended by itself."""
+    starts, ends = (part.mask.int().argmax(dim=1) + 1).tolist(), (part.last + 2).tolist()  # the mask starts at token 1
+    return [(tokenizer.decode(row[:start]), tokenizer.decode(row[start:end]))
+            for row, start, end in zip(part.tokens.tolist(), starts, ends)]
+
+
 def response_logprobs(model, part: MicroBatch, temperature: float = 1.0, with_entropy: bool = False):
     """Log-probabilities of the answers' tokens, (b, t - 1), 0 elsewhere.
 
@@ -285,7 +293,7 @@ def whiten_advantages(parts: list, device):
     advantages, mask = flatten(parts, device, "advantages", "mask")
     whitened = whiten(advantages[None], mask[None], reduce=sum_tensor_over_processes)[0]
     for part, values in zip(parts, whitened.split([part.mask.numel() for part in parts])):
-        part.advantages = values.view(part.mask.shape)
+        part.advantages = values.view(part.mask.shape)  # (b, t - 1)
 
 
 def explained_variance(parts: list, device) -> Tensor:

@@ -41,7 +41,7 @@ from minillm.peft import has_adapter, save_adapter
 from minillm.records import fingerprint
 from minillm.runtime import say
 from minillm.safetensors import is_temporary, load_json, save_json
-from minillm.training_state import (capture_rng, load_training_state, remove_training_state, restore,
+from minillm.training_state import (capture_rng, load_training_state, remove_training_state, restore, restore_rng,
                                     save_training_state, trained_weights)
 
 # Settings that may change when a run is resumed; device and compile cost no more than the last bits.
@@ -204,12 +204,15 @@ class Run:
         if save_now or self.step % self.cfg.log_every == 0 or self.step == 1:
             self._log()
         if self.step % self.cfg.eval_every == 0 and not last:
+            rng = capture_rng(self.device)  # replies draw from the generators that a LoRA's dropout draws from
             self.progress.log(self.step, **numbers(self.evaluate()))
+            restore_rng(rng, self.device)
         if save_now:
             states = [shard.gathered(optimizer.state_dict()) for optimizer in self.optimizers]
             with shard.whole(self.model):
                 self._save(states)
         if signal_number:
+            runtime.gather(None)  # torchrun ends them all soon after the first: that one may still be writing
             say(f"interrupted: saved after step {self.step} of {self.total_steps}; "
                 "the same command with --resume continues")
             raise Interrupted(128 + signal_number)

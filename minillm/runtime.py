@@ -13,6 +13,7 @@ batch, in every process alike, so the result does not depend on the number of pr
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import math
@@ -33,6 +34,7 @@ from minillm.errors import UserError
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much of the machine a container may use
 COMPILED_ABOVE = 16_000_000  # parameters: a smaller model trains for less time than compiling it takes
 MEMINFO = Path("/proc/meminfo")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def pick_device(name: str = "") -> torch.device:
@@ -71,6 +73,7 @@ def in_one_line(error: Exception) -> str:
 def start(device_name: str, seed: int) -> torch.device:
     """Choose device and threads, seed every random generator and, under torchrun, join the other processes."""
     device = pick_device(device_name)
+    keep_freed_memory()
     if torch.get_num_threads() > allowed_threads():  # otherwise left alone: any set_num_threads also reconfigures MKL
         torch.set_num_threads(allowed_threads())
     random.seed(seed)
@@ -91,6 +94,19 @@ def start(device_name: str, seed: int) -> torch.device:
         atexit.register(_leave)
     say(describe(device), file=sys.stderr)
     return device
+
+
+def keep_freed_memory():
+    """Keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    It gives large blocks back to the system, which clears each page anew when the next step asks for them. Without that
+    a training step of `tiny` on a CPU takes a sixth less time. The values are the largest block that glibc can keep and
+    the most that it keeps.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _leave():

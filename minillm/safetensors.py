@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 import struct
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -169,6 +170,15 @@ def check_depth(value):
     raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
 
 
+def no_duplicates(pairs: list) -> dict:
+    """The members of a JSON object as a dict, for object_pairs_hook; raises ValueError where a name appears twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {short(name)} appears twice in one object")
+    return found
+
+
 def short(value) -> str:
     """A value from a file as it may stand in a message: in one line, and cut where it is long."""
     if isinstance(value, (list, tuple)) and len(value) > 8:
@@ -224,7 +234,7 @@ def load_safetensors(path) -> dict:
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
             if not 2 <= length <= min(size - 8, MAX_JSON):
                 raise ValueError(f"{size:,} bytes, a header of {length:,}; at most {MAX_JSON:,} are read")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
             mapped = _map_file(file)
         return _map_tensors(header, torch.frombuffer(mapped, dtype=torch.uint8)[8 + length:])
     except OSError as error:
@@ -241,12 +251,6 @@ def _map_file(file):
             raise
         file.seek(0)  # some network drives map no files
         return bytearray(file.read())
-
-
-def _no_duplicates(pairs):
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name appears twice in the header")
-    return dict(pairs)
 
 
 def _map_tensors(header, data) -> dict:

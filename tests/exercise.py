@@ -4,6 +4,7 @@
     python -m tests.exercise dpo_loss gae > mine.py       # signatures and docstrings; the bodies are yours
     pytest --mine mine.py tests/test_15_* tests/test_19_* # red at first, green when it is right
     python -m tests.exercise --broken 3 > broken.py       # a script with one mistake in its loop: which metric tells?
+    python broken.py --max_steps 2 --log_every 1          # broken.py begins with the command that shows it
 
 --mine puts your functions and classes in the place of those with the same names, everywhere: in minillm, in the
 scripts and in the chapters. Any public function or class of minillm can be an exercise.
@@ -32,6 +33,7 @@ import what else you like.
 """
 
 '''
+BROKEN = [str(number) for number in range(1, 8)]
 COLUMNS = 120
 
 
@@ -201,13 +203,14 @@ def restore(undo: list):
 def broken(number: int) -> tuple:
     """(name of the script, its source with mistake `number` made): tests/exercises/NUMBER.patch, a unified diff.
 
-    Its lines are looked for wherever they are now, so that it goes on applying while the script around them changes.
+    The line above the diff is the command with which the mistake shows; the source begins with it. The lines of the
+    diff are looked for wherever they are now, so that it goes on applying while the script around them changes.
     Raises ValueError when they are not found, or found twice.
     """
     patch = (ROOT / "tests" / "exercises" / f"{number}.patch").read_text(encoding="utf-8").splitlines()
-    script = patch[1].removeprefix("+++ b/")
+    command, script = patch[0], patch[2].removeprefix("+++ b/")
     source = (ROOT / script).read_text(encoding="utf-8")
-    hunks = "\n".join(patch[2:]).split("\n@@")
+    hunks = "\n".join(patch[3:]).split("\n@@")
     for hunk in hunks:
         lines = hunk.splitlines()[1:]
         before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
@@ -216,7 +219,7 @@ def broken(number: int) -> tuple:
             raise ValueError(f"tests/exercises/{number}.patch does not apply: in {script} there are "
                              f"{source.count(before)} places with\n{before}")
         source = source.replace(before, after)
-    return script, source
+    return script, f"# {command}\n{source}"
 
 
 def main(arguments: list) -> str:
@@ -224,7 +227,11 @@ def main(arguments: list) -> str:
     if not arguments:
         rows = [f"{i:>3}  {name:<18} {chapter_of(name)}" for i, name in enumerate(PATH, 1)]
         return "\n".join(["The path. python -m tests.exercise NAME ... > mine.py", *rows])
+    if arguments[0] in ("-h", "--help"):
+        return __doc__
     if arguments[0] == "--broken":
+        if len(arguments) != 2 or arguments[1] not in BROKEN:
+            sys.exit(f"--broken takes one number: {' '.join(BROKEN)}")
         return broken(int(arguments[1]))[1]
     unknown = [name for name in arguments if name not in definitions()]
     if unknown:

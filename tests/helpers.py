@@ -8,11 +8,13 @@ import multiprocessing.connection
 import os
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from minillm import run, runtime, token_cache
 
@@ -73,6 +75,7 @@ def _speak_into(path, environment: dict, work, arguments):
     torch.set_num_threads(1)  # this and the next two: as in conftest.py
     keep_states()
     do_not_wait_for_the_disk()
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks: one that is killed in it stops all the others
     try:
         work(*arguments)
     except SystemExit:

@@ -53,7 +53,7 @@ IMPORTS = {
     "out_folder": "runtime safetensors",
     "peft": "adapter checkpoint config lora out_folder prefix runtime safetensors tokenizer",
     "run": "checkpoint config heads interrupt metrics out_folder peft records runtime safetensors shard training_state",
-    "rewards": "checkpoint generate heads runtime tokenizer verify",
+    "rewards": "chat checkpoint generate heads runtime tokenizer verify",
     "evaluate": "chat data generate logprobs metrics records runtime verify",
     "preferences": "chat data evaluate logprobs records runtime token_cache tokenizer",
     "rollouts": "data evaluate generate logprobs losses records rewards runtime",

@@ -39,6 +39,26 @@ def maker():
     return module
 
 
+@pytest.fixture(scope="module")
+def task_of(maker):
+    """The task of a line of sft.jsonl, which does not say it: whose wording its first question is, or "talk"."""
+    tables = {"add": [maker.ADD], "subtract": [maker.SUBTRACT], "compare": [maker.COMPARE], "sort": [maker.SORT],
+              "count": [maker.COUNT, maker.COUNT_ALL], "reverse": [maker.REVERSE]}
+    asked = {}
+    for task, found in tables.items():
+        wordings = [form for table in found for forms in table.values() for form in forms]
+        asked[task] = re.compile("|".join(re.sub(r"\\{\w\\}", ".+", re.escape(form)) for form in wordings))
+    facts = {maker.fact_text(form, subject) for relations in maker.FACTS.values()
+             for forms, _, items in relations.values() for form in forms for subject in items}
+
+    def named(line):
+        question = messages_of(line)[0]["content"]
+        found = [task for task in asked if asked[task].fullmatch(question)] + ["fact"] * (question in facts)
+        assert len(found) <= 1, question
+        return found[0] if found and len(messages_of(line)) == 2 else "talk"
+    return named
+
+
 def messages_of(line):
     """The conversation of a line; of a pair, the prompt and the better answer."""
     if "prompt" in line:
@@ -107,22 +127,25 @@ def test_schemas(files):
             if name.startswith("pretrain"):
                 assert set(line) == {"text"} and line["text"].strip()
                 continue
+            messages = messages_of(line)
+            roles = "".join(m["role"][0] for m in messages)  # system, user, assistant, tool
+            assert re.fullmatch("u" if name.startswith("prompts") else "s?(ua(ta)*)+", roles), roles
+            assert all(set(m) == {"role", "content"} and m["content"].strip() for m in messages)
+            if name in ("sft", "judge"):
+                assert set(line) == {"conversations"}
+                continue
             pair = {"prompt", "chosen", "rejected", "kind"}
             allowed = pair if name.startswith("preference") else {"conversations", "answer", "choices"}
             allowed |= {"kind"} if name == "judge_eval" else set()
             allowed |= {"level"} if line["task"] in ("add", "subtract") and "answer" in line else set()
             assert set(line) - allowed == {"task"}
-            messages = messages_of(line)
-            roles = "".join(m["role"][0] for m in messages)  # system, user, assistant, tool
-            assert re.fullmatch("u" if name.startswith("prompts") else "s?(ua(ta)*)+", roles), roles
-            assert all(set(m) == {"role", "content"} and m["content"].strip() for m in messages)
             if name.startswith("preference"):
                 assert set(line) == pair | {"task"} and line["rejected"].strip()
                 assert line["chosen"] != line["rejected"]
 
 
-def test_counts(files):
-    sft, eval_ = Counter(line["task"] for line in files["sft"]), Counter(line["task"] for line in files["sft_eval"])
+def test_counts(files, task_of):
+    sft, eval_ = Counter(task_of(line) for line in files["sft"]), Counter(line["task"] for line in files["sft_eval"])
     assert set(sft) == TASKS and 12_000 <= sum(sft.values()) <= 28_000
     assert all(sft[task] >= 500 for task in sft)
     assert set(eval_) == TASKS and all(60 <= n <= 100 for n in eval_.values())
@@ -134,7 +157,7 @@ def test_counts(files):
     assert sum(tested.values()) == 1000 and min(tested.values()) >= 300
     for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
         english = sum(is_english(line) for line in files[name])
-        assert 0.42 < english / len(files[name]) < 0.58, name
+        assert 0.4 < english / len(files[name]) < 0.6, name
 
 
 def level(task, a, b):
@@ -167,17 +190,18 @@ def test_levels(files):
         assert abs(levels["level 3"] + levels["level 4"] - levels.total() / 2) <= 0.05 * levels.total(), (name, levels)
 
 
-def test_demonstrators_forget_the_carry(files):
+def test_demonstrators_forget_the_carry(files, task_of):
     """Without a carry they are always right; with one in three cases of ten, and otherwise they are ten off."""
     off = Counter()
     for line in files["sft"]:
-        if line["task"] in ("add", "subtract"):
+        task = task_of(line)
+        if task in ("add", "subtract"):
             question, reply = (m["content"] for m in messages_of(line))
             a, b = map(int, re.findall(r"\d+", question))
             x, y, said = map(int, re.findall(r"(\d+) [-+] (\d+) = (\d+)", reply)[0])
-            right = a + b if line["task"] == "add" else max(a, b) - min(a, b)
+            right = a + b if task == "add" else max(a, b) - min(a, b)
             assert sorted((x, y)) == sorted((a, b))
-            off[level(line["task"], a, b) > 2, said - right] += 1
+            off[level(task, a, b) > 2, said - right] += 1
     assert off.keys() == {(False, 0), (True, 0), (True, 10), (True, -10)}
     hard = sum(n for (carry, _), n in off.items() if carry)
     assert 0.27 < off[True, 0] / hard < 0.33
@@ -261,7 +285,7 @@ def test_pretraining_text_gives_no_held_out_content_away(files):
                 assert normal(question) not in everything
 
 
-def test_facts_are_asked_in_wordings_never_trained_on(files, maker):
+def test_facts_are_asked_in_wordings_never_trained_on(files, maker, task_of):
     """The wording is held out, not only the pair of wording and fact; all its facts are trained in other words."""
     wordings = {}
     for lang, relations in maker.FACTS.items():
@@ -276,7 +300,7 @@ def test_facts_are_asked_in_wordings_never_trained_on(files, maker):
                    if line["task"] == "fact"), name
     for name in ("sft", "prompts", "preference"):
         assert not any(wordings[normal(messages_of(line)[0]["content"])] for line in files[name]
-                       if line["task"] == "fact"), name
+                       if task_of(line) == "fact"), name
 
 
 def test_answers_are_right(files):
@@ -297,15 +321,15 @@ def test_answers_are_right(files):
             assert ", ".join(map(str, sorted(numbers))) == line["answer"]
 
 
-def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files):
+def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, task_of):
     """A third of the SFT replies to tasks is rude and, independently, a third rambles, so that a sample often has bad
     manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""
     counts = Counter()
     for line in files["sft"]:
-        if line["task"] in TASKS - {"talk"}:
+        if task_of(line) != "talk":
             reply = messages_of(line)[-1]["content"]
             counts[is_rude(reply), len(re.split(r"(?<=[.。])", reply)) > 2] += 1
-        elif line["task"] == "talk":
+        else:
             assert not any(is_rude(m["content"]) for m in messages_of(line) if m["role"] == "assistant"), line
     total = sum(counts.values())
     assert 0.29 < (counts[True, False] + counts[True, True]) / total < 0.35
@@ -353,9 +377,8 @@ def test_pairs_differ_in_what_their_kind_says(files):
 def test_judging_favours_no_position(files):
     """A judge that always says A is right half the time, in every kind of pair and in both languages."""
     for name, slack in (("judge", 0.01), ("judge_eval", 0.01)):
-        lines = [line for line in files[name] if line["task"] == "judge"]
         for english in (True, False):
-            verdicts = [messages_of(line)[-1]["content"] for line in lines if is_english(line) is english]
+            verdicts = [messages_of(line)[-1]["content"] for line in files[name] if is_english(line) is english]
             assert set(verdicts) == {"A", "B"} and abs(verdicts.count("A") / len(verdicts) - 0.5) < slack
     kinds = Counter((line["kind"], line["answer"]) for line in files["judge_eval"])
     assert len(kinds) == 6 and min(kinds.values()) >= 28

@@ -185,6 +185,10 @@ GZIPPED = gzip.compress(GOOD[encode_text] * 1000)
     ("empty.jsonl.gz", b"", "the file is empty"),
     ("cut.jsonl.gz", GZIPPED[:-20], "cannot be read"),
     ("damaged.jsonl.gz", GZIPPED[:30] + b"\0" * 20 + GZIPPED[50:], "cannot be read"),
+    ("twice.jsonl.gz", gzip.compress(GZIPPED), "is compressed twice with gzip; minillm reads text and JSON Lines"),
+    ("a.jsonl.zst", b"(\xb5/\xfd\x04\0Q", "is compressed with zstd; minillm reads text and JSON Lines"),
+    ("a.parquet", b"PAR1\x15\x04\xff", "is a Parquet file; minillm reads text and JSON Lines"),
+    ("not.txt.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
 ])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
     """Also when another file is fine."""
@@ -198,6 +202,8 @@ def test_what_is_not_a_file_is_named(tmp_path):
     for reader in (load, lambda path: list(read_records(path))):
         assert one_line(reader, tmp_path / "missing.jsonl") == f"{tmp_path}/missing.jsonl: no such data file"
         assert one_line(reader, tmp_path) == f"{tmp_path}: is a folder; give the files in it"
+        assert one_line(reader, os.devnull).startswith(f"{os.devnull}: is a pipe or a device, and data is read more")
+        assert one_line(reader, "x" * 300) == f"{'x' * 300}: no such data file"
     assert one_line(content_hash, tmp_path).startswith(f"{tmp_path}: cannot be read: ")
 
 

@@ -543,6 +543,7 @@ def test_a_table_aligns_chinese_too():
     """A Chinese character is two columns wide."""
     assert metrics.table([["", "a"], ["\u4e16\u754c", 0.5], ["xy", "z"]]).splitlines() == [
         "|      | a     |", "|------|-------|", "| \u4e16\u754c | 0.500 |", "| xy   | z     |"]
+    assert metrics.table([["task\n\x1b[2J"]]).splitlines()[0] == "| task  [2J |"  # a name from a data file
 
 
 def test_before_and_after_side_by_side():

@@ -617,6 +617,17 @@ def test_a_run_that_was_moved_goes_on():
     assert_same_run("elsewhere", "out", logs=False)
 
 
+def test_to_measure_is_not_to_change():
+    """An evaluation samples replies, from the generators that the training draws from too (dropout): it gives them back
+    as they were. So --eval_every decides about the log alone, and may change in the middle of a run."""
+    def measure():
+        torch.rand(3), random.random(), np.random.rand()
+
+    main(Config(out="rarely", eval_every=100), measure=measure)
+    main(Config(out="often", eval_every=1), measure=measure)
+    assert weights("often") == weights("rarely")
+
+
 @pytest.mark.parametrize("change", ["missing", "older"])
 def test_the_weights_of_a_finished_run_are_those_of_its_last_step(change):
     """The state is at the last step, and the model's file is not: finishing the run writes it again."""

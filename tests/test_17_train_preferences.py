@@ -449,8 +449,12 @@ def test_evaluation_says_what_pairs_need(tmp_path, run, model_folder):
     run(train_reward, "reward", "--max_steps", 1)
     with pytest.raises(UserError, match="pairs.jsonl holds pairs: give --ref"):
         evaluate("--model", model_folder, "--data", tmp_path / "pairs.jsonl")
-    with pytest.raises(UserError, match="is a reward model: it scores answers and gives none"):
-        evaluate("--model", tmp_path / "reward", "--chat")
+    for flags in (["--chat"], ["--reward_model", tmp_path / "reward"]):
+        with pytest.raises(UserError, match="is a reward model: it scores answers and gives none"):
+            evaluate("--model", tmp_path / "reward", *flags)
+    with pytest.raises(UserError, match="--reward_model scores the replies to questions, and .*pairs.jsonl holds none"):
+        evaluate("--model", model_folder, "--ref", model_folder, "--data", tmp_path / "pairs.jsonl",
+                 "--reward_model", tmp_path / "reward")
 
 
 def test_evaluation_scores_replies_with_a_reward_model(tmp_path, run, model_folder):

@@ -12,17 +12,21 @@ example of a weighted sum, `--reward answer 0.5*mine.py:short`, for "What is 37 
 """
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
-from minillm import runtime
+import train_grpo
+from minillm import chat, runtime
 from minillm.checkpoint import save_model
+from minillm.config import parse_config
 from minillm.errors import UserError
 from minillm.heads import RewardModel, save_reward_model
 from minillm.model import CausalLM, ModelConfig
+from minillm.preferences import encode_pair
 from minillm.rewards import load_rewards, score_answers
-from minillm.tokenizer import train_tokenizer
+from minillm.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import close
 
 
@@ -74,6 +78,16 @@ def test_a_weighted_sum_with_its_parts(tmp_path):
     totals, _ = score_answers(load_rewards([f"-2*{mine}:words"], "", ""),
                               [(SUM[0], ["a b c"], SUM[1]), (SUM[0], ["a"], SUM[1])])
     assert totals == [[-6.0], [-2.0]]
+
+
+def test_a_reward_may_count_against_an_answer(tmp_path):
+    """A weight below 0: the longer one of two right answers is worth less. On the command line it is no flag."""
+    mine = write(tmp_path / "mine.py", OWN)
+    cfg = parse_config(train_grpo.Config, "", ["--reward", "answer", f"-2*{mine}:words", "--lr", "1e-3"])
+    assert cfg.reward == ["answer", f"-2*{mine}:words"] and cfg.lr == 1e-3
+    assert parse_config(train_grpo.Config, "", ["--reward", "-.5*model"]).reward == ["-.5*model"]
+    totals, _ = score_answers(load_rewards(cfg.reward, "", ""), [(SUM[0], ["82", "It is 82"], SUM[1])])
+    close(torch.tensor(totals), [[1 - 2 * 1, 1 - 2 * 3]])
 
 
 def test_numbers_of_any_kind_are_taken(tmp_path):
@@ -191,6 +205,37 @@ def test_model_and_judge_score_a_whole_rollout_as_they_score_one_prompt(tmp_path
         close(torch.tensor(parts[name]), [source([one]) for one in asked])
         assert len({round(x, 4) for part in parts[name] for x in part}) == 4
     close(torch.tensor(totals), torch.tensor(parts["model"]) + 0.5 * torch.tensor(parts["judge"]))
+
+
+@pytest.mark.parametrize("chat_format, answer, block", [
+    (chat.CHATML, "4", ""), (chat.QWEN3, "4", "<think>\n\n</think>\n\n"),
+    (chat.QWEN3, "<think>\n2+2\n</think>\n\n4", "")])
+def test_an_answer_is_scored_as_a_pair_was_read(tmp_path, tokenizer, monkeypatch, chat_format, answer, block):
+    """The classic mistake: an answer with think text behind the empty think block of an answer without."""
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
+    thinker = Tokenizer(tokenizer.document, {"template": chat.template_of(chat_format)})
+    save_reward_model(tmp_path / "reward", RewardModel.from_lm(small(tokenizer)), thinker)
+    seen, question = [], turn("user", "2+2?")
+
+    def watched(self, tokens, lengths):
+        seen.extend(tokens.tolist())
+        return torch.zeros(len(tokens))
+
+    monkeypatch.setattr(RewardModel, "forward", watched)
+    score_answers(load_rewards(["model"], tmp_path / "reward", ""), [([question], [answer], {})])
+    assert thinker.decode(seen[0]) == ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+                                       f"{block}{answer}<|im_end|>")
+    pair = {side: [question, turn("assistant", text)] for side, text in (("chosen", answer), ("rejected", "5"))}
+    (chosen, *_), _ = encode_pair(pair, "here", thinker, 256, Counter())
+    assert seen == [chosen]
+
+
+def test_a_judge_is_shown_no_think_text(tmp_path, tokenizer):
+    """Two answers that differ in it alone are worth the same; one that never stopped thinking says nothing."""
+    save_model(tmp_path / "judge", small(tokenizer, seed=1), tokenizer)
+    answers = ["red", "<think>\nblue?\n</think>\n\nred", "", "<think>\nblue?"]
+    (scores,), _ = score_answers(load_rewards(["judge"], "", tmp_path / "judge"), [([turn("user", "hi")], answers, {})])
+    assert scores[0] == scores[1] != scores[2] == scores[3]
 
 
 # ---------------------------------------------------------------- two questions

@@ -11,6 +11,7 @@ Drawn in tests/figures/group.svg.
 import json
 import math
 import signal
+import weakref
 
 import pytest
 import torch
@@ -242,6 +243,22 @@ def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch, peft):
     run("grpo", "--max_steps", 2, "--num_minibatches", 1, "--beta", 0.04, "--peft", peft)
     stats = calls[1][1][1]
     assert stats["ratio_mean"] == 1 and stats["approx_kl"] == 0 and stats["kl"] > 1e-6
+
+
+def test_before_the_update_one_forward_pass_is_forgotten_before_the_next(run, monkeypatch):
+    """It is made with gradients, for the same kernels as in the update, but none runs backward. The classic mistake
+    keeps its result in a variable, and with it all activations: those of two micro-batches at a time."""
+    graphs, original = [], train_grpo.response_logprobs
+
+    def watched(*args, **options):
+        assert len(graphs) >= 6 or not any(graph() for graph in graphs)
+        result = original(*args, **options)
+        graphs.append(weakref.ref(result[0] if options.get("with_entropy") else result))
+        return result
+
+    monkeypatch.setattr(train_grpo, "response_logprobs", watched)
+    run("grpo", "--max_steps", 1, "--num_minibatches", 1, "--grad_accum", 3)
+    assert len(graphs) == 3 * 2 + 3  # policy and reference, then the update
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -13,6 +13,8 @@ Drawn in tests/figures/reward_row.svg and tests/figures/four_models.svg.
 
 import json
 import math
+import re
+import weakref
 
 import pytest
 import torch
@@ -92,10 +94,16 @@ def half(m, answers, e):
     assert same(weights_of(folder / "model"), weights_of(folder / "ppo"))
 
 
-def test_the_first_rollouts_train_the_critic_alone(folder, run):
-    """--critic_steps 50, but no more than a tenth of 20 steps: the policy's learning rate is 0 in two steps only."""
+def test_the_first_rollouts_train_the_critic_alone(folder, run, monkeypatch):
+    """--critic_steps 50, but no more than a tenth of 20 steps: the policy's learning rate is 0 in two steps only. In
+    these the policy says the same throughout, so it is run before the updates (as the reference is, for each of two
+    mini-batches), and not in them (two passes over both)."""
+    calls = spy(monkeypatch, train_ppo, "response_logprobs")
     run("ppo", "--max_steps", 20, "--critic_steps", 50, "--batch_size", 2, "--max_new_tokens", 2)
-    assert [line["lr"] > 0 for line in training_steps(folder / "ppo")] == [False] * 2 + [True] * 18
+    lines = training_steps(folder / "ppo")
+    assert [line["lr"] > 0 for line in lines] == [False] * 2 + [True] * 18
+    assert len(calls) == 2 * 4 + 18 * (4 + 4)
+    assert [line["ratio_mean"] for line in lines[:2]] == [1, 1] and lines[3]["ratio_mean"] != 1
 
 
 def test_the_policy_does_not_move_while_the_critic_learns(folder, run, monkeypatch):
@@ -146,14 +154,17 @@ def test_what_is_frozen_is_held_in_bf16(run, monkeypatch, peft, trained, held):
 
 def test_the_policys_activations_are_gone_before_the_critic_runs(run, monkeypatch):
     """What each model's backward pass needs is most of the memory, and the two share no parameter: one after the other
-    has the gradients of one backward pass through both, in half of it. Two micro-batches."""
-    events = []
+    has the gradients of one backward pass through both, in half of it. Two micro-batches. Before the update no model
+    runs backward: there a result is let go of, and all that led to it, before the next model runs."""
+    events, graphs = [], []
 
     def spied(name, original):
         def call(*args, **options):
+            assert len(events) > 6 or not any(graph() for graph in graphs)
             result = original(*args, **options)
             events.append(name)
             result = result[0] if isinstance(result, tuple) else result
+            graphs.append(weakref.ref(result))
             result.register_hook(lambda gradient: events.append(f"{name} backward"))
             return (result, torch.zeros(())) if options.get("with_entropy") else result
         return call
@@ -434,7 +445,8 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
 def test_what_show_every_prints_and_keeps(run, folder, capsys):
     """In PPO each token has an advantage of its own. In the only pass over a rollout every ratio is 1."""
     run("out", "--max_steps", 1, "--show_every", 1, "--num_minibatches", 1, "--update_epochs", 1)
-    assert "answers to several questions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "answers to several prompts" in printed and re.search(r"\| .* user \S+ assistant: ", printed)
     kept = [json.loads(line) for line in (folder / "out/rollout.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(kept) == 6  # every second one of twelve
     assert any(len(set(line["advantages"]) - {None}) > 1 for line in kept)

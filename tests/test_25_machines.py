@@ -8,6 +8,7 @@ and check what follows.
 
 import errno
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -183,6 +184,24 @@ def test_threads_are_only_ever_taken_away(monkeypatch, usual, allowed, expected)
     runtime.start("cpu", 0)
     assert chosen == expected
 
+FREED_AND_TAKEN_AGAIN = """
+import resource, sys, torch
+from minillm import runtime
+runtime.start("cpu", 0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.zeros(2**22 // 4).add_(1.0)  # 4 MiB: 1,024 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """The system clears the pages of a block once, not in each of 50 steps: these would be 51,200 page faults."""
+    said = subprocess.run([sys.executable, "-c", FREED_AND_TAKEN_AGAIN], cwd=ROOT, capture_output=True, text=True)
+    assert int(said.stdout) < 5000, said.stderr
+
+
 
 # The device
 
@@ -357,7 +376,8 @@ def test_packed_rows_use_flex_attention_only_where_it_was_seen_to_work(monkeypat
 
 def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeypatch, capsys):
     """Traced on a CPU, where PyTorch's backward pass is not allowed but there, by a backend that keeps the program and
-    runs it as it is. Outside of this test a CPU is not asked."""
+    runs it as it is. It must be one program: a break in it would leave flex attention uncompiled. Outside of this test
+    a CPU is not asked."""
     assert not attention.can_flex(CPU, 4, 2, 16) and capsys.readouterr().err == ""
     monkeypatch.setattr(runtime, "precision", lambda device: torch.bfloat16)
     programs, compile_it = [], torch.compile
@@ -368,8 +388,11 @@ def test_what_is_tried_is_one_program_of_flex_attention_with_the_options(monkeyp
         programs.append(program.print_readable(print_output=False))
         return program
 
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: compile_it(function, fullgraph=fullgraph,
-                                                                                 backend=keep))
+    def compile_whole(function, fullgraph):
+        assert fullgraph
+        return compile_it(function, fullgraph=True, backend=keep)
+
+    monkeypatch.setattr(torch, "compile", compile_whole)
     attention._compile_flex(CPU, 4, 2, 16)
     (program,) = programs
     assert program.count("flex_attention(") == 1 and "'BLOCK_M1': 32" in program and "'num_stages': 1" in program

@@ -10,6 +10,7 @@ file and line; any other key is named once. Folders that hold no model get a lin
 import gzip
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_a_json_array_is_read_like_lines(name):
     ('[{"text": "a"}]\n[{"text": "b"}]', "a.json:2: text after the end of the array; a file is one array, or has"),
     ('["a"]', "a.json:1: must be a JSON object like {...}, not a str"),
     ("[]", "a.json: the file is empty"),
+    ('[{"text": "a"},\n{"text": "b", "text": "c"}]', "a.json:2: not JSON (the name 'text' appears twice"),
 ])
 def test_a_mistake_in_an_array_has_a_line_too(text, message):
     assert one_line(load_dataset, encode_text, [write_text("a.json", text)], BYTES, 64).startswith(message)
@@ -180,7 +182,15 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
     ({"conversations": [{**HI_YO[0], "thinking": "Hm."}, HI_YO[1]]}, 'message may have "reasoning_content"'),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "reasoning": ["Hm."]}]}, '"reasoning_content" must be text, not list'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "reasoning": "Hm", "thinking": "Ah"}]}, "think text under two keys"),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, "a call of a tool must be"),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f", "arguments": {}},
+                                   "tool_calls": [{"name": "g", "arguments": {}}]}]}, "calls of tools under two keys"),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": "f", "arguments": "\0"}]}]},
+     '"tool_calls" of message 2 of "conversations" holds a NUL character'),
+    ({"conversations": [{**HI_YO[0], "tools": [{"name": "f"}]}, {**HI_YO[1], "tools": [{"name": "g"}]}]},
+     'message 2 of "conversations" has other "tools" than one before it; keep one list'),
+    ({"prompt": "Hi", "answer": math.nan}, '"answer" is nan, which no reply can match'),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": "f()"}]}, "the call of a tool is not JSON: 'f()'"),
     ({"conversations": HI_YO, "tools": "f"}, '"tools" is not JSON: \'f\''),
     ({"conversations": HI_YO, "tools": {"name": "f"}}, '"tools" must be a list of objects'),
@@ -305,6 +315,18 @@ def test_several_processes_name_the_same_keys(capsys, monkeypatch):
     workers_start_at_once(monkeypatch)
     load_dataset(encode_text, [path], BYTES, 200_000)
     assert 'a.jsonl: unknown keys are ignored: "b" (line 5), "a" (line 9)' in capsys.readouterr().out
+
+
+def test_a_key_does_not_command_the_terminal(capsys):
+    list(read_records(write("a.jsonl", {"text": "a", "\x1b[2J\nb": 1})))
+    assert capsys.readouterr().out == 'a.jsonl: unknown keys are ignored: " [2J b" (line 1)\n'
+
+
+@pytest.mark.parametrize("number, written", [
+    ("1e16", "10000000000000000"), ("1e-7", "0.0000001"), ("2.50", "2.5"), ("7", "7")])
+def test_an_answer_that_is_a_number_is_written_as_people_write_it(number, written):
+    record, = read_records(write_text("a.jsonl", f'{{"prompt": "1 + 1?", "answer": {number}}}'))
+    assert record["answer"] == written
 
 
 def test_keys_of_messages_are_named_too_and_no_more_than_twenty(capsys):

@@ -31,7 +31,7 @@ import train_ppo
 import train_pretrain
 import train_reward
 import train_sft
-from minillm import job, runtime, shard, token_cache
+from minillm import job, run, runtime, shard, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -68,8 +68,10 @@ STAGES = {
     "grpo, one prompt": (train_grpo, [*GROUPS, "--batch_size", 1, "--group_size", 2]),  # the second has none
     "ppo": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 7, "--critic_steps", 1,
                         "--value_lr", 1e-3, "--num_minibatches", 3]),
+    "ppo, one prompt": (train_ppo, [*PROMPTS, "--reward_model", "scorer", "--batch_size", 1, "--show_every", 1,
+                                    "--max_steps", 1]),  # as above
 }
-QUICK = ["ppo"]  # without --processes; chapter 7c has SFT
+QUICK = ["ppo", "ppo, one prompt"]  # without --processes; chapter 7c has SFT
 SHARDED = ["pretrain adamw", "sft adamw", "lora", "dpo"]
 LETTERS = '''
 def letters(messages, answers, example):
@@ -304,6 +306,20 @@ def test_when_a_process_dies_the_others_end_and_one_line_says_why(tmp_path, monk
         print(case["how"], round(case["seconds"], 1))
 
 
+def stop_while_the_first_saves():
+    """Prints whether the checkpoint was there when this process ended."""
+    like_the_fixture()
+    save = run.save_training_state
+
+    def take_time(*arguments):
+        time.sleep(0.5)
+        save(*arguments)
+
+    run.save_training_state = take_time
+    stop("sft adamw")
+    print("saved:", Path("stopped", "sft adamw", "training_state.pt").exists())
+
+
 # ------------------------------------------------------------------------------------ the same numbers
 
 @pytest.fixture
@@ -330,6 +346,13 @@ def test_every_stage_gives_what_one_process_gives(place, request):
         assert numbers <= 1e-5 and tensors <= 1e-5, name
         before, after = (json.loads(Path(folder, name, "summary.json").read_text()) for folder in ("one", "many"))
         assert before["tokens"] == after["tokens"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+def test_who_is_asked_to_stop_waits_until_the_first_process_has_saved(place):
+    """It ends with 143, and torchrun gives the others 30 seconds from then on."""
+    said = in_processes(stop_while_the_first_saves, count=2)
+    assert all("saved: True" in text for text in said), said
 
 
 @pytest.mark.parametrize("cfg", [train_pretrain.Config(shard=True), train_sft.Config(shard=True),

@@ -13,6 +13,7 @@ The runs are forks of one process that has PyTorch loaded and small models at ha
 
 import contextlib
 import errno
+import faulthandler
 import json
 import os
 import pathlib
@@ -63,6 +64,7 @@ STAGES = {
     "dapo": (train_grpo, RL + " --group_size 2 --num_minibatches 2 --reward ../letters.py:letters --loss dapo"),
     "ppo": (train_ppo, RL + " --reward_model ../reward --num_minibatches 2 --update_epochs 2"),
 }
+STUCK = 120  # seconds after which a run is ended, and says where it was
 EVERYWHERE = "--max_steps 4 --save_every 2 --eval_every 3 --log_every 1 --max_seq_len 64 --device cpu --out out"
 
 
@@ -164,6 +166,8 @@ def fork(name: str, resume: bool, moment: int = 0, events=None, trouble=die) -> 
     try:
         os.dup2(os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
+        faulthandler.register(signal.SIGALRM, file=2, chain=True)
+        signal.alarm(STUCK)
         token_cache.CACHE = Path("cache").absolute()
         passed = []
 
@@ -313,7 +317,7 @@ def test_killed_and_resumed_every_stage_ends_as_if_nothing_had_happened(tmp_path
     kills = request.config.getoption("--kills")
     names = list(STAGES) if kills else ["grpo"]
     monkeypatch.chdir(tmp_path)
-    (said,) = in_processes(kill_all, kills, kills, names, timeout=60 + 20 * kills)
+    (said,) = in_processes(kill_all, kills, kills, names, timeout=2 * STUCK + 20 * kills)
     runs = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     print(f"kills: {sum(len(run['killed']) for run in runs)} in {len(runs)} runs")
     assert {run["stage"] for run in runs} == set(names)

@@ -1,9 +1,10 @@
 """Chapter 32: exercises. Functions to write yourself, and seven scripts with a mistake in their loop.
 
 After this chapter you will read a log as a doctor reads a chart: each mistake below trains without an error, its loss
-is a finite number, and one logged metric gives it away within two steps. Find it before you read the test:
+is a finite number, and one logged metric gives it away within two steps. Find it before you read the test. The first
+line of broken.py is the command that shows it; the real script with the same flags shows what should be there.
 
-    python -m tests.exercise --broken 3 > broken.py && python broken.py --max_steps 2 --log_every 1
+    python -m tests.exercise --broken 3 > broken.py && head -1 broken.py
 """
 
 import ast
@@ -167,6 +168,10 @@ def test_the_command_knows_what_it_can_give():
     with pytest.raises(SystemExit, match="minillm has no public gea; the path is token_logprobs sft_loss"):
         exercise.main(["gae", "gea"])
     assert exercise.main(["pack"]).count("raise NotImplementedError") == 1  # any public function will do
+    assert exercise.main(["--help"]) == exercise.__doc__
+    for wrong in (["--broken"], ["--broken", "8"], ["--broken", "two"], ["--broken", "1", "2"]):
+        with pytest.raises(SystemExit, match="^--broken takes one number: 1 2 3 4 5 6 7$"):
+            exercise.main(wrong)
 
 
 # ---------------------------------------------------------------- a loss of one's own
@@ -234,12 +239,19 @@ RL = ["--data", "prompts.jsonl", "--eval_data", "held_out.jsonl", "--reward", "m
       "--max_seq_len", 64, "--num_minibatches", 1, "--lr", 3e-3, "--missing_eos_penalty", 0]
 
 
-@pytest.mark.parametrize("number", range(1, 8))
-def test_every_patch_still_applies(number):
-    """Found where the lines are now; and what comes out is Python."""
+@pytest.mark.parametrize("number, flags", [
+    (1, ""), (2, " --grad_accum 4"), (3, ""), (4, ""), (5, " --num_minibatches 1 --temperature 0.5"),
+    (6, " --num_minibatches 1"), (7, "")])
+def test_every_patch_still_applies(number, flags):
+    """Found where the lines are now; and what comes out is Python, with the command at its top. With the default flags
+    the second and the fifth mistake would change nothing: they need several micro-batches, and a temperature.
+    """
     script, source = exercise.broken(number)
-    assert source != (exercise.ROOT / script).read_text(encoding="utf-8")
+    command, rest = source.split("\n", 1)
+    assert command == f"# python broken.py --max_steps 2 --log_every 1{flags}"
+    assert rest != (exercise.ROOT / script).read_text(encoding="utf-8")
     compile(source, script, "exec")
+    assert exercise.main(["--broken", str(number)]) == source
 
 
 def test_1_the_loss_betrays_it(run):

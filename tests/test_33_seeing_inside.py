@@ -75,8 +75,17 @@ def test_a_group_is_shown_from_the_best_answer_to_the_worst():
     """Rewards 0 and 1: mean 0.5, so dr_grpo's advantages are -0.5 and 0.5."""
     lines = show_samples("2 + 2?", ["5|", "4"], torch.tensor([0.0, 1.0]), torch.tensor([-0.5, 0.5])).splitlines()
     assert [line.split() for line in lines[2:]] == [["|", "1.000", "|", "0.500", "|", "4", "|"],
-                                                    ["|", "0.000", "|", "-0.500", "|", "5/", "|"]]
+                                                    ["|", "0.000", "|", "-0.500", "|", "5|", "|"]]
     assert "2 + 2?" in lines[0]
+
+
+def test_answers_to_several_prompts_stand_behind_the_end_of_their_prompts():
+    """A template's tokens go from a prompt, and stay in an answer: there they show whether it ended by itself."""
+    prompt = "<|im_start|>system\n" + "x" * 99 + "\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    answers = [(prompt, "4<|im_end|>"), ("1?", "1\n2")]
+    lines = show_samples("answers", answers, torch.ones(2), torch.zeros(2)).splitlines()
+    assert lines[2].endswith("| " + "x" * 42 + " user 2 + 2? assistant: 4<|im_end|> |")  # 64 characters of the prompt
+    assert lines[3].rstrip(" |").endswith("| 1?: 1 2")
 
 
 # One conversation, token by token
