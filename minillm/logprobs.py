@@ -11,6 +11,7 @@ from torch import Tensor
 # How many logits head_logprobs computes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
 # keep it busy (64 MiB).
 LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24}
+LOGITS_KEPT = 2**23  # up to this many (32 MiB), in float32 on a CPU, are kept: to make them again takes longer there
 
 
 # What this file and losses.py share.
@@ -94,7 +95,8 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     """token_logprobs(hidden @ weight.T, tokens, temperature) without ever holding the (B, T, V) logits.
 
     The logits are made a chunk of tokens at a time, forward, and made again backward, so that memory does not grow
-    with tokens x vocabulary (the idea of Cut Your Losses, arXiv 2411.09009, in plain PyTorch). Matrix products run
+    with tokens x vocabulary (the idea of Cut Your Losses, arXiv 2411.09009, in plain PyTorch). A few of them
+    (LOGITS_KEPT) are kept instead, where that is faster; the result has the same bits. Matrix products run
     in the dtype of hidden, or in autocast's; log-softmax in float32; the weight's gradient is summed in float32.
     A token whose logprob gets gradient 0 (masked by the loss) adds nothing at all, even if its hidden state is NaN.
 
@@ -138,12 +140,16 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.temperature = temperature
         ctx.save_for_backward(hidden, weight, targets)
+        keep = device == "cpu" and ctx.dtype == torch.float32 and any(ctx.needs_input_grad)
+        ctx.logits = [] if keep and hidden.shape[0] * weight.shape[0] <= LOGITS_KEPT else None
         logprobs = torch.empty(hidden.shape[0], dtype=fp32(hidden[:0]).dtype, device=hidden.device)
         with torch.autocast(device, enabled=False):
             head = weight.to(ctx.dtype)
             for rows in _HeadLogprobs.chunks(hidden, weight):
                 logits = fp32(hidden[rows].to(ctx.dtype) @ head.T).div_(temperature)
                 logprobs[rows] = logits.log_softmax(-1).gather(-1, targets[rows, None])[:, 0]
+                if ctx.logits is not None:
+                    ctx.logits.append(logits)
         return logprobs
 
     @staticmethod
@@ -153,13 +159,18 @@ class _HeadLogprobs(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
+        kept, ctx.logits = ctx.logits, None  # no longer needed, though the graph may live on
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
-            for rows in _HeadLogprobs.chunks(hidden, weight):
+            for chunk, rows in enumerate(_HeadLogprobs.chunks(hidden, weight)):
                 g = grad[rows, None]
                 states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
+                if kept is None:
+                    logits = fp32(states @ head.T).div_(ctx.temperature)
+                else:
+                    logits = kept[chunk].masked_fill_(g == 0, 0)
                 # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = fp32(states @ head.T).div_(ctx.temperature).softmax(-1).mul_(-g)
+                grad_logits = logits.softmax(-1).mul_(-g)
                 grad_logits.scatter_add_(-1, targets[rows, None], g)
                 grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
                 if need_hidden:

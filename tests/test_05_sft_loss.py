@@ -282,6 +282,26 @@ def test_head_never_holds_all_the_logits(monkeypatch):
     assert largest[False, 1025] >= 2 * 1024 * 300
 
 
+def test_logits_kept_for_the_backward_pass_change_no_bit(small_chunks, monkeypatch):
+    """18 tokens, one of them masked by the loss and NaN: the same gradients whether the logits are kept or made again,
+    and once more from the same graph, where those that were kept are gone.
+    """
+    gradients = []
+    for kept in (0, logprobs.LOGITS_KEPT):
+        monkeypatch.setattr(logprobs, "LOGITS_KEPT", kept)
+        hidden, weight, tokens = head_inputs(dtype=torch.float32)
+        with torch.no_grad():
+            hidden[0, 1] = float("nan")
+        mask = torch.ones(3, 6, dtype=torch.bool)
+        mask[0, 1] = False
+        loss = torch.where(mask, head_logprobs(hidden, weight, tokens), 0.0).sum()
+        for _ in range(2):
+            gradients.append(torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others))
+    assert gradients[0][1].isfinite().all()
+
+
 @pytest.mark.parametrize("how", ["bf16 tensors", "autocast"])
 def test_head_in_bf16_takes_the_softmax_in_float32(how):
     """Small whole numbers are exact in bf16, so the logits are too; what follows must not be rounded to 8 bits:
