@@ -188,18 +188,19 @@ FREED_AND_TAKEN_AGAIN = """
 import resource, sys, torch
 from minillm import runtime
 runtime.start("cpu", 0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(50):
+for step in range(201):
     torch.zeros(2**22 // 4).add_(1.0)  # 4 MiB: 1,024 pages
+    if step == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_kept_for_the_next_step():
-    """The system clears the pages of a block once, not in each of 50 steps: these would be 51,200 page faults."""
+    """The system clears the pages of a block once, not in each of 200 steps: these would be 204,800 page faults."""
     said = subprocess.run([sys.executable, "-c", FREED_AND_TAKEN_AGAIN], cwd=ROOT, capture_output=True, text=True)
-    assert int(said.stdout) < 5000, said.stderr
+    assert int(said.stdout) < 20_000, said.stderr
 
 
 
