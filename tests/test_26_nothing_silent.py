@@ -21,7 +21,7 @@ import eval as evaluation
 import train_dpo
 import train_pretrain
 import train_sft
-from minillm import checkpoint, token_cache
+from minillm import checkpoint, records, token_cache
 from minillm.data import encode_conversation, encode_text, load_split
 from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
@@ -437,7 +437,8 @@ def test_rows_longer_than_the_context_are_refused(script):
     assert one_line(script.main, config) == "typo.jsonl: no such data file"
 
 
-def test_a_stage_that_is_not_there_names_its_own_option(tmp_path):
+def test_a_stage_that_is_not_there_names_its_own_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PROJECT", tmp_path / "project")  # the project's own folder may have the stage
     assert one_line(checkpoint.require_stage, "out/reward", "out/reward", "train_reward.py", "--reward_model") == (
         "out/reward is not there yet: run python train_reward.py first, or give another --reward_model")
     (tmp_path / "out" / "sft.bak").mkdir(parents=True)
