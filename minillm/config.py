@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import typing
 
 import torch
@@ -139,12 +140,18 @@ def _is_out_of_memory(error) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _out_of_memory(cls, error) -> str:
-    """One line: what was in use, how much more was needed, and which of the script's flags help."""
+def _out_of_memory(cls, error, trace) -> str:
+    """One line: what was being done, what was in use, how much more was needed, and which of the script's flags help.
+
+    What was being done is the line of the script, such as loss.backward(): its main() is flat and says it best.
+    """
     text = str(error)
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or not torch.cuda.is_initialized()
     free, total = (0.0, 0.0) if "MPS" in text else runtime.memory_gib(torch.device("cpu" if on_cpu else "cuda"))
-    line = "out of memory"
+    line, frames = "out of memory", traceback.extract_tb(trace)
+    if frames:  # the outermost is in the script
+        frame = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+        line += f" in line {frame.lineno} of {os.path.basename(frame.filename)} ({frame.line[:80]})"
     if total:
         where = "this machine's memory" if on_cpu else "the GPU's memory"
         line += f": {total - free:.1f} of {total:.1f} GiB of {where} were in use"
@@ -171,7 +178,7 @@ def _one_line(cls, kind, error, trace):
     elif issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif _is_out_of_memory(error):
-        print(f"error: {_out_of_memory(cls, error)}", file=sys.stderr, flush=True)
+        print(f"error: {_out_of_memory(cls, error, trace)}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno in REFUSED:
