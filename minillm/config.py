@@ -8,12 +8,14 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 import typing
@@ -191,3 +193,8 @@ def _one_line(cls, kind, error, trace):
     else:
         sys.__excepthook__(kind, error, trace)
     job.end(1)
+    if issubclass(kind, KeyboardInterrupt):  # Python itself would first wait for threads, and so for a compiler
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # a shell's loop ends with it
