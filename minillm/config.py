@@ -24,6 +24,7 @@ import torch
 
 from minillm import job, runtime
 from minillm.errors import UserError
+from minillm.interrupt import Interrupt
 
 
 # What the system may refuse at any moment of a run.
@@ -173,6 +174,7 @@ def _out_of_memory(cls, error, trace) -> str:
 
 
 def _one_line(cls, kind, error, trace):
+    interrupted = issubclass(kind, KeyboardInterrupt)
     if issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     elif not job.is_first_to_fail():
@@ -181,7 +183,7 @@ def _one_line(cls, kind, error, trace):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif _is_out_of_memory(error):
         print(f"error: {_out_of_memory(cls, error, trace)}", file=sys.stderr, flush=True)
-    elif issubclass(kind, KeyboardInterrupt):
+    elif interrupted:
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno in REFUSED:
         print(f"error: {REFUSED[error.errno]} ({UserError(error)}); what was saved before is whole: put that right and "
@@ -190,10 +192,13 @@ def _one_line(cls, kind, error, trace):
         print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr, flush=True)
     elif job.has_lost_another(error):
         job.say_lost()
+    elif Interrupt.ctrl_c:
+        interrupted = True
+        print(f"interrupted ({kind.__name__}: {runtime.in_one_line(error)})", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
     job.end(1)
-    if issubclass(kind, KeyboardInterrupt):  # Python itself would first wait for threads, and so for a compiler
+    if interrupted:  # Python itself would first wait for threads, and so for a compiler
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)

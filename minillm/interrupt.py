@@ -20,6 +20,8 @@ FIRST_CTRL_C = b" this step is finished and saved first; another Ctrl-C ends the
 class Interrupt:
     """Such a signal asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
 
+    ctrl_c = False  # whether there was one in this process: a terminal sends it to a compiler too, which then fails
+
     def __init__(self):
         self.signal, self.asked_at, self.handlers = 0, None, {}
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
@@ -28,6 +30,7 @@ class Interrupt:
                     self.handlers[number] = signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
+        Interrupt.ctrl_c = Interrupt.ctrl_c or number == signal.SIGINT
         # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
         if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
             self.close()

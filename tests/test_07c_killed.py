@@ -259,6 +259,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, capfd):
     passes on a Ctrl-C that the terminal has sent to every process."""
     clock = iter([100.0, 100.2, 101.5])
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(interrupt.Interrupt, "ctrl_c", False)
     asked = interrupt.Interrupt()
     try:
         assert asked.requested() == 0
@@ -269,22 +270,27 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, capfd):
             signal.raise_signal(signal.SIGINT)
     finally:
         asked.close()
-    assert capfd.readouterr().err == ONCE_MORE + "\n"
+    assert capfd.readouterr().err == ONCE_MORE + "\n" and interrupt.Interrupt.ctrl_c
 
 
 @LINUX
-def test_ctrl_c_waits_for_no_thread(capfd):
-    """At its end Python would wait for threads, and a compiler may be at work in one, as PyTorch starts it. The program
-    dies of the signal, so that a loop in a shell ends too."""
+@pytest.mark.parametrize("error, line", [
+    (KeyboardInterrupt(), "interrupted\n"),
+    (RuntimeError("C++ compile error\n\nmore"), "interrupted (RuntimeError: C++ compile error)\n")])
+def test_ctrl_c_waits_for_no_compiler_and_shows_no_traceback_of_one(capfd, monkeypatch, error, line):
+    """A terminal sends it to the compiler too, whose end then is an error. And at its own end Python would wait for the
+    threads in which PyTorch starts compilers. The program dies of the signal, so that a loop in a shell ends too."""
+    monkeypatch.setattr(interrupt.Interrupt, "ctrl_c", True)
+
     def work():
         threading.Thread(target=time.sleep, args=(60,)).start()
         print("said before", end="")
-        one_line(Config, KeyboardInterrupt, KeyboardInterrupt(), None)
+        one_line(Config, type(error), error, None)
 
     began = time.monotonic()
     assert child(work) == signal.SIGINT and time.monotonic() - began < 30
     said = capfd.readouterr()
-    assert said.out.endswith("said before") and said.err == "interrupted\n"
+    assert said.out.endswith("said before") and said.err == line
 
 
 @POSIX

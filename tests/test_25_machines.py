@@ -25,6 +25,7 @@ import minillm.model
 from minillm import attention, config, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
+from minillm.interrupt import Interrupt
 from minillm.model import CausalLM, ModelConfig
 from minillm.run import Run
 from minillm.training_state import restore_optimizer
@@ -40,6 +41,7 @@ def nothing_is_remembered():
     """Before each test nothing has been asked yet, and nothing that was faked stays."""
     for function in CACHED:
         function.cache_clear()
+    Interrupt.ctrl_c = False
     yield
     for function in CACHED:
         function.cache_clear()
