@@ -386,6 +386,22 @@ def test_another_reference(tmp_path, run, tokenizer):
     assert abs(logged(tmp_path / "dpo")[0]["loss"] - LN2) > 1e-4
 
 
+def test_a_reference_of_its_own_is_held_in_bf16_and_scores_as_the_same_model_does(run, tmp_path, model_folder,
+                                                                                  monkeypatch):
+    """Where the device computes in bf16. The same folder once more, as the reference: the first margin is exactly 0."""
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: True)
+    dtypes = []
+
+    def spy(model, *rest):
+        dtypes.append(model.model.layers[0].mlp.up_proj.weight.dtype)
+        return reference_logprobs(model, *rest)
+
+    monkeypatch.setattr(train_dpo, "reference_logprobs", spy)
+    run(train_dpo, "dpo", "--max_steps", 1, "--ref_model", model_folder)
+    first = logged(tmp_path / "dpo")[0]
+    assert dtypes == [torch.bfloat16] and (first["margin"], first["chosen_rewards"]) == (0, 0)
+
+
 def test_before_and_after_on_questions(tmp_path, run, monkeypatch):
     """With the embedded data: length, correctness and variety of sampled answers are in the summary, so reward hacking
     shows.
