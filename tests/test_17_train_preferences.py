@@ -245,6 +245,23 @@ def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, 
 
 # ---------------------------------------------------------------- LoRA
 
+@pytest.mark.parametrize("script", [train_dpo, train_reward])
+def test_what_a_lora_leaves_frozen_is_held_in_bf16(run, monkeypatch, script):
+    """Where the device computes in bf16; what is trained stays float32. The flag says what is compiled."""
+    class Seen(Exception):
+        """That is all there is to see here."""
+
+    def look(model, asked):
+        layer, trained = model.model.layers[0].mlp.up_proj, {p.dtype for p in model.parameters() if p.requires_grad}
+        raise Seen(layer.base.weight.dtype, trained, asked)
+
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("minillm.runtime.compile_backbone", look)
+    with pytest.raises(Seen) as seen:
+        run(script, "out", "--peft", "lora", "--no-compile")
+    assert seen.value.args == (torch.bfloat16, {torch.float32}, False)
+
+
 def test_dpo_with_a_lora_writes_an_adapter_that_is_all_it_changed(tmp_path, run, model_folder, tokenizer):
     """Base and adapter, loaded anew, give the margin that the run reported: neither base nor anything else moved."""
     result = run(train_dpo, "lora", "--max_steps", 5, "--batch_size", 16, "--peft", "lora", "--rank", 4, "--beta", 0.1,
