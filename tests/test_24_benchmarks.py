@@ -402,11 +402,11 @@ def test_what_learning_rate_0_must_print(found):
     exact = {"ratio_mean": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "kl": 0.0}
     gpu_steps.rl_numbers(found, "GRPO", [exact, {**exact, "kl": 1e-9}], compiled=False)
     gpu_steps.rl_numbers(found, "PPO", [exact, {**exact, "kl": 1e-9}], compiled=True)
-    gpu_steps.rl_numbers(found, "PPO", [{**exact, "ratio_mean": 1 + 2**-20, "kl": 1e-5}], compiled=True)
+    gpu_steps.rl_numbers(found, "PPO", [{**exact, "ratio_mean": 1 + 2**-20, "kl": 1e-4}], compiled=True)
     checks = [(check["check"], check["result"]) for check in found.result["checks"]]
     assert [what for what, result in checks[:8] if result == "FAILED"] == ["GRPO: kl is exactly 0.0"]
     assert [what for what, result in checks[8:] if result == "FAILED"] == ["PPO: ratio_mean is exactly 1.0",
-                                                                           "PPO: kl is below 1e-6"]
+                                                                           "PPO: kl is below 1e-5"]
 
 
 def test_an_error_in_a_step_is_a_failed_check_and_the_next_part_goes_on(found):
