@@ -1,8 +1,10 @@
 """The models of the tests are so small that a second thread only waits for the first; beside other work it waits long.
 """
 
+import gc
 import signal
 
+import pytest
 import torch
 
 from tests import exercise, helpers
@@ -26,3 +28,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--mine"):
         exercise.use(config.getoption("--mine"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_searched():
+    """PyTorch's million objects outlive all chapters: garbage collections need not look at them time and again."""
+    gc.collect()
+    gc.freeze()
