@@ -24,7 +24,7 @@ from minillm import model as model_file
 from minillm.errors import UserError
 from minillm.optim import schedule, update
 from minillm.training_state import load_training_state
-from tests.helpers import close, in_processes, keep_states
+from tests.helpers import close, in_processes, keep_states, start_script
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -162,30 +162,50 @@ def test_a_signal_before_the_first_checkpoint_of_a_new_run():
     assert_same_run("out", "undisturbed", logs=False)
 
 
+LONG_RUN = [str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--max_steps", "100000",
+            "--batch_size", "1", "--device", "cpu", "--out", "out"]
+
+
+def wait_for_a_step(still_runs):
+    metrics_file, give_up = Path("out", "metrics.jsonl"), time.time() + 60
+    while not metrics_file.exists() or not metrics_file.read_text(encoding="utf-8"):
+        assert still_runs() and time.time() < give_up
+        time.sleep(0.05)
+
+
+def assert_saved_after_its_last_step(said):
+    step = load_training_state("out")["step"]
+    assert f"interrupted: saved after step {step} of 100000" in said and log("out")[-1]["step"] == step
+
+
 @POSIX
 def test_the_exit_code_of_a_real_command(place):  # noqa: F811
-    """130 for Ctrl-C, 143 for SIGTERM, as a shell expects of a program that a signal ends."""
-    expected = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    runs = {number: subprocess.Popen(
-        [sys.executable, str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--out",
-         f"out{code}", "--max_steps", "100000", "--batch_size", "1", "--device", "cpu"], cwd=place, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for number, code in expected.items()}
-    try:
-        for number, code in expected.items():
-            metrics_file, give_up = Path(f"out{code}", "metrics.jsonl"), time.time() + 60
-            while not metrics_file.exists() or not metrics_file.read_text(encoding="utf-8"):
-                assert runs[number].poll() is None and time.time() < give_up, runs[number].communicate()
-                time.sleep(0.05)
-            runs[number].send_signal(number)
-        for number, code in expected.items():
-            out, errors = runs[number].communicate(timeout=60)
-            assert runs[number].returncode == code and errors.count("\n") == 1, errors  # what was chosen
-            step = load_training_state(f"out{code}")["step"]
-            assert f"interrupted: saved after step {step} of 100000" in out and log(f"out{code}")[-1]["step"] == step
-    finally:
-        for run in runs.values():
+    """130 for Ctrl-C, as a shell expects of a program that it ends."""
+    with subprocess.Popen([sys.executable, *LONG_RUN], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        try:
+            wait_for_a_step(lambda: run.poll() is None)
+            run.send_signal(signal.SIGINT)
+            out, errors = run.communicate(timeout=60)
+        finally:
             run.kill()
+    assert run.returncode == 130 and errors.count("\n") == 1, errors  # what was chosen
+    assert_saved_after_its_last_step(out)
+
+
+@POSIX
+def test_the_exit_code_after_sigterm(place):  # noqa: F811
+    """143, of the same command in a fork that has PyTorch loaded."""
+    run = start_script("said", *LONG_RUN)
+    try:
+        wait_for_a_step(run.is_alive)
+        run.terminate()
+        run.join(timeout=60)
+    finally:
+        run.kill()
+    said = Path("said").read_text(encoding="utf-8")
+    assert run.exitcode == 143 and "Traceback" not in said, said
+    assert_saved_after_its_last_step(said)
 
 
 @LINUX
