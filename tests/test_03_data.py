@@ -892,8 +892,8 @@ def peaks_of_memory():
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too, also those
-    that the system maps around one that is read: up to 25 MB of the 75 at the 32 places that make up a window."""
+    """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too, and with
+    them those that the system maps around one that is read: up to 30 MB of the 75, at the 32 places of a window."""
     pytest.importorskip("resource")
     monkeypatch.chdir(tmp_path)
     (said,) = in_processes(peaks_of_memory)

@@ -60,7 +60,7 @@ def test_no_update_waits_for_the_gpu(monkeypatch, run):
 
 
 def test_the_score_of_the_reward_model_rises(folder, run):
-    result = run("ppo", "--max_steps", 40, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 5e-3)
+    result = run("ppo", "--max_steps", 16, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 2e-2)
     before = summary(folder / "ppo")["before"]
     assert result["sampled_reward"] > before["sampled_reward"] + 1.5 * before["sampled_reward_std"]
     lines = training_steps(folder / "ppo")
@@ -74,8 +74,8 @@ def test_the_score_of_the_reward_model_rises(folder, run):
 
 def test_a_reward_file_of_ones_own_trains(folder, run, capsys):
     """There is no reward model, so the critic starts with a new head on the policy's backbone."""
-    result = run("ppo", "--max_steps", 20, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere",
-                 "--kl_coef", 0, "--lr", 5e-3, "--batch_size", 24)
+    result = run("ppo", "--max_steps", 12, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere",
+                 "--kl_coef", 0, "--lr", 2e-2, "--batch_size", 24)
     assert result["sampled_reward"] > training_steps(folder / "ppo")[0]["reward"] + 0.3
     assert f"the value model starts from {folder / 'model'}" in capsys.readouterr().out
 
