@@ -42,7 +42,7 @@ def run(folder, tokenizer):  # noqa: F811
     def go(out, *flags):
         argv = ["--model", folder / "model", "--reward_model", folder / "reward", "--data", folder / "p.jsonl",
                 "--eval_data", folder / "e.jsonl", "--out", folder / out, "--device", "cpu", "--batch_size", 12,
-                "--max_new_tokens", 6, "--max_seq_len", 64, "--lr", 3e-3, "--value_lr", 3e-3, "--warmup_steps", 0,
+                "--max_new_tokens", 6, "--max_seq_len", 48, "--lr", 3e-3, "--value_lr", 3e-3, "--warmup_steps", 0,
                 "--missing_eos_penalty", 0, "--target_kl", 0, *flags]
         return train_ppo.main(parse_config(train_ppo.Config, "", [str(x) for x in argv]))
 
