@@ -52,7 +52,7 @@ class Config(RunConfig):
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
     batch_size: int = flag(7, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
-    epochs: int = flag(5, "passes over the data", low=1, downloaded=3)
+    epochs: int = flag(3, "passes over the data", low=1, downloaded=3)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
                           downloaded="adamw")
     lr: float = flag(2e-3, "peak learning rate", low=0, downloaded=2e-5)

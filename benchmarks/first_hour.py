@@ -43,7 +43,7 @@ STEPS = {step.name: step for step in (
     Step("recompiles", 120, False, "compilations in 400 steps of SFT: one"),
     Step("tests", 150, False, "the tests that need a GPU, file by file"),
     Step("zeros", 100, False, "learning rate 0: every ratio is exactly 1, every KL and DPO margin exactly 0"),
-    Step("zeros_compiled", 240, False, "the same, compiled, with a larger model (KL: below 1e-6)"),
+    Step("zeros_compiled", 240, False, "the same, compiled, with a larger model (KL: below 1e-5)"),
     Step("twice", 100, False, "two equal runs, and an interrupted and resumed one, compared bit for bit"),
     Step("captured", 60, True, "decoding captured as a CUDA graph against plain, the sampler against the trainer"),
     Step("presets", 90, True, "training of the presets, without torch.compile"),

@@ -210,7 +210,7 @@ def rl_numbers(found: Found, what: str, lines: list, compiled: bool):
     same_numbers(found, what, lines, RATIO if compiled else {**RATIO, "kl": 0.0})
     if compiled:
         kl = [line["kl"] for line in lines]
-        found.check(f"{what}: kl is below 1e-6", all(0 <= value < 1e-6 for value in kl), kl)
+        found.check(f"{what}: kl is below 1e-5", all(0 <= value < 1e-5 for value in kl), kl)
 
 
 def zeros(found: Found, model: str = "sft", compiled: bool = False):
@@ -374,8 +374,10 @@ def qwen(found: Found):
         save_reward_model(found.out / "qwen_reward", RewardModel.from_lm(model), tokenizer)
     del model
     # Without checkpoints and fingerprints: 10 GB of disk for each of these runs is not what is measured.
-    run_module.Run._save = run_module.Run._save_model = lambda self: None
-    run_module.fingerprint = lambda path: ""
+    def nothing(*args):
+        return ""
+
+    run_module.Run._save = run_module.Run._save_model = run_module.fingerprint = nothing
     words, half = "all the words that fit in here ", size["length"] // 2
     user = {"role": "user", "content": "Tell me more."}
     answer = tokenizer.decode(tokenizer.encode(words * half)[:half - 40])

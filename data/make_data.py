@@ -35,7 +35,7 @@ PRETRAIN_EVAL_BYTES = 50_000
 SFT_EXAMPLES = {"compare": 1500, "sort": 2500, "count": 2600, "reverse": 1800}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, a quarter of them twice
 JUDGE_PAIRS = 720            # each in both orders
-TALK_CHAINS = 120
+TALK_CHAINS = 1200           # conversations of two or three questions
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 100
 PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2500}
@@ -624,15 +624,19 @@ class Talk:
 def make_sft(dice, tasks, talk):
     """(lines, {"add": operand pairs, "subtract": operand pairs})"""
     lines, pairs = [], {}
+
+    def careless(task, pair, answer, wrong):
+        """What a demonstrator says who often forgets to carry."""
+        return wrong if pair and level_of(task, *pair) > 2 and not dice.chance(CARRY_SHARE) else answer
+
     for task in SIGN:
         pairs[task] = [tasks.next_pair(task, level) for level in LEVELS for _ in range(PAIRS_PER_LEVEL[level])]
-        for pair in pairs[task]:
-            for lang in LANGS:
-                question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
-                if level_of(task, *pair) > 2 and not dice.chance(CARRY_SHARE):
-                    answer = wrong
-                reply = mixed_manners(dice, lang, spoken(task, question, answer))
-                lines.append(line([user(question), assistant(reply)]))
+        for i, pair in enumerate(pairs[task]):
+            lang = LANGS[i % 2]
+            question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
+            answer = careless(task, pair, answer, wrong)
+            reply = mixed_manners(dice, lang, spoken(task, question, answer))
+            lines.append(line([user(question), assistant(reply)]))
     for task, n in SFT_EXAMPLES.items():
         for i in range(n):
             lang = LANGS[i % 2]
@@ -658,7 +662,8 @@ def make_sft(dice, tasks, talk):
         if i % 3 == 0:  # every third chain ends with a task
             task = dice.pick(PAIR_TASKS)
             pair = dice.pick(pairs[task]) if task in pairs else None
-            question, answer, _, _ = tasks.example(dice, task, lang, pair=pair)
+            question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
+            answer = careless(task, pair, answer, wrong)
             messages[-2:] = [user(question), assistant(polite(dice, lang, spoken(task, question, answer)))]
         lines.append(line(messages))
     return dice.shuffled(lines), pairs
@@ -879,10 +884,10 @@ class Pretrain:
     def __init__(self, dice, tasks, talk, pairs):
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
-        weights = ((self.fact_lines, 18), (self.story, 8), (self.description, 3), (self.talk_lines, 15),
-                   (self.counting, 5), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 5),
-                   (self.two_digits, 20), (self.tens, 3), (self.spelling, 4), (self.counts, 14), (self.reversing, 14),
-                   (self.translation, 3))
+        weights = ((self.fact_lines, 18), (self.story, 5), (self.description, 2), (self.talk_lines, 15),
+                   (self.counting, 4), (self.comparing, 7), (self.sorting, 9), (self.single_digits, 6),
+                   (self.two_digits, 30), (self.tens, 3), (self.spelling, 3), (self.counts, 14), (self.reversing, 14),
+                   (self.translation, 2))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
     def document(self):

@@ -3,12 +3,14 @@
 After this chapter you know which file may import which, what every script looks like, and which habits are forbidden
 here.
 
-Everything here is read off the syntax trees; nothing is imported or run.
+Everything here is read off the syntax trees and symbol tables; nothing is imported or run.
 """
 
 import ast
+import builtins
 import functools
 import re
+import symtable
 import sys
 from pathlib import Path
 
@@ -275,6 +277,19 @@ def test_nothing_is_cleverer_than_it_need_be(path):
                            for part in ast.walk(node.target)), "an attribute as a for target"
         if isinstance(node, ast.Expr):
             assert not isinstance(node.value, ast.IfExp), f"line {node.lineno}: a conditional expression as a statement"
+
+
+def test_every_name_that_is_used_exists():
+    """A function that runs only on a GPU, or only in a benchmark, may lack an import for a long time."""
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]):
+        tables = [symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")]
+        made = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned() or symbol.is_imported()
+                or symbol.is_namespace()}
+        for table in tables:  # grows: the functions of the file, and those inside them
+            tables += table.get_children()
+        used = {symbol.get_name() for table in tables for symbol in table.get_symbols()
+                if symbol.is_global() and symbol.is_referenced()}
+        assert used - made - set(dir(builtins)) <= {"__file__"}, path
 
 
 # ---------------------------------------------------------------- two questions

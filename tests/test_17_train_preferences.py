@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 import train_dpo
 import train_reward
-from minillm import peft, token_cache
+from minillm import peft, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
