@@ -96,7 +96,7 @@ class Ours:
         self.ref_model.load_state_dict(self.policy.state_dict())
         self.optimizers = make_optimizers(self.policy, lr=1e-5, weight_decay=0.0)
         for model in (self.policy, self.ref_model):
-            runtime.compile_backbone(model, cfg.compile)
+            runtime.compile_backbone(model, cfg.compile and device.type == "cuda")
 
     def step(self) -> list:
         times = []

@@ -1,8 +1,11 @@
 """The models of the tests are so small that a second thread only waits for the first; beside other work it waits long.
 """
 
+import enum
+import gc
 import signal
 
+import pytest
 import torch
 
 from tests import exercise, helpers
@@ -26,3 +29,26 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--mine"):
         exercise.use(config.getoption("--mine"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_searched():
+    """PyTorch's million objects outlive all chapters: garbage collections need not look at them time and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_make_parametrize_id(val, argname):
+    """`pytest -v` then shows tied=True, SIGTERM or r=4,dora=True in place of True, 15 or options1."""
+    if isinstance(val, enum.Enum):
+        return val.name
+    if isinstance(val, dict):
+        shown = ",".join(f"{name}={value}" for name, value in val.items()) or f"no {argname}"
+    elif isinstance(val, (bool, int, list, tuple, torch.dtype)) or val is None:
+        shown = f"{argname}={val}"
+    elif isinstance(val, float):
+        shown = f"{argname}={val:g}"
+    else:
+        return None
+    # Else it gets a number: what is long, and what has an address in memory, which differs from run to run.
+    return ascii(shown.replace("torch.", ""))[1:-1] if len(shown) < 60 and " at 0x" not in shown else None

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import multiprocessing.connection
 import os
+import runpy
 import sys
 import tempfile
 import threading
@@ -115,6 +116,18 @@ def in_processes(work, *arguments, count: int = 1, timeout: float = 120) -> list
         said = [file.read_text(encoding="utf-8") for file in files]
         assert [process.exitcode for process in processes] == [0] * count, "\n".join(said)
         return said
+
+
+def _run_script(*argv):
+    sys.argv = list(argv)
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def start_script(said, *argv):
+    """Start `python argv` in a fork of `loaded`; what it says goes to the file `said`. Returns the process."""
+    process = loaded().Process(target=_speak_into, args=(said, {}, _run_script, argv))
+    process.start()
+    return process
 
 
 def workers_start_at_once(monkeypatch):

@@ -8,6 +8,7 @@ Everything here is read off the syntax trees and symbol tables; nothing is impor
 
 import ast
 import builtins
+import functools
 import re
 import symtable
 import sys
@@ -64,6 +65,7 @@ RUNTIME_PACKAGES = {"torch", "numpy", "tqdm"}
 OPTIONAL_PACKAGES = {"matplotlib", "transformers", "peft", "trl", "tokenizers", "tensorboard"}  # inside a function only
 
 
+@functools.cache
 def tree_of(path):
     # The oldest Python that minillm promises to run on must be able to read it.
     return ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
@@ -105,9 +107,9 @@ def test_imports_of_the_library_go_one_way(path):
 @named(LIBRARY + SCRIPTS)
 def test_only_torch_numpy_and_tqdm_are_needed(path):
     tree = tree_of(path)
-    inside = [node for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-              for node in ast.walk(f)]
-    at_top = [node for node in ast.walk(tree) if node not in set(inside)]
+    inside = {node for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+              for node in ast.walk(f)}
+    at_top = [node for node in ast.walk(tree) if node not in inside]
     packages = lambda nodes: {name.split(".")[0]
                               for name in imported(nodes)} - set(sys.stdlib_module_names) - {"minillm"}
     assert packages(at_top) <= RUNTIME_PACKAGES
@@ -206,15 +208,15 @@ def test_lines_have_at_most_120_columns(path):
 def test_a_chapter_says_what_it_teaches_and_ends_with_two_questions(path):
     """What a question wants changed is there, once, in the test or the constant that it names."""
     source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     assert "After this chapter you" in " ".join(ast.get_docstring(tree).split())
     parts = {}
     for node in tree.body:
         for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", [])
                                                                if isinstance(t, ast.Name)]:
             first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-            parts[name] = "\n".join(source.splitlines()[first - 1:node.end_lineno])
-    ending = source.splitlines()[source.splitlines().index("# " + "-" * 64 + " two questions"):]
+            parts[name] = "\n".join(lines[first - 1:node.end_lineno])
+    ending = lines[lines.index("# " + "-" * 64 + " two questions"):]
     assert all(line.startswith("#") for line in ending), "the questions are the end of the file"
     text = " ".join(line.removeprefix("#").strip() for line in ending)
     questions = re.findall(r"(\d)\. (\w+): `(.+?)` -> `(.+?)`\. .+?\?", text)

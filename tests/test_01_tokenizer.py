@@ -1048,13 +1048,14 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
 # -------------------------------------------------------- the command ------------------------------------------------
 
 
-def command(*arguments, **environment):
+def command(*arguments):
+    """In a new process, where Python hashes text differently than in this one."""
     return subprocess.run(
         [sys.executable, "-m", "minillm.tokenizer", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONHASHSEED": "4242"},
     )
 
 
@@ -1067,9 +1068,10 @@ def test_the_command_reads_every_kind_of_file(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps(pair), encoding="utf-8")
     (tmp_path / "d.txt").write_text("月光\n月光\n", encoding="utf-8")
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl", "d.txt")]
-    for seed in ("1", "2"):
-        result = command("--data", *files, "--vocab_size", 400, "--out", tmp_path / f"{seed}.json", PYTHONHASHSEED=seed)
-        assert result.returncode == 0, result.stderr
+    flags = ["--data", *map(str, files), "--vocab_size", "400", "--out"]
+    result = command(*flags, tmp_path / "1.json")
+    assert result.returncode == 0, result.stderr
+    tokenizer_module.main(parse_config(tokenizer_module.Config, "", [*flags, str(tmp_path / "2.json")]))
     assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
     tokenizer = Tokenizer.load(tmp_path / "1.json")
     assert str(tokenizer.vocab_size) in result.stdout

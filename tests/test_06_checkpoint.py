@@ -20,9 +20,11 @@ import json
 import os
 import pickle
 import random
+import signal
 import struct
-import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from minillm.errors import UserError
 from minillm.model import CausalLM, ModelConfig
 from minillm.safetensors import DTYPES, atomic_write, load_json, load_safetensors, save_json, save_safetensors
 from minillm.training_state import capture_rng, load_training_state, restore_rng, save_training_state, trained_weights
+from tests.helpers import in_processes
 
 ONE_AND_MINUS_TWO = (b"\x38\0\0\0\0\0\0\0" + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' + b" " * 2
                      + b"\x00\x00\x80\x3f\x00\x00\x00\xc0")
@@ -195,27 +198,31 @@ def test_a_header_length_beyond_the_file_is_refused_before_anything_is_read(tmp_
             load_safetensors(tmp_path / "x")
 
 
+def large_files():
+    """In a process of its own: how much memory it takes at most, in MiB."""
+    import resource
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    with open("big", "wb") as file:
+        text = json.dumps({"a": {"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}).ljust(80).encode()
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 2**30)
+    start = peak()
+    assert load_safetensors("big")["a"][-1] == 0
+    assert peak() - start < 50, peak() - start
+    tensors = {str(i): torch.ones(2**21) for i in range(8)}
+    start = peak()
+    save_safetensors("small", tensors)
+    assert peak() - start < 24, peak() - start
+
+
 @POSIX
-def test_memory_follows_what_is_used(tmp_path):
+def test_memory_follows_what_is_used(tmp_path, monkeypatch):
     """One GiB of zeros (a file with a hole) opens without being read; writing 64 MiB needs no second copy of them."""
-    script = f"""
-import json, resource, struct, sys, torch
-from minillm.safetensors import load_safetensors, save_safetensors
-unit = 2**20 if sys.platform == "darwin" else 2**10
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-with open({str(tmp_path / "big")!r}, "wb") as file:
-    text = json.dumps({{"a": {{"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}}}).ljust(80).encode()
-    file.write(struct.pack("<Q", len(text)) + text)
-    file.truncate(8 + len(text) + 2**30)
-start = peak()
-assert load_safetensors({str(tmp_path / "big")!r})["a"][-1] == 0
-assert peak() - start < 50, peak() - start
-tensors = {{str(i): torch.ones(2**21) for i in range(8)}}
-start = peak()
-save_safetensors({str(tmp_path / "small")!r}, tensors)
-assert peak() - start < 24, peak() - start
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    monkeypatch.chdir(tmp_path)
+    in_processes(large_files)
 
 
 # ------------------------------------------------------------------------------------ atomic writing
@@ -280,61 +287,58 @@ def test_json_is_written_whole_and_read_with_care(tmp_path):
         load_json(tmp_path / "nowhere.json")
 
 
-# The child saves state after state; it is killed inside each system call of a save, then at random moments.
-KILL_SCRIPT = """
-import os, random, signal, sys, time, torch
-from minillm.training_state import load_training_state, save_training_state
-folder, random_kills = sys.argv[1], int(sys.argv[2])
+def kill_saves(random_kills: int):
+    """In a process that has computed nothing, so that it may fork: a child saves state after state; it is killed inside
+    each system call of a save, then at random moments."""
+    def state(step):
+        return {"step": step, "weights": torch.full((50_000,), float(step))}
 
-def state(step):
-    return {"step": step, "weights": torch.full((50_000,), float(step))}
+    def check(at_least):
+        found = load_training_state("states")
+        step = found["step"]
+        assert step >= at_least and torch.equal(found["weights"], state(step)["weights"]), step
+        return step
 
-def check(at_least):
-    found = load_training_state(folder)
-    assert found["step"] >= at_least and torch.equal(found["weights"], state(found["step"])["weights"]), found["step"]
-    return found["step"]
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def die(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
+    def die_after(function):
+        return lambda *args: (function(*args), die())
 
-def die_after(function):
-    return lambda *args: (function(*args), die())
-
-save_training_state(folder, state(1))
-real_fsync, real_replace, step = os.fsync, os.replace, 1
-for fsync, replace, saved in [(die, real_replace, 0), (die_after(real_fsync), real_replace, 0),
-                              (real_fsync, die, 0), (real_fsync, die_after(real_replace), 1)]:
-    child = os.fork()
-    if child == 0:
-        os.fsync, os.replace = fsync, replace
-        save_training_state(folder, state(step + 1))
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert check(step) == step + saved
-    step += saved
-tries = 0
-while tries < random_kills or step == 2 and tries < 200:  # beside other work a save takes longer
-    tries += 1
-    child = os.fork()
-    if child == 0:
-        while True:
-            step += 1
-            save_training_state(folder, state(step))
-    time.sleep(random.uniform(0.002, 0.08) * (1 + tries // random_kills))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    step = check(step)
-save_training_state(folder, state(step + 1))
-assert check(step + 1) == step + 1 and os.listdir(folder) == ["training_state.pt"], os.listdir(folder)
-assert step > 2, "no save got through"
-"""
+    save_training_state("states", state(1))
+    real_fsync, real_replace, step = os.fsync, os.replace, 1
+    for fsync, replace, saved in [(die, real_replace, 0), (die_after(real_fsync), real_replace, 0),
+                                  (real_fsync, die, 0), (real_fsync, die_after(real_replace), 1)]:
+        child = os.fork()
+        if child == 0:
+            os.fsync, os.replace = fsync, replace
+            save_training_state("states", state(step + 1))
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert check(step) == step + saved
+        step += saved
+    tries = 0
+    while tries < random_kills or step == 2 and tries < 200:  # beside other work a save takes longer
+        tries += 1
+        child = os.fork()
+        if child == 0:
+            while True:
+                step += 1
+                save_training_state("states", state(step))
+        time.sleep(random.uniform(0.002, 0.08) * (1 + tries // random_kills))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        step = check(step)
+    save_training_state("states", state(step + 1))
+    assert check(step + 1) == step + 1 and os.listdir("states") == ["training_state.pt"], os.listdir("states")
+    assert step > 2, "no save got through"
 
 
 @POSIX
-def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path):
-    # One thread: a forked child has none of its parent's OpenMP threads, and would wait for them for ever.
-    subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(tmp_path), "12"], check=True, timeout=300,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("states").mkdir()
+    in_processes(kill_saves, 12)
 
 
 # --------------------------------------------------------------------------------------- model folders

@@ -24,9 +24,9 @@ from minillm import interrupt, runtime, token_cache
 from minillm import model as model_file
 from minillm.config import _one_line as one_line
 from minillm.errors import UserError
-from minillm.optim import schedule  # noqa: F401 (the scripts below use it)
+from minillm.optim import schedule, update
 from minillm.training_state import load_training_state
-from tests.helpers import close, in_processes, keep_states
+from tests.helpers import close, in_processes, keep_states, start_script
 from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is a fixture)
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
@@ -165,33 +165,51 @@ def test_a_signal_before_the_first_checkpoint_of_a_new_run():
 
 
 ONCE_MORE = " this step is finished and saved first; another Ctrl-C ends the run at once"
+LONG_RUN = [str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--max_steps", "100000",
+            "--batch_size", "1", "--device", "cpu", "--out", "out"]
+
+
+def wait_for_a_step(still_runs):
+    metrics_file, give_up = Path("out", "metrics.jsonl"), time.time() + 60
+    while not metrics_file.exists() or not metrics_file.read_text(encoding="utf-8"):
+        assert still_runs() and time.time() < give_up
+        time.sleep(0.05)
+
+
+def assert_saved_after_its_last_step(said):
+    step = load_training_state("out")["step"]
+    assert f"interrupted: saved after step {step} of 100000" in said and log("out")[-1]["step"] == step
 
 
 @POSIX
 def test_the_exit_code_of_a_real_command(place):  # noqa: F811
-    """130 for Ctrl-C, 143 for SIGTERM, as a shell expects of a program that a signal ends."""
-    expected = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    runs = {number: subprocess.Popen(
-        [sys.executable, str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--out",
-         f"out{code}", "--max_steps", "100000", "--batch_size", "1", "--device", "cpu"], cwd=place, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for number, code in expected.items()}
-    try:
-        for number, code in expected.items():
-            metrics_file, give_up = Path(f"out{code}", "metrics.jsonl"), time.time() + 60
-            while not metrics_file.exists() or not metrics_file.read_text(encoding="utf-8"):
-                assert runs[number].poll() is None and time.time() < give_up, runs[number].communicate()
-                time.sleep(0.05)
-            runs[number].send_signal(number)
-        for number, code in expected.items():
-            out, errors = runs[number].communicate(timeout=60)
-            chosen, *said = errors.splitlines()
-            assert runs[number].returncode == code and said == ([ONCE_MORE] if code == 130 else []), errors
-            step = load_training_state(f"out{code}")["step"]
-            assert f"interrupted: saved after step {step} of 100000" in out and log(f"out{code}")[-1]["step"] == step
-    finally:
-        for run in runs.values():
+    """130 for Ctrl-C, as a shell expects of a program that it ends."""
+    with subprocess.Popen([sys.executable, *LONG_RUN], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        try:
+            wait_for_a_step(lambda: run.poll() is None)
+            run.send_signal(signal.SIGINT)
+            out, errors = run.communicate(timeout=60)
+        finally:
             run.kill()
+    chosen, *said = errors.splitlines()
+    assert run.returncode == 130 and said == [ONCE_MORE], errors
+    assert_saved_after_its_last_step(out)
+
+
+@POSIX
+def test_the_exit_code_after_sigterm(place):  # noqa: F811
+    """143, of the same command in a fork that has PyTorch loaded."""
+    run = start_script("said", *LONG_RUN)
+    try:
+        wait_for_a_step(run.is_alive)
+        run.terminate()
+        run.join(timeout=60)
+    finally:
+        run.kill()
+    said = Path("said").read_text(encoding="utf-8")
+    assert run.exitcode == 143 and "Traceback" not in said, said
+    assert_saved_after_its_last_step(said)
 
 
 @LINUX
@@ -310,67 +328,66 @@ def test_a_signal_that_was_ignored_stays_ignored(number):
 
 # ------------------------------------------------------------------------------------ several processes
 
-TOGETHER = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-import train_sft
-from minillm.optim import update
-from tests import test_07c_killed as tests
-
-tests.like_the_fixtures()
-rank = int(os.environ["RANK"])
-
-def terminated(call, *arguments):
-    try:
-        call(*arguments)
-    except SystemExit as stopped:
-        assert stopped.code == 143
-        torch.distributed.barrier()  # the second process must not look for the state while the first still writes it
-    else:
-        raise AssertionError("not stopped")
-
-def interrupting(step, *rest):
-    if step == 5 and rank == 1:  # one process alone is asked
-        os.kill(os.getpid(), signal.SIGTERM)
-    return tests.schedule(step, *rest)
-
-def body(step, run):  # each process draws random numbers of its own number
-    torch.rand(rank + 1)
-
-def interrupting_body(step, run):
-    body(step, run)
-    if step == 4 and rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-cfg = tests.together()
-for changes in ({}, {"out": "older", "max_steps": 1}, {"out": "older", "max_steps": 1, "seed": 5}):
-    train_sft.main(tests.replace(cfg, **changes))
-train_sft.schedule = interrupting
-terminated(train_sft.main, tests.replace(cfg, out="stopped"))
-train_sft.schedule = tests.schedule
-train_sft.main(tests.replace(cfg, out="stopped", resume=True))
-
-tests.main(tests.Config(out="toys", batch_size=4), body)
-terminated(tests.main, tests.Config(out="stopped toys", batch_size=4), interrupting_body)
-tests.main(tests.Config(out="stopped toys", batch_size=4, resume=True), body)
-
-# Of three parameters the first has a gradient in the first process, the second in both, the third in none.
-model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])
-for number in (1,) if rank else (0, 1):
-    model[number].grad = torch.full((2,), float(rank + 1))
-tests.runtime.sum_gradients(model.parameters())
-assert [p.grad if p.grad is None else p.grad.tolist() for p in model] == [[1.0, 1.0], [3.0, 3.0], None]
-for p in model:
-    p.grad = None
-before = [p.detach().clone() for p in model]
-update(model, [torch.optim.AdamW(model.parameters())], 1.0)
-assert all(p.grad is None for p in model) and all(map(torch.equal, model, before))
-"""
-
-
 def together():
     return sft(out="two", optimizer="adamw", lr=1e-4, weight_decay=0.0, batch_size=4)
+
+
+def terminated(call, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments)
+    assert stopped.value.code == 143
+    torch.distributed.barrier()  # the second process must not look for the state while the first still writes it
+
+
+def one_of_two():
+    """What each of the two processes does."""
+    like_the_fixtures()
+    rank = int(os.environ["RANK"])
+
+    def interrupting(step, *rest):
+        if step == 5 and rank == 1:  # one process alone is asked
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, *rest)
+
+    def body(step, run):  # each process draws random numbers of its own number
+        torch.rand(rank + 1)
+
+    def interrupting_body(step, run):
+        body(step, run)
+        if step == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = together()
+    for changes in ({}, {"out": "older", "max_steps": 1}, {"out": "older", "max_steps": 1, "seed": 5}):
+        train_sft.main(replace(cfg, **changes))
+    train_sft.schedule = interrupting
+    terminated(train_sft.main, replace(cfg, out="stopped"))
+    train_sft.schedule = schedule
+    train_sft.main(replace(cfg, out="stopped", resume=True))
+
+    main(Config(out="toys", batch_size=4), body)
+    terminated(main, Config(out="stopped toys", batch_size=4), interrupting_body)
+    main(Config(out="stopped toys", batch_size=4, resume=True), body)
+
+    # Of three parameters the first has a gradient in the first process, the second in both, the third in none.
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])
+    for number in (1,) if rank else (0, 1):
+        model[number].grad = torch.full((2,), float(rank + 1))
+    runtime.sum_gradients(model.parameters())
+    assert [p.grad if p.grad is None else p.grad.tolist() for p in model] == [[1.0, 1.0], [3.0, 3.0], None]
+    for p in model:
+        p.grad = None
+    before = [p.detach().clone() for p in model]
+    update(model, [torch.optim.AdamW(model.parameters())], 1.0)
+    assert all(p.grad is None for p in model) and all(map(torch.equal, model, before))
+
+
+def torchrun():
+    """`torchrun --standalone --nproc_per_node 2`, except that its two processes are forks and need not load PyTorch."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+                                rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork"), one_of_two)()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
@@ -379,17 +396,7 @@ def test_two_processes_train_like_one(place):  # noqa: F811
     Only the first process writes and prints. A signal to the second stops both at the same step, and both resume, each
     with its own random numbers. At the end of an epoch of nine numbers the second process has none, and the log of both
     is still that of one process."""
-    Path("together.py").write_text(TOGETHER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "together.py",
-               str(ROOT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
-        try:
-            out, errors = run.communicate(timeout=120)
-        except subprocess.TimeoutExpired:  # one process waits for another that went on: torchrun ends both
-            run.terminate()
-            raise
-    assert run.returncode == 0, errors
+    (out,) = in_processes(torchrun)
     train_sft.main(replace(together(), out="one"))
     one, two = load_training_state("one"), load_training_state("two")
     for name, weight in one["models"][0].items():

@@ -64,12 +64,14 @@ def tokenizer():
     return train_tokenizer(["It is red. It is blue."] * 3, 280)
 
 
-def small_model(tokenizer, seed=0):
-    """Random, with larger weights than usual, so that its distributions are far from uniform."""
+def small_model(tokenizer, seed=0, context=48):
+    """Random, with larger weights than usual, so that its distributions are far from uniform. In evaluation a reply has
+    at most half the context, and this model's hardly ever ends before that.
+    """
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
                                  num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
-                                 max_position_embeddings=96))
+                                 max_position_embeddings=context))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -123,7 +125,7 @@ def run(folder):
     def go(out, *flags):
         argv = ["--model", folder / "model", "--data", folder / "p.jsonl", "--eval_data", folder / "e.jsonl",
                 "--out", folder / out, "--device", "cpu", "--reward", f"{folder}/mine.py:letters", "--batch_size", 4,
-                "--group_size", 8, "--max_new_tokens", 6, "--max_seq_len", 64, "--lr", 3e-3, "--warmup_steps", 0,
+                "--group_size", 8, "--max_new_tokens", 6, "--max_seq_len", 48, "--lr", 3e-3, "--warmup_steps", 0,
                 "--missing_eos_penalty", 0, *flags]
         return train_grpo.main(parse_config(train_grpo.Config, "", [str(x) for x in argv]))
 
@@ -563,6 +565,7 @@ def test_minimind_style_prompts_train_with_a_reward_model_and_with_a_judge(folde
     """No answers, no tasks, an assistant's turn at the end, no held-out file."""
     path = write(folder / "rlaif.jsonl", [{"conversations": [turn("user", f"你好 {i}"), turn("assistant", "")]}
                                           for i in range(8)])
+    save_model(folder / "model", small_model(tokenizer, context=96), tokenizer)  # the judge may answer with 64 tokens
     save_reward_model(folder / "reward", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
     for reward in ("model", "judge"):
         result = run(f"by_{reward}", "--data", path, "--eval_data", "", "--reward", reward,

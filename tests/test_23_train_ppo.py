@@ -42,7 +42,7 @@ def run(folder, tokenizer):  # noqa: F811
     def go(out, *flags):
         argv = ["--model", folder / "model", "--reward_model", folder / "reward", "--data", folder / "p.jsonl",
                 "--eval_data", folder / "e.jsonl", "--out", folder / out, "--device", "cpu", "--batch_size", 12,
-                "--max_new_tokens", 6, "--max_seq_len", 64, "--lr", 3e-3, "--value_lr", 3e-3, "--warmup_steps", 0,
+                "--max_new_tokens", 6, "--max_seq_len", 48, "--lr", 3e-3, "--value_lr", 3e-3, "--warmup_steps", 0,
                 "--missing_eos_penalty", 0, "--target_kl", 0, *flags]
         return train_ppo.main(parse_config(train_ppo.Config, "", [str(x) for x in argv]))
 
@@ -60,7 +60,7 @@ def test_no_update_waits_for_the_gpu(monkeypatch, run):
 
 
 def test_the_score_of_the_reward_model_rises(folder, run):
-    result = run("ppo", "--max_steps", 40, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 5e-3)
+    result = run("ppo", "--max_steps", 16, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 2e-2)
     before = summary(folder / "ppo")["before"]
     assert result["sampled_reward"] > before["sampled_reward"] + 1.5 * before["sampled_reward_std"]
     lines = training_steps(folder / "ppo")
@@ -74,8 +74,8 @@ def test_the_score_of_the_reward_model_rises(folder, run):
 
 def test_a_reward_file_of_ones_own_trains(folder, run, capsys):
     """There is no reward model, so the critic starts with a new head on the policy's backbone."""
-    result = run("ppo", "--max_steps", 20, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere",
-                 "--kl_coef", 0, "--lr", 5e-3, "--batch_size", 24)
+    result = run("ppo", "--max_steps", 12, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere",
+                 "--kl_coef", 0, "--lr", 2e-2, "--batch_size", 24)
     assert result["sampled_reward"] > training_steps(folder / "ppo")[0]["reward"] + 0.3
     assert f"the value model starts from {folder / 'model'}" in capsys.readouterr().out
 
