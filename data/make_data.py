@@ -486,7 +486,9 @@ class Tasks:
         if task in ("add", "subtract"):
             a, b = pair if pair else self.next_pair(task)
             answer = a + b if task == "add" else a - b
-            wrong = without_carry(task, a, b) if level_of(task, a, b) > 2 else wrong_number(dice, answer)
+            ten = 10 if task == "add" else -10
+            forgotten, carried = answer - ten, answer + ten  # 37 + 45 = 72, 52 - 37 = 25; and 41 + 38 = 89
+            wrong = forgotten if level_of(task, a, b) > 2 else wrong_number(dice, answer, carried)
             form = dice.pick((ADD if task == "add" else SUBTRACT)[lang])
             return form.format(a=a, b=b), str(answer), None, str(wrong)
         if task == "fact":
@@ -529,17 +531,12 @@ def level_of(task, a, b):
     return 1 + (min(a, b) > 9) + 2 * carry
 
 
-def without_carry(task, a, b):
-    """What comes out when the carry (or the borrowed ten) is forgotten: 37 + 45 = 72, 52 - 37 = 25."""
-    return a + b - 10 if task == "add" else a - b + 10
-
-
-def wrong_number(dice, answer):
-    """A slip of the kind people make: off by one or two, a carry too few or too many, a digit changed."""
+def wrong_number(dice, answer, carried):
+    """A slip where no carry is needed: half of the time `carried`, a ten too many or too few, else another number."""
     while True:
-        wrong = answer + dice.pick([-10, -2, -1, 1, 2, 10, dice.between(-9, 9)])
-        if wrong != answer and wrong >= 0:
-            return wrong
+        slip = dice.pick([-10, -2, -1, 1, 2, 10, dice.between(-9, 9)])
+        if slip and answer + slip >= 0:
+            return carried if abs(slip) in (2, 10) and carried >= 0 else answer + slip
 
 
 def swapped(dice, items):
