@@ -104,7 +104,8 @@ def main(cfg: Config) -> dict:
         apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
-        ref_model = checkpoint.load_model(cfg.ref_model, device, mapped=shard.is_on(cfg))
+        split = shard.is_on(cfg)  # then all of its numbers must have one dtype
+        ref_model = checkpoint.load_model(cfg.ref_model, device, frozen=not split, mapped=split)
         check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)

@@ -8,19 +8,23 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
 import math
 import os
 import re
+import signal
 import sys
+import traceback
 import typing
 
 import torch
 
 from minillm import job, runtime
 from minillm.errors import UserError
+from minillm.interrupt import Interrupt
 
 
 # What the system may refuse at any moment of a run.
@@ -139,12 +143,18 @@ def _is_out_of_memory(error) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def _out_of_memory(cls, error) -> str:
-    """One line: what was in use, how much more was needed, and which of the script's flags help."""
+def _out_of_memory(cls, error, trace) -> str:
+    """One line: what was being done, what was in use, how much more was needed, and which of the script's flags help.
+
+    What was being done is the line of the script, such as loss.backward(): its main() is flat and says it best.
+    """
     text = str(error)
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or not torch.cuda.is_initialized()
     free, total = (0.0, 0.0) if "MPS" in text else runtime.memory_gib(torch.device("cpu" if on_cpu else "cuda"))
-    line = "out of memory"
+    line, frames = "out of memory", traceback.extract_tb(trace)
+    if frames:  # the outermost is in the script
+        frame = [frame for frame in frames if frame.filename == frames[0].filename][-1]
+        line += f" in line {frame.lineno} of {os.path.basename(frame.filename)} ({frame.line[:80]})"
     if total:
         where = "this machine's memory" if on_cpu else "the GPU's memory"
         line += f": {total - free:.1f} of {total:.1f} GiB of {where} were in use"
@@ -164,6 +174,7 @@ def _out_of_memory(cls, error) -> str:
 
 
 def _one_line(cls, kind, error, trace):
+    interrupted = issubclass(kind, KeyboardInterrupt)
     if issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     elif not job.is_first_to_fail():
@@ -171,8 +182,8 @@ def _one_line(cls, kind, error, trace):
     elif issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif _is_out_of_memory(error):
-        print(f"error: {_out_of_memory(cls, error)}", file=sys.stderr, flush=True)
-    elif issubclass(kind, KeyboardInterrupt):
+        print(f"error: {_out_of_memory(cls, error, trace)}", file=sys.stderr, flush=True)
+    elif interrupted:
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno in REFUSED:
         print(f"error: {REFUSED[error.errno]} ({UserError(error)}); what was saved before is whole: put that right and "
@@ -181,6 +192,14 @@ def _one_line(cls, kind, error, trace):
         print(f"error: {UserError(f'{error.filename}: {error.strerror}')}", file=sys.stderr, flush=True)
     elif job.has_lost_another(error):
         job.say_lost()
+    elif Interrupt.ctrl_c:
+        interrupted = True
+        print(f"interrupted ({kind.__name__}: {runtime.in_one_line(error)})", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
     job.end(1)
+    if interrupted:  # Python itself would first wait for threads, and so for a compiler
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # a shell's loop ends with it

@@ -9,16 +9,18 @@ import os
 import select
 import signal
 import stat
-import sys
 import time
 
-from minillm.runtime import gather, sum_over_processes
+from minillm.runtime import gather, rank, sum_over_processes
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+FIRST_CTRL_C = b" this step is finished and saved first; another Ctrl-C ends the run at once\n"
 
 
 class Interrupt:
     """Such a signal asks the training loop to save and stop after the step; a second Ctrl-C stops at once."""
+
+    ctrl_c = False  # whether there was one in this process: a terminal sends it to a compiler too, which then fails
 
     def __init__(self):
         self.signal, self.asked_at, self.handlers = 0, None, {}
@@ -28,11 +30,17 @@ class Interrupt:
                     self.handlers[number] = signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
+        Interrupt.ctrl_c = Interrupt.ctrl_c or number == signal.SIGINT
         # torchrun passes on a Ctrl-C that the terminal has sent to every process already: that is no second one.
         if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > 1:
-            sys.exit(130)
+            self.close()
+            signal.raise_signal(number)  # now it does what it did before the run
+            return
         if number == HANGUP:
             leave_terminal()
+        elif number == signal.SIGINT and not self.signal and rank() == 0:  # the step may take minutes, or be compiled
+            with contextlib.suppress(OSError):
+                os.write(2, FIRST_CTRL_C)  # print may not be called again while it is at work
         self.signal, self.asked_at = self.signal or number, self.asked_at or time.monotonic()
 
     def requested(self) -> int:

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from minillm import job
 from minillm.errors import UserError
 
-CGROUP = Path("/sys/fs/cgroup")  # where Linux says how much of the machine a container may use
+CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux tells how many cores are ours
 COMPILED_ABOVE = 16_000_000  # parameters: a smaller model trains for less time than compiling it takes
 MEMINFO = Path("/proc/meminfo")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -130,15 +130,21 @@ def describe(device: torch.device) -> str:
 
 
 def allowed_threads() -> int:
-    """How many cores this process may use: those of its affinity mask, and no more than its container's CPU quota."""
+    """How many cores this process may use: those of its affinity mask, and no more than the CPU quota of any control
+    group that it is in (a container's, a batch job's)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
-        try:
-            quota, period = " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split()
-            if int(quota) > 0:  # v1 says -1 when there is no quota, v2 says "max"
-                return min(cores, math.ceil(int(quota) / int(period)))
-        except (OSError, ValueError):
-            pass
+    try:  # a line is "0::/user.slice/job" (cgroup v2) or "4:cpu,cpuacct:/job" (v1)
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        lines = []
+    own = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}
+    for kind, top, names in (("", "", ["cpu.max"]), ("cpu", "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
+        group = CGROUP / top / own.get(kind, "").lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+                if int(quota) > 0:  # v1 says -1 when there is no quota, v2 says "max"
+                    cores = min(cores, math.ceil(int(quota) / int(period)))
     return cores
 
 
@@ -211,8 +217,8 @@ def sum_gradients(parameters):
     parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "device_mesh")]
     if world_size() == 1 or not parameters:
         return
-    found = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    parameters = [p for p, anywhere in zip(parameters, sum_tensor_over_processes(found).tolist()) if anywhere]
+    found = sums_over_processes([p.grad is not None for p in parameters])
+    parameters = [p for p, anywhere in zip(parameters, found) if anywhere]
     if not parameters:
         return
     for p in parameters:

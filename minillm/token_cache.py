@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from minillm.errors import UserError
 from minillm.records import UnknownKeys, check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
-from minillm.runtime import say
+from minillm.runtime import allowed_threads, say
 from minillm.safetensors import flush_folder, load_json, open_file, save_json, try_lock
 from minillm.tokenizer import Tokenizer
 
@@ -255,7 +255,7 @@ def _discard_leftovers(ours: Path):
 def _build(encode, paths, sources, tokenizer, max_seq_len, part, files):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     size = sum(os.path.getsize(path) for path in paths)
-    workers = min(os.cpu_count() or 1, 1 + size // PARALLEL)
+    workers = min(allowed_threads(), 1 + size // PARALLEL)
     if workers > 1:
         say(f"tokenising {size / 1e6:,.0f} MB in {workers} processes, once")
     done = {"files": {name: [0, 0] for name in FILES}, "chunks": 0, "bytes": 0, "stats": {}, "trained": 0,

@@ -31,7 +31,7 @@ IMPORTS = {
     "attention": "runtime", "interrupt": "runtime",
     "forms": "verify",
     "records": "chat forms runtime safetensors",
-    "config": "job runtime",
+    "config": "interrupt job runtime",
     "losses": "logprobs",
     "token_view": "logprobs runtime safetensors",
     "optim": "runtime",

@@ -842,7 +842,7 @@ class Killed(Tokenizer):
 
 def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache):
     """To the byte. A bad line is reported as by one process. A worker that dies ends the build and does not hang it."""
-    monkeypatch.setattr(token_cache.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(token_cache, "allowed_threads", lambda: 2)
     monkeypatch.setattr(token_cache, "PARALLEL", 1)
     lines = [json.dumps({"text": f"{i} " + "lorem ipsum " * 50}) for i in range(1500)]  # 0.9 MB: four chunks
     path = tmp_path / "a.jsonl"

@@ -280,6 +280,36 @@ def test_no_step_waits_for_the_gpu(monkeypatch, optimizer):
                         for name in ["sum_gradients"] * updates + ["sum_tensor_over_processes"]]
 
 
+def first_step(monkeypatch, script, cfg):
+    """Run a script that packs rows until its first loss -> (model, what was asked of the compiler, the batch's loss
+    mask, the targets that were told)."""
+    class Seen(Exception):
+        """That is all there is to see here."""
+
+    def look(model, asked):
+        found.extend([model, asked])
+        return lambda tokens, doc_ids, blocks: tokens
+
+    def loss(hidden, weight, tokens, loss_mask, n_targets, targets=None):
+        found.extend([loss_mask, targets])
+        raise Seen
+
+    found = []
+    monkeypatch.setattr(script, "packed_forward", look)
+    monkeypatch.setattr(script, "linear_cross_entropy", loss)
+    with pytest.raises(Seen):
+        script.main(cfg)
+    return found
+
+
+@pytest.mark.parametrize("script, cfg", [(train_sft, sft), (train_pretrain, pretrain)])
+def test_a_script_asks_for_what_its_flags_say_and_tells_a_gpu_the_targets(monkeypatch, script, cfg):
+    """Where the supervised tokens are comes with the batch: a GPU would have to be waited for."""
+    lm, asked, mask, targets = first_step(monkeypatch, script, cfg(compile=True, recompute=True))
+    assert lm.model.recompute and asked is True
+    assert torch.equal(targets, mask.flatten().nonzero()[:, 0]) and 0 < len(targets) < mask.numel()
+
+
 def test_micro_batches_change_no_gradient(monkeypatch):
     """Pitfall 3. Micro-batches of 1, 2 or 4 rows give the gradient of one batch of 8, although the rows hold different
     numbers of trained tokens."""

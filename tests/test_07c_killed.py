@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import train_sft
 from minillm import interrupt, runtime, token_cache
 from minillm import model as model_file
+from minillm.config import _one_line as one_line
 from minillm.errors import UserError
 from minillm.optim import schedule, update
 from minillm.training_state import load_training_state
@@ -162,6 +164,7 @@ def test_a_signal_before_the_first_checkpoint_of_a_new_run():
     assert_same_run("out", "undisturbed", logs=False)
 
 
+ONCE_MORE = " this step is finished and saved first; another Ctrl-C ends the run at once"
 LONG_RUN = [str(ROOT / "train_sft.py"), "--data", "sft.jsonl", "--tokenizer", "tokenizer.json", "--max_steps", "100000",
             "--batch_size", "1", "--device", "cpu", "--out", "out"]
 
@@ -189,7 +192,8 @@ def test_the_exit_code_of_a_real_command(place):  # noqa: F811
             out, errors = run.communicate(timeout=60)
         finally:
             run.kill()
-    assert run.returncode == 130 and errors.count("\n") == 1, errors  # what was chosen
+    chosen, *said = errors.splitlines()
+    assert run.returncode == 130 and said == [ONCE_MORE], errors
     assert_saved_after_its_last_step(out)
 
 
@@ -268,20 +272,43 @@ def test_a_signal_that_also_ends_the_reader_of_the_output(number, code):
     assert load_training_state("out")["step"] == 5 and log("out")[-1]["step"] == 5
 
 
-def test_a_second_ctrl_c_stops_at_once(monkeypatch):
-    """But not its echo within a second: torchrun passes on a Ctrl-C that the terminal has sent to every process."""
+def test_a_second_ctrl_c_stops_at_once(monkeypatch, capfd):
+    """The first one says so: the step may take minutes, or be compiled. But not its echo within a second: torchrun
+    passes on a Ctrl-C that the terminal has sent to every process."""
     clock = iter([100.0, 100.2, 101.5])
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(interrupt.Interrupt, "ctrl_c", False)
     asked = interrupt.Interrupt()
     try:
         assert asked.requested() == 0
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert asked.requested() == signal.SIGINT
-        with pytest.raises(SystemExit):
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
         asked.close()
+    assert capfd.readouterr().err == ONCE_MORE + "\n" and interrupt.Interrupt.ctrl_c
+
+
+@LINUX
+@pytest.mark.parametrize("error, line", [
+    (KeyboardInterrupt(), "interrupted\n"),
+    (RuntimeError("C++ compile error\n\nmore"), "interrupted (RuntimeError: C++ compile error)\n")])
+def test_ctrl_c_waits_for_no_compiler_and_shows_no_traceback_of_one(capfd, monkeypatch, error, line):
+    """A terminal sends it to the compiler too, whose end then is an error. And at its own end Python would wait for the
+    threads in which PyTorch starts compilers. The program dies of the signal, so that a loop in a shell ends too."""
+    monkeypatch.setattr(interrupt.Interrupt, "ctrl_c", True)
+
+    def work():
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        print("said before", end="")
+        one_line(Config, type(error), error, None)
+
+    began = time.monotonic()
+    assert child(work) == signal.SIGINT and time.monotonic() - began < 30
+    said = capfd.readouterr()
+    assert said.out.endswith("said before") and said.err == line
 
 
 @POSIX

@@ -17,6 +17,7 @@ other rows have ended, has the log-probabilities of one plain forward pass over 
 
 import contextlib
 import math
+import types
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.cuda_graph import StaticStep
 from minillm.errors import UserError
-from minillm.generate import generate, sample, stream
+from minillm.generate import _decoding, generate, sample, stream
 from minillm.losses import token_logprobs
 from minillm.model import CausalLM, ModelConfig
 from minillm.prefix import apply_prefix
@@ -301,6 +302,17 @@ def test_few_rows_are_decoded_in_float32_on_a_cpu(monkeypatch):
             break
         assert torch.is_autocast_enabled("cpu")
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("device, more, inference", [("cpu", {}, True), ("cuda", {}, False),
+                                                     ("cpu", {"reshard": None}, False)])
+def test_on_cuda_no_generation_is_in_inference_mode(device, more, inference):
+    """A captured graph of one mode may not be replayed in the other, and under autocast it has to be no_grad. So it is
+    always, and in a sharded model too: training goes on with the tensors that decoding gathers."""
+    weight = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, numel=lambda: 10)
+    model = types.SimpleNamespace(parameters=lambda: [weight], **more)
+    with _decoding(model, 1):
+        assert torch.is_inference_mode_enabled() is inference and not torch.is_grad_enabled()
 
 
 def test_autocast_makes_one_copy_of_a_weight_for_all_tokens(monkeypatch):

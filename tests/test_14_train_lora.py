@@ -28,6 +28,7 @@ from minillm.run import Interrupted
 from minillm.safetensors import load_safetensors
 from minillm.tokenizer import Tokenizer
 from tests.helpers import close
+from tests.test_07_training import first_step
 from tests.test_12_lora import TOKENIZER, TOKENS
 
 VARIANTS = [{}, {"rslora": True, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}, {"bf16": True},
@@ -166,6 +167,17 @@ def test_every_method_learns(peft, lr):
     result = train_lora.main(config(**options))
     before = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))["before"]
     assert result["val_loss"] < 0.5 * before["val_loss"] and result["trained_parameters"] < 10_839
+
+
+@pytest.mark.parametrize("peft", ["lora", "adapter", "prefix", "prompt"])
+def test_what_stays_frozen_is_held_in_bf16_and_the_flags_reach_the_model(monkeypatch, peft):
+    """Where the device computes in bf16; what is trained is float32."""
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: True)
+    model, asked, mask, targets = first_step(monkeypatch, train_lora, config(peft=peft, compile=True, recompute=True))
+    layer = model.model.layers[0].mlp.down_proj
+    assert getattr(layer, "base", layer).weight.dtype == torch.bfloat16 and model.model.recompute and asked is True
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.equal(targets, mask.flatten().nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("options", [{}, {"peft": "dora"}, {"bf16": True}], ids=variant)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import rewards, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
@@ -455,6 +456,51 @@ def test_scores_keep_their_digits_under_autocast(tokenizer):
         model.score.weight.mul_(1e3)
         scores = model(torch.arange(40).view(4, 10) + 5, torch.full((4,), 10))
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+
+
+class Products(TorchDispatchMode):
+    """The names of the products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head, shape", [(RewardModel, (3, 32)), (ValueModel, (2, 5, 32)), (ValueModel, (0, 5, 32))])
+def test_the_head_takes_no_product_that_a_gpu_would_round(tokenizer, head, shape):
+    """On CUDA the scripts let PyTorch multiply two float32 matrices in TF32, which has 11 significant bits instead of
+    24. A matrix and a vector it multiplies in full, forward and backward."""
+    model, hidden = head.from_lm(small_lm(tokenizer)), torch.ones(shape, requires_grad=True)
+    with Products() as products:
+        scores = model.scores(hidden)
+        scores.sum().backward()
+    assert scores.shape == shape[:-1] and "mv" in products.names
+    assert not {"mm", "addmm", "bmm", "baddbmm", "linear"} & set(products.names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(64, 1024), (4, 256, 1024), (1, 1, 1024)])
+def test_on_a_gpu_scores_have_all_digits(shape):
+    """With TF32 allowed, as in the scripts. It would be off by a thousandth of |hidden| |weight|."""
+    torch.manual_seed(0)
+    model = ValueModel.from_lm(CausalLM(ModelConfig(hidden_size=1024, num_hidden_layers=1))).cuda()
+    hidden = torch.randn(shape, device="cuda", requires_grad=True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        scores = model.scores(hidden)
+        scores.sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = (hidden.double() @ model.score.weight[0].double()).float()
+    assert (scores - exact).abs().max() < 1e-5 * 32 * model.score.weight.norm()  # |hidden| is about sqrt(1024)
+    assert close(hidden.grad, model.score.weight[0].expand(shape))
+    exact = hidden.double().flatten(0, -2).sum(0)
+    assert (model.score.weight.grad[0] - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_a_reward_model_comes_back_from_its_folder(reward_folder, tokenizer):

@@ -245,6 +245,23 @@ def test_a_reward_model_of_untied_weights_leaves_the_lm_head_out(tmp_path, run, 
 
 # ---------------------------------------------------------------- LoRA
 
+@pytest.mark.parametrize("script", [train_dpo, train_reward])
+def test_what_a_lora_leaves_frozen_is_held_in_bf16(run, monkeypatch, script):
+    """Where the device computes in bf16; what is trained stays float32. The flag says what is compiled."""
+    class Seen(Exception):
+        """That is all there is to see here."""
+
+    def look(model, asked):
+        layer, trained = model.model.layers[0].mlp.up_proj, {p.dtype for p in model.parameters() if p.requires_grad}
+        raise Seen(layer.base.weight.dtype, trained, asked)
+
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("minillm.runtime.compile_backbone", look)
+    with pytest.raises(Seen) as seen:
+        run(script, "out", "--peft", "lora", "--no-compile")
+    assert seen.value.args == (torch.bfloat16, {torch.float32}, False)
+
+
 def test_dpo_with_a_lora_writes_an_adapter_that_is_all_it_changed(tmp_path, run, model_folder, tokenizer):
     """Base and adapter, loaded anew, give the margin that the run reported: neither base nor anything else moved."""
     result = run(train_dpo, "lora", "--max_steps", 5, "--batch_size", 16, "--peft", "lora", "--rank", 4, "--beta", 0.1,
@@ -384,6 +401,22 @@ def test_another_reference(tmp_path, run, tokenizer):
     save_model(tmp_path / "other", small_model(tokenizer, seed=1), tokenizer)
     run(train_dpo, "dpo", "--max_steps", 1, "--ref_model", tmp_path / "other")
     assert abs(logged(tmp_path / "dpo")[0]["loss"] - LN2) > 1e-4
+
+
+def test_a_reference_of_its_own_is_held_in_bf16_and_scores_as_the_same_model_does(run, tmp_path, model_folder,
+                                                                                  monkeypatch):
+    """Where the device computes in bf16. The same folder once more, as the reference: the first margin is exactly 0."""
+    monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: True)
+    dtypes = []
+
+    def spy(model, *rest):
+        dtypes.append(model.model.layers[0].mlp.up_proj.weight.dtype)
+        return reference_logprobs(model, *rest)
+
+    monkeypatch.setattr(train_dpo, "reference_logprobs", spy)
+    run(train_dpo, "dpo", "--max_steps", 1, "--ref_model", model_folder)
+    first = logged(tmp_path / "dpo")[0]
+    assert dtypes == [torch.bfloat16] and (first["margin"], first["chosen_rewards"]) == (0, 0)
 
 
 def test_before_and_after_on_questions(tmp_path, run, monkeypatch):

@@ -206,14 +206,19 @@ def test_the_first_ratio_is_exactly_1_and_the_kl_0_and_then_they_move(run, monke
     """Two passes over a rollout, of one optimizer step with two micro-batches each. In the first pass the
     old, the reference's and the new log-probabilities are equal bit for bit; in the second they are not. The classic
     mistake is to take the old ones from the sampler: its batches and its cache round differently, in bf16 by a percent.
-    With a LoRA the reference is the policy without it.
+    With a LoRA the reference is the policy without it. What is frozen is held in bf16 where that is computed in.
     """
     if bf16 and not runtime.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     monkeypatch.setattr("minillm.runtime.cpu_has_bf16", lambda: bf16)
-    calls = spy(monkeypatch, train_grpo, "grpo_loss")
+    calls, models = spy(monkeypatch, train_grpo, "grpo_loss"), []
+    monkeypatch.setattr(runtime, "compile_backbone", lambda model, asked: models.append(model))
     run("grpo", "--max_steps", 1, "--update_epochs", 2, "--num_minibatches", 1, "--grad_accum", 2, "--beta", 0.04,
         "--peft", peft)
+    dtypes = [getattr(model.model.layers[0].mlp.up_proj, "base", model.model.layers[0].mlp.up_proj).weight.dtype
+              for model in models]
+    frozen = torch.bfloat16 if bf16 else torch.float32
+    assert dtypes == ([frozen] if peft == "lora" else [torch.float32, frozen]), "the policy, and a reference of its own"
     assert len(calls) == 4
     for (logprobs, old, ref, _, mask, *_), (_, stats) in calls[:2]:
         assert torch.equal(logprobs[mask], old[mask]) and torch.equal(logprobs[mask], ref[mask])

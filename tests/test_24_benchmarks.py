@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import charts, common, compare_peft, results
+from benchmarks import charts, common, compare_peft, first_hour, gpu_steps, results
 from benchmarks import generate as bench_generate
 from benchmarks import grpo as bench_grpo
 from benchmarks import train as bench_train
@@ -27,6 +27,7 @@ from minillm.generate import generate
 from minillm.heads import RewardModel, save_reward_model
 from minillm.losses import grpo_loss
 from minillm.model import CausalLM, KVCache, ModelConfig
+from minillm.safetensors import save_safetensors
 from minillm.tokenizer import Tokenizer
 from tests.helpers import close
 
@@ -375,6 +376,107 @@ def test_an_unknown_part_is_named(bench):
 def test_an_unknown_method_is_named():
     with pytest.raises(UserError, match="--methods magic: must be of full, lora"):
         compare_peft.main(compare_peft.Config(methods=["magic"]))
+
+
+# ---------------------------------------------------------------- the first hour on a GPU
+
+def test_the_tests_that_need_a_gpu_are_found_in_their_files():
+    """All that say so, by name: the step `tests` runs them file by file."""
+    found = gpu_steps.gpu_tests([])
+    said = {f"tests/{path.name}": path.read_text(encoding="utf-8").count('is_available(), reason="needs a GPU"')
+            for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name != Path(__file__).name}
+    assert {path: len(names) for path, names in found.items()} == {path: n for path, n in said.items() if n}
+    assert found["tests/test_25_machines.py"] == ["test_a_gpu_that_works_is_taken",
+                                                  "test_a_trivial_function_is_really_compiled"]
+    assert gpu_steps.gpu_tests(["test_a_gpu_that_works_is_taken"]) == {
+        "tests/test_25_machines.py": ["test_a_gpu_that_works_is_taken"]}
+
+
+@pytest.fixture
+def found(tmp_path):
+    (tmp_path / "steps").mkdir()
+    return gpu_steps.Found(str(tmp_path), "cpu", "step", [])
+
+
+def test_what_learning_rate_0_must_print(found):
+    """Ratios of exactly 1 and a KL of exactly 0. Compiled the reference is another program: there it is tiny."""
+    exact = {"ratio_mean": 1.0, "approx_kl": 0.0, "clip_fraction": 0.0, "kl": 0.0}
+    gpu_steps.rl_numbers(found, "GRPO", [exact, {**exact, "kl": 1e-9}], compiled=False)
+    gpu_steps.rl_numbers(found, "PPO", [exact, {**exact, "kl": 1e-9}], compiled=True)
+    gpu_steps.rl_numbers(found, "PPO", [{**exact, "ratio_mean": 1 + 2**-20, "kl": 1e-4}], compiled=True)
+    checks = [(check["check"], check["result"]) for check in found.result["checks"]]
+    assert [what for what, result in checks[:8] if result == "FAILED"] == ["GRPO: kl is exactly 0.0"]
+    assert [what for what, result in checks[8:] if result == "FAILED"] == ["PPO: ratio_mean is exactly 1.0",
+                                                                           "PPO: kl is below 1e-5"]
+
+
+def test_an_error_in_a_step_is_a_failed_check_and_the_next_part_goes_on(found):
+    with found.part("one"):
+        raise RuntimeError("no memory")
+    with found.part("two"):
+        found.row(preset="tiny", tokens=5)
+    assert json.loads(found.path.read_text(encoding="utf-8")) == {
+        "checks": [{"check": "one", "result": "FAILED", "found": "RuntimeError: no memory"}],
+        "rows": [{"preset": "tiny", "tokens": 5}]}
+
+
+def test_two_folders_are_compared_bit_for_bit(tmp_path):
+    for name, number in (("a", 0.5), ("b", 0.5), ("c", 0.75)):
+        (tmp_path / name).mkdir()
+        save_safetensors(tmp_path / name / "model.safetensors", {"w": torch.tensor([1.0, number])})
+    assert gpu_steps.differences(tmp_path / "a", tmp_path / "b") == "equal bit for bit"
+    assert gpu_steps.differences(tmp_path / "a", tmp_path / "c") == "differ by up to 0.25"
+
+
+def test_the_presets_are_measured(found, monkeypatch):
+    """On a CPU `tiny` alone, with and without --recompute."""
+    monkeypatch.setattr(gpu_steps, "ceilings", lambda device, quick: {"flops": 1e12, "bytes": 1e9})
+    gpu_steps.presets(found)
+    assert [(row["preset"], row["recompute"], row["compiled"]) for row in found.result["rows"]] == [
+        ("tiny", "False", "False"), ("tiny", "True", "False")]
+    assert all(row["tokens_per_s"] > 0 and row["peak_MiB"] > 0 for row in found.result["rows"])
+
+
+A_STEP = """
+import json, sys, time
+name, out = sys.argv[2], sys.argv[4]
+checks = [{"check": "a", "result": "ok", "found": ""}, {"check": "b", "result": "FAILED", "found": "2 / 3"}]
+if name != "twice":
+    with open(f"{out}/steps/{name}.json", "w") as file:
+        json.dump({"checks": checks[:1 + (name == "zeros")], "rows": [{"preset": "tiny"}]}, file)
+print("said", name, flush=True)
+time.sleep(60 if name == "presets" else 0)
+sys.exit(3 if name == "twice" else 0)
+"""
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys):
+    """Each is a process of its own. One has a failed check, one ends with 3, one is stopped: both files say so."""
+    (tmp_path / "step.py").write_text(A_STEP, encoding="utf-8")
+    monkeypatch.setattr(first_hour, "__file__", str(tmp_path / "step.py"))
+    monkeypatch.setitem(first_hour.STEPS, "presets", first_hour.STEPS["presets"]._replace(seconds=1))
+    chosen = ["stages", "machine", "zeros", "twice", "captured", "presets"]
+    found = first_hour.main(first_hour.Config(out=str(tmp_path / "out"), steps=chosen, device="cpu"))
+    assert {name: result["status"] for name, result in found.items()} == {
+        "machine": "ok", "stages": "ok", "zeros": "1 FAILED", "twice": "exit status 3", "captured": "ok",
+        "presets": "stopped after 1 s"}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("stages: ") and said[-1].startswith("presets: ")  # what the others need; what measures
+    assert json.loads((tmp_path / "out" / "first_hour.json").read_text(encoding="utf-8")) == found
+    page = (tmp_path / "out" / "first_hour.md").read_text(encoding="utf-8")
+    assert "## zeros: 1 FAILED" in page and "| b     | FAILED | 2 / 3 |" in page and "| tiny   |" in page
+    assert (tmp_path / "out" / "steps" / "twice.log").read_text(encoding="utf-8") == "said twice\n"
+
+
+def test_what_no_longer_fits_is_skipped_and_what_is_needed_comes_first(tmp_path, monkeypatch):
+    """`twice` alone: the stages that it starts from are trained first. With no time left nothing is started."""
+    monkeypatch.setattr(first_hour.subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+    found = first_hour.main(first_hour.Config(out=str(tmp_path), steps=["twice"], minutes=1e-9, device="cpu"))
+    assert {name: result["status"] for name, result in found.items()} == {"stages": "skipped: no time",
+                                                                          "twice": "skipped: no time"}
+    with pytest.raises(UserError, match="--steps speed: must be of machine, stages, "):
+        first_hour.main(first_hour.Config(out=str(tmp_path), steps=["speed"], device="cpu"))
+    assert all(callable(getattr(gpu_steps, name)) for name in first_hour.STEPS)
 
 
 # ---------------------------------------------------------------- two questions

@@ -311,7 +311,7 @@ def test_several_processes_name_the_same_keys(capsys, monkeypatch):
     """A file is tokenised in chunks of about 260,000 characters, here in two processes."""
     path = write("a.jsonl", *({"text": "x" * 99_990, **more} for more in [{}] * 4 + [{"b": 1}] * 4 + [{"a": 1}]))
     monkeypatch.setattr(token_cache, "PARALLEL", 900_000)
-    monkeypatch.setattr(token_cache.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(token_cache, "allowed_threads", lambda: 2)
     workers_start_at_once(monkeypatch)
     load_dataset(encode_text, [path], BYTES, 200_000)
     assert 'a.jsonl: unknown keys are ignored: "b" (line 5), "a" (line 9)' in capsys.readouterr().out
