@@ -64,7 +64,7 @@ def tokenizer():
     return train_tokenizer(["It is red. It is blue."] * 3, 280)
 
 
-def small_model(tokenizer, seed=0, context=48):
+def small_model(tokenizer, seed=0, context=96):
     """Random, with larger weights than usual, so that its distributions are far from uniform. In evaluation a reply has
     at most half the context, and this model's hardly ever ends before that.
     """
@@ -111,7 +111,7 @@ def weights_of(folder):
 @pytest.fixture
 def folder(tmp_path, tokenizer):
     """A folder with a model, twelve prompts, four held-out prompts and a reward file."""
-    save_model(tmp_path / "model", small_model(tokenizer), tokenizer)
+    save_model(tmp_path / "model", small_model(tokenizer, context=48), tokenizer)
     write(tmp_path / "p.jsonl", [ask(c + "?", task="letters", answer="red") for c in "abcdefghijkl"])
     write(tmp_path / "four.jsonl", [ask(c + "?") for c in "abcd"])
     write(tmp_path / "e.jsonl", [ask(c + "!", task="letters", answer="red") for c in "abcd"])
@@ -565,7 +565,7 @@ def test_minimind_style_prompts_train_with_a_reward_model_and_with_a_judge(folde
     """No answers, no tasks, an assistant's turn at the end, no held-out file."""
     path = write(folder / "rlaif.jsonl", [{"conversations": [turn("user", f"你好 {i}"), turn("assistant", "")]}
                                           for i in range(8)])
-    save_model(folder / "model", small_model(tokenizer, context=96), tokenizer)  # the judge may answer with 64 tokens
+    save_model(folder / "model", small_model(tokenizer), tokenizer)  # the judge may answer with 64 tokens
     save_reward_model(folder / "reward", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
     for reward in ("model", "judge"):
         result = run(f"by_{reward}", "--data", path, "--eval_data", "", "--reward", reward,

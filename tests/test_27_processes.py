@@ -82,8 +82,8 @@ def letters(messages, answers, example):
 def make_inputs():
     """Models and data, in the working directory."""
     tokenizer = train_tokenizer(["It is red. It is blue."] * 3, 280)
-    save_model("model", small_model(tokenizer, context=96), tokenizer)
-    save_reward_model("scorer", RewardModel.from_lm(small_model(tokenizer, seed=1, context=96)), tokenizer)
+    save_model("model", small_model(tokenizer), tokenizer)
+    save_reward_model("scorer", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
     write(Path("text.jsonl"), [{"text": "It is red. " * n} for n in range(2, 23)])
     chats = [[turn("user", "Is it " + "blue " * n), turn("assistant", "It is " + "red " * (n % 5))]
              for n in range(1, 8)]
