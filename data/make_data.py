@@ -1,6 +1,6 @@
 """Makes the embedded data sets: `python data/make_data.py [--out data] [--seed 0]`.
 
-The model that learns from them has under a million parameters and a few minutes, so the language is narrow on
+The model that learns from them has 1.2 million parameters and a few minutes, so the language is narrow on
 purpose: few words, short samples, repeated formats. What the held-out files ask is drawn first and kept out of all
 training files. The same seed gives the same bytes on every system and every Python from 3.10, because all randomness
 comes from `Dice`.
