@@ -124,6 +124,13 @@ def _picks_rows(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def _logits(states: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """states (n, D) @ head.T / temperature, (n, V). Without a division they keep the dtype of the product: a softmax
+    that is asked for float32 reads bf16, and a pass over all of them is saved."""
+    logits = states @ head.T
+    return logits if temperature == 1.0 else fp32(logits).div_(temperature)
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """hidden (N, D), weight (V, D), targets (N,) -> logprobs (N,), in chunks of rows."""
 
@@ -146,8 +153,9 @@ class _HeadLogprobs(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             head = weight.to(ctx.dtype)
             for rows in _HeadLogprobs.chunks(hidden, weight):
-                logits = fp32(hidden[rows].to(ctx.dtype) @ head.T).div_(temperature)
-                logprobs[rows] = logits.log_softmax(-1).gather(-1, targets[rows, None])[:, 0]
+                logits = _logits(hidden[rows].to(ctx.dtype), head, temperature)
+                log_softmax = logits.log_softmax(-1, dtype=logprobs.dtype)
+                logprobs[rows] = log_softmax.gather(-1, targets[rows, None])[:, 0]
                 if ctx.logits is not None:
                     ctx.logits.append(logits)
         return logprobs
@@ -166,13 +174,15 @@ class _HeadLogprobs(torch.autograd.Function):
                 g = grad[rows, None]
                 states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
                 if kept is None:
-                    logits = fp32(states @ head.T).div_(ctx.temperature)
+                    logits = _logits(states, head, ctx.temperature)
                 else:
                     logits = kept[chunk].masked_fill_(g == 0, 0)
                 # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = logits.softmax(-1).mul_(-g)
+                grad_logits = logits.softmax(-1, dtype=grad.dtype).mul_(-g)
                 grad_logits.scatter_add_(-1, targets[rows, None], g)
-                grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+                if ctx.temperature != 1.0:
+                    grad_logits.div_(ctx.temperature)
+                grad_logits = grad_logits.to(ctx.dtype)
                 if need_hidden:
                     grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
                 if need_weight:
