@@ -4,13 +4,15 @@ token_logprobs is the plain form. head_logprobs, linear_cross_entropy and head_e
 at a time, so that memory does not grow with tokens x vocabulary; they give the same numbers (tests: chapter 5).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # How many logits head_logprobs computes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
-# keep it busy (64 MiB).
-LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24}
+# keep it busy. Compiled, they are never held in fp32, and few large chunks are launched sooner than many.
+LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24, "compiled": 2**27}
 LOGITS_KEPT = 2**23  # up to this many (32 MiB), in float32 on a CPU, are kept: to make them again takes longer there
 
 
@@ -124,11 +126,62 @@ def _picks_rows(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+compiled = False  # runtime.compile_layers sets it: on a GPU the functions of a chunk are then compiled as well
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return compiled and x.device.type != "cpu"
+
+
+@functools.cache
+def _program(function):
+    return torch.compile(function)
+
+
+def _run(function, *given):
+    """function(*given), the function of a chunk. Compiled, it reads the logits once or twice instead of five times.
+
+    One program serves all chunks of at least two tokens; one of a single token would be another.
+    """
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    if not _is_compiled(tensors[0]) or len(tensors[0]) < 2:
+        return function(*given)
+    for x in tensors:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return _program(function)(*given)
+
+
 def _logits(states: Tensor, head: Tensor, temperature: float) -> Tensor:
     """states (n, D) @ head.T / temperature, (n, V). Without a division they keep the dtype of the product: a softmax
     that is asked for float32 reads bf16, and a pass over all of them is saved."""
     logits = states @ head.T
     return logits if temperature == 1.0 else fp32(logits).div_(temperature)
+
+
+def _chunk_logprobs(logits: Tensor, targets: Tensor, dtype) -> Tensor:
+    """logits (n, V), targets (n,) -> (n,) in dtype."""
+    return logits.log_softmax(-1, dtype=dtype).gather(-1, targets[:, None])[:, 0]
+
+
+def _chunk_gradient(logits: Tensor, targets: Tensor, grad: Tensor, temperature: float, dtype) -> Tensor:
+    """The gradient of states @ head.T, (n, V) in dtype, from that of the log-probabilities, grad (n,):
+
+    d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
+    """
+    g = grad[:, None]
+    result = logits.softmax(-1, dtype=grad.dtype).mul_(-g)
+    if torch.compiler.is_compiling():  # unlike scatter_add_ it becomes one pass with the rest; the same numbers
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        result = torch.where(tokens == targets[:, None], result + g, result)
+    else:
+        result.scatter_add_(-1, targets[:, None], g)
+    return (result if temperature == 1.0 else result.div_(temperature)).to(dtype)
+
+
+def _chunk_entropy(logits: Tensor) -> Tensor:
+    """logits (n, V) -> (n,), in float32."""
+    logprobs = fp32(logits).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -137,8 +190,8 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
         # At least 512 rows: each chunk adds to the weight's gradient, which is as large as the vocabulary.
-        logits = LOGITS_PER_CHUNK["cpu" if hidden.device.type == "cpu" else "gpu"]
-        size = max(logits // weight.shape[0], 512)
+        kind = "cpu" if hidden.device.type == "cpu" else "gpu"
+        size = max(LOGITS_PER_CHUNK["compiled" if _is_compiled(hidden) else kind] // weight.shape[0], 512)
         return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
     @staticmethod
@@ -154,8 +207,7 @@ class _HeadLogprobs(torch.autograd.Function):
             head = weight.to(ctx.dtype)
             for rows in _HeadLogprobs.chunks(hidden, weight):
                 logits = _logits(hidden[rows].to(ctx.dtype), head, temperature)
-                log_softmax = logits.log_softmax(-1, dtype=logprobs.dtype)
-                logprobs[rows] = log_softmax.gather(-1, targets[rows, None])[:, 0]
+                logprobs[rows] = _run(_chunk_logprobs, logits, targets[rows], logprobs.dtype)
                 if ctx.logits is not None:
                     ctx.logits.append(logits)
         return logprobs
@@ -165,24 +217,20 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad = grad.contiguous()  # that of a sum is a single number, expanded: it would be another program
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
         kept, ctx.logits = ctx.logits, None  # no longer needed, though the graph may live on
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
             for chunk, rows in enumerate(_HeadLogprobs.chunks(hidden, weight)):
-                g = grad[rows, None]
-                states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
+                unused = grad[rows, None] == 0
+                states = hidden[rows].to(ctx.dtype).masked_fill(unused, 0)  # 0 * NaN would be NaN
                 if kept is None:
                     logits = _logits(states, head, ctx.temperature)
                 else:
-                    logits = kept[chunk].masked_fill_(g == 0, 0)
-                # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = logits.softmax(-1, dtype=grad.dtype).mul_(-g)
-                grad_logits.scatter_add_(-1, targets[rows, None], g)
-                if ctx.temperature != 1.0:
-                    grad_logits.div_(ctx.temperature)
-                grad_logits = grad_logits.to(ctx.dtype)
+                    logits = kept[chunk].masked_fill_(unused, 0)
+                grad_logits = _run(_chunk_gradient, logits, targets[rows], grad[rows], ctx.temperature, ctx.dtype)
                 if need_hidden:
                     grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
                 if need_weight:
@@ -207,8 +255,8 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
         states, mask = states[mask], mask[mask]
     states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)  # (N, D), (N,)
     for rows in _HeadLogprobs.chunks(states, weight):
-        logprobs = (fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
-        total = total - masked((logprobs.exp() * logprobs).sum(-1), mask[rows]).sum()
+        logits = _logits(states[rows], weight.to(states.dtype), temperature)
+        total = total + masked(_run(_chunk_entropy, logits), mask[rows]).sum()
     return total / mask.sum().clamp(min=1)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minillm import job
+from minillm import job, logprobs
 from minillm.errors import UserError
 
 CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux tells how many cores are ours
@@ -271,8 +271,7 @@ def hold_in_bf16(model, device=None):
 
 @functools.cache
 def why_not_compiled(device: torch.device, announced: str = "") -> str:
-    """Why torch.compile is not used there; "" where it works. One trivial function is compiled, once. That takes
-    seconds, so the line `announced` is said before it."""
+    """Why torch.compile is not used there, or "". `announced` is said before the trial, once, which takes seconds."""
     if device.type not in ("cuda", "cpu"):
         return "only on CUDA and on CPUs"
     if device.type == "cuda":
@@ -317,8 +316,9 @@ def wants_compile(model, asked) -> bool:
 
 def compile_layers(model, dynamic=None):
     """Compile the layers of a model's backbone, in place, for training: one program, which all layers share, so that
-    compiling takes as long for 28 layers as for one."""
+    compiling takes as long for 28 layers as for one. And, on a GPU, the softmax of the head (logprobs.py)."""
     model.model.run_layer = torch.compile(model.model.run_layer, dynamic=dynamic)
+    logprobs.compiled = True
 
 
 def compile_backbone(model, asked):
