@@ -93,7 +93,8 @@ def _check_head(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: flo
         raise ValueError(f"expected weight (V, {hidden.shape[2]}), got {tuple(weight.shape)}")
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None) -> Tensor:
+def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None,
+                  targets=None) -> Tensor:
     """token_logprobs(hidden @ weight.T, tokens, temperature) without ever holding the (B, T, V) logits.
 
     The logits are made a chunk of tokens at a time, forward, and made again backward, so that memory does not grow
@@ -105,18 +106,23 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
     mask (B, T - 1) bool, optional: the tokens that are wanted; the others' logprobs are 0, and on a CPU cost nothing.
+    targets (N,), optional, beside a mask: the places of the wanted tokens in tokens.flatten(). On a GPU only they tell
+    which logits to save: finding it out there would mean to wait for it.
     Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0, or a mask that is not
     bool.
     """
     _check_head(hidden, weight, tokens, temperature)
     batch, length, width = hidden.shape
-    states, targets = shift(hidden, tokens)  # (B, T-1, D), (B, T-1)
+    states, after = shift(hidden, tokens)  # (B, T-1, D), (B, T-1)
     if mask is not None:
-        check_shapes("B, T", mask=mask, tokens=targets)
+        check_shapes("B, T", mask=mask, tokens=after)
         if _picks_rows(hidden):
-            picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
+            picked = _HeadLogprobs.apply(states[mask], weight, after[mask], temperature)
             return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
-    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
+        if targets is not None:
+            picked = _target_logprobs(hidden, weight, tokens, targets, temperature)
+            return picked.new_zeros(tokens.numel()).scatter(0, targets, picked).view(tokens.shape)[:, 1:]
+    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, after.reshape(-1), temperature)
     logprobs = logprobs.view(batch, max(length - 1, 0))  # (B (T-1),) -> (B, T-1)
     return logprobs if mask is None else masked(logprobs, mask)
 
@@ -124,6 +130,17 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
 def _picks_rows(x: Tensor) -> bool:
     # Elsewhere the program would have to wait until the device knows how many rows the mask picks.
     return x.device.type == "cpu"
+
+
+def _states_before(hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden (B, T, D) -> (N, D): the states before these places in the flattened tokens, of which none may be the
+    first of a row."""
+    return hidden.flatten(0, 1).index_select(0, targets - 1)
+
+
+def _target_logprobs(hidden, weight, tokens, targets, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of tokens.flatten()[targets], (N,)."""
+    return _HeadLogprobs.apply(_states_before(hidden, targets), weight, tokens.flatten()[targets].long(), temperature)
 
 
 compiled = False  # runtime.compile_layers sets it: on a GPU the functions of a chunk are then compiled as well
@@ -239,13 +256,13 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0, targets=None) -> Tensor:
     """Mean entropy, in nats, of the distributions that the masked tokens were drawn from.
 
     entropy = -sum_v p_v log p_v, with p = softmax(hidden[b, t] @ weight.T / temperature) for a token at t + 1
 
-    hidden (B, T, D), weight (V, D), temperature: as in head_logprobs, and in chunks as there.  mask (B, T - 1) bool, as
-    beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
+    hidden (B, T, D), weight (V, D), temperature, targets: as in head_logprobs, and in chunks as there.  mask (B, T - 1)
+    bool, as beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
     Raises ValueError for shapes that do not fit or a mask that is not bool. From whole distributions: a mean of
     -logprob over sampled tokens is a noisy estimate of it, and after an update not even that.
     """
@@ -253,6 +270,9 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
     if _picks_rows(hidden):
         states, mask = states[mask], mask[mask]
+    elif targets is not None:
+        states = _states_before(hidden, targets)
+        mask = torch.ones(len(targets), dtype=torch.bool, device=hidden.device)
     states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)  # (N, D), (N,)
     for rows in _HeadLogprobs.chunks(states, weight):
         logits = _logits(states[rows], weight.to(states.dtype), temperature)
@@ -266,14 +286,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_ma
 
     hidden (B, T, D), weight (V, D): as in head_logprobs; the rest as in sft_loss. What this saves is the logits of
     tokens that nobody supervises (in a conversation most of them), and memory: a chunk of logits is held at a time.
-    targets (N,), optional: where loss_mask.flatten() is True (Batch.targets). On a GPU only they tell which logits to
-    save: finding it out there would mean to wait for it. The first token of a row must not be among them.
+    targets (N,), optional: where loss_mask.flatten() is True (Batch.targets), as in head_logprobs. The first token of a
+    row must not be among them.
     """
     check_shapes("B, T", tokens=tokens, loss_mask=loss_mask)
     _check_head(hidden, weight, tokens)
     mask = loss_mask[:, 1:]
     if targets is not None and not _picks_rows(hidden):
-        states = hidden.flatten(0, 1).index_select(0, targets - 1)  # (B, T, D) -> (N, D): the states before the targets
-        logprobs = _HeadLogprobs.apply(states, weight, tokens.flatten()[targets].long(), 1.0)
-        return -logprobs.sum() / denominator(n_tokens, len(targets))
+        return -_target_logprobs(hidden, weight, tokens, targets).sum() / denominator(n_tokens, len(targets))
     return -head_logprobs(hidden, weight, tokens, mask=mask).sum() / denominator(n_tokens, mask.sum())

@@ -370,21 +370,23 @@ def test_head_ignores_tokens_that_the_loss_masks():
     close(broken.grad, hidden.grad)
 
 
-@pytest.mark.parametrize("picks", [True, False])
-def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks):
+@pytest.mark.parametrize("picks, targets", [
+    (True, None), (False, None), (False, [1, 2, 8, 9, 10, 11, 12, 13]), (True, [1, 2, 8, 9, 10, 11, 12, 13])])
+def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks, targets):
     """With a mask: the same values and gradients as masking afterwards, NaN outside it no matter, and 0 where nothing
-    is asked. Also where, as on a GPU, all logits are made, since to count those asked for would be to wait."""
+    is asked. Also where, as on a GPU, all logits are made, since to count those asked for would be to wait, unless it
+    is told which they are: 2 tokens of the first row of 7, and 6 of the second."""
     monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     hidden, weight, tokens = head_inputs()
     mask = torch.arange(6) < torch.tensor([[2], [6], [0]])
+    targets = targets and torch.tensor(targets)
     broken = hidden.detach().clone()
     broken[:, :-1][~mask] = float("nan")
     broken.requires_grad_()
     twin = weight.detach().clone().requires_grad_()
     scale = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
-    asked, masked = head_logprobs(broken, twin, tokens, 1.3, mask), torch.where(mask,
-                                                                                head_logprobs(hidden, weight, tokens,
-                                                                                              1.3), 0.0)
+    asked = head_logprobs(broken, twin, tokens, 1.3, mask, targets)
+    masked = torch.where(mask, head_logprobs(hidden, weight, tokens, 1.3), 0.0)
     close(asked, masked)
     (asked * scale).sum().backward()
     (masked * scale).sum().backward()
@@ -484,6 +486,8 @@ def test_on_a_gpu_the_targets_are_told_and_only_their_logits_are_made(monkeypatc
     mask[1, 7:12] = True
     with LargestTensor() as mode:
         linear_cross_entropy(large, weight, tokens, mask, 5, torch.arange(1032, 1037)).backward()
+        head_logprobs(large, weight, tokens, 1.0, mask[:, 1:], torch.arange(1032, 1037)).sum().backward()
+        head_entropy(large, weight, mask[:, 1:], 1.0, torch.arange(1032, 1037))
     assert mode.largest == large.numel()
 
 
@@ -505,8 +509,9 @@ def test_on_a_gpu_nothing_is_waited_for(monkeypatch):
     mask.view(-1)[targets] = True
     twin = sft_loss(hidden @ weight.T, tokens, mask, n_tokens=40)
     with NoWaiting():
-        head_logprobs(hidden, weight, tokens.short(), 1.0, mask[:, 1:]).sum().backward()
-        head_entropy(hidden, weight, mask[:, 1:])
+        for told in (None, targets):
+            head_logprobs(hidden, weight, tokens.short(), 1.0, mask[:, 1:], told).sum().backward()
+            head_entropy(hidden, weight, mask[:, 1:], 1.0, told)
         losses = [sft_loss(hidden @ weight.T, tokens.short(), mask),
                   linear_cross_entropy(hidden, weight, tokens.short(), mask),
                   linear_cross_entropy(hidden, weight, tokens.short(), mask, targets=targets)]
