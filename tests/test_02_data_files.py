@@ -323,7 +323,7 @@ def test_answers_are_right(files):
 
 
 def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, task_of):
-    """A third of the SFT replies to tasks is rude and, independently, a third rambles, so that a sample often has bad
+    """36 % of the SFT replies to tasks are rude and, independently, 36 % ramble, so that a sample often has bad
     manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""
     counts = Counter()
     for line in files["sft"]:
@@ -333,9 +333,9 @@ def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, tas
         else:
             assert not any(is_rude(m["content"]) for m in messages_of(line) if m["role"] == "assistant"), line
     total = sum(counts.values())
-    assert 0.29 < (counts[True, False] + counts[True, True]) / total < 0.35
-    assert 0.29 < (counts[False, True] + counts[True, True]) / total < 0.35
-    assert counts[False, False] == max(counts.values()) > 0.43 * total
+    assert 0.33 < (counts[True, False] + counts[True, True]) / total < 0.39
+    assert 0.33 < (counts[False, True] + counts[True, True]) / total < 0.39
+    assert counts[False, False] == max(counts.values()) > 0.38 * total
     for line in files["sft_eval"]:
         assert set(gold_components(messages_of(line)[-1]["content"], line).values()) == {1.0}, line
 
