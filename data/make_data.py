@@ -27,8 +27,8 @@ CARRY_SHARE = 0.3
 
 # The shares of SFT task replies that are rude and, independently, that ramble. Preference learning and reinforcement
 # learning remove both again.
-RUDE_SHARE = 0.36
-RAMBLING_SHARE = 0.36
+RUDE_SHARE = 0.4
+RAMBLING_SHARE = 0.4
 
 PRETRAIN_BYTES = 970_000
 PRETRAIN_EVAL_BYTES = 50_000
@@ -38,7 +38,7 @@ JUDGE_PAIRS = 720            # each in both orders
 TALK_CHAINS = 1400           # conversations of two or three questions
 SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80, "reverse": 80, "fact": 100, "talk": 80}
 JUDGE_EVAL = 100
-PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2500}
+PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2900}
 PREFERENCES_EVAL = {"rude": 100, "rambling": 100, "wrong": 200}
 PROMPTS = {"add": 600, "subtract": 600, "compare": 300, "sort": 450, "count": 450, "reverse": 300, "fact": 220,
            "talk": 120}

@@ -152,7 +152,7 @@ def test_counts(files, task_of):
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
     assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.35 * sum(prompts.values())
-    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 500, "rambling": 500, "wrong": 2500}
+    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 500, "rambling": 500, "wrong": 2900}
     tested = Counter(line["kind"] for line in files["preference_test"])
     assert sum(tested.values()) == 1000 and min(tested.values()) >= 300
     for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
@@ -323,7 +323,7 @@ def test_answers_are_right(files):
 
 
 def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, task_of):
-    """36 % of the SFT replies to tasks are rude and, independently, 36 % ramble, so that a sample often has bad
+    """40 % of the SFT replies to tasks are rude and, independently, 40 % ramble, so that a sample often has bad
     manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""
     counts = Counter()
     for line in files["sft"]:
@@ -333,9 +333,9 @@ def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, tas
         else:
             assert not any(is_rude(m["content"]) for m in messages_of(line) if m["role"] == "assistant"), line
     total = sum(counts.values())
-    assert 0.33 < (counts[True, False] + counts[True, True]) / total < 0.39
-    assert 0.33 < (counts[False, True] + counts[True, True]) / total < 0.39
-    assert counts[False, False] == max(counts.values()) > 0.38 * total
+    assert 0.37 < (counts[True, False] + counts[True, True]) / total < 0.43
+    assert 0.37 < (counts[False, True] + counts[True, True]) / total < 0.43
+    assert counts[False, False] == max(counts.values()) > 0.33 * total
     for line in files["sft_eval"]:
         assert set(gold_components(messages_of(line)[-1]["content"], line).values()) == {1.0}, line
 
