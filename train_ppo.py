@@ -86,7 +86,7 @@ class Config(RunConfig):
     update_epochs: int = flag(2, "passes over a rollout", low=1)
     num_minibatches: int = flag(2, "optimizer steps per pass", low=1)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
-    epochs: int = flag(5, "passes over the prompts", low=1, downloaded=1)
+    epochs: int = flag(4, "passes over the prompts", low=1, downloaded=1)
     clip_eps: float = flag(0.2, "clipping range of the ratio", low=0, high=1)
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)

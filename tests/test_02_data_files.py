@@ -43,7 +43,7 @@ def maker():
 def task_of(maker):
     """The task of a line of sft.jsonl, which does not say it: whose wording its first question is, or "talk"."""
     tables = {"add": [maker.ADD], "subtract": [maker.SUBTRACT], "compare": [maker.COMPARE], "sort": [maker.SORT],
-              "count": [maker.COUNT, maker.COUNT_ALL], "reverse": [maker.REVERSE]}
+              "count": [maker.COUNT], "reverse": [maker.REVERSE]}
     asked = {}
     for task, found in tables.items():
         wordings = [form for table in found for forms in table.values() for form in forms]
@@ -152,7 +152,7 @@ def test_counts(files, task_of):
     assert len(files["judge_eval"]) == 200 and len(files["preference_eval"]) == 400
     prompts = Counter(line["task"] for line in files["prompts"])
     assert set(prompts) == TASKS and prompts["add"] + prompts["subtract"] > 0.35 * sum(prompts.values())
-    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 500, "rambling": 500, "wrong": 2500}
+    assert Counter(line["kind"] for line in files["preference"]) == {"rude": 500, "rambling": 500, "wrong": 2900}
     tested = Counter(line["kind"] for line in files["preference_test"])
     assert sum(tested.values()) == 1000 and min(tested.values()) >= 300
     for name in ("sft", "sft_eval", "prompts", "preference", "identity", "judge_eval"):
@@ -280,7 +280,8 @@ def test_pretraining_text_gives_no_held_out_content_away(files):
                 assert numbers not in lists
             elif line["task"] in ("count", "reverse"):
                 spaced = max(re.findall(r"(?:\b\w+ ){2,}\w+", question), key=len)
-                assert spaced not in text
+                alone = rf"(?<!\b[a-z] ){re.escape(spaced)}(?! [a-z]\b)"  # not as a part of a longer row
+                assert not re.search(alone, text)
             elif line["task"] == "talk" and len(question) > 12:
                 assert normal(question) not in everything
 
@@ -322,7 +323,7 @@ def test_answers_are_right(files):
 
 
 def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, task_of):
-    """A third of the SFT replies to tasks is rude and, independently, a third rambles, so that a sample often has bad
+    """40 % of the SFT replies to tasks are rude and, independently, 40 % ramble, so that a sample often has bad
     manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""
     counts = Counter()
     for line in files["sft"]:
@@ -332,9 +333,9 @@ def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, tas
         else:
             assert not any(is_rude(m["content"]) for m in messages_of(line) if m["role"] == "assistant"), line
     total = sum(counts.values())
-    assert 0.29 < (counts[True, False] + counts[True, True]) / total < 0.35
-    assert 0.29 < (counts[False, True] + counts[True, True]) / total < 0.35
-    assert counts[False, False] == max(counts.values()) > 0.43 * total
+    assert 0.37 < (counts[True, False] + counts[True, True]) / total < 0.43
+    assert 0.37 < (counts[False, True] + counts[True, True]) / total < 0.43
+    assert counts[False, False] == max(counts.values()) > 0.33 * total
     for line in files["sft_eval"]:
         assert set(gold_components(messages_of(line)[-1]["content"], line).values()) == {1.0}, line
 
