@@ -214,10 +214,10 @@ def sum_gradients(parameters):
 
     Those of sharded parameters (shard.py) are summed already.
     """
-    parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "device_mesh")]
-    if world_size() == 1 or not parameters:
+    if world_size() == 1:
         return
-    found = sums_over_processes([p.grad is not None for p in parameters])
+    parameters = [p for p in parameters if p.requires_grad and not hasattr(p, "device_mesh")]
+    found = sums_over_processes([p.grad is not None for p in parameters]) if parameters else []
     parameters = [p for p, anywhere in zip(parameters, found) if anywhere]
     if not parameters:
         return
