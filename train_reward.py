@@ -113,7 +113,7 @@ def main(cfg: Config) -> dict:
         n_pairs, n_tokens = run.count(sum(batch.n_pairs for batch in micro_batches),
                                       sum(batch.n_chosen_tokens for batch in micro_batches))
         for batch in micro_batches:
-            batch, size = batch.to(device), batch.n_tokens
+            batch, size, n_targets = batch.to(device), batch.n_tokens, batch.n_chosen_tokens
             with runtime.autocast(device):
                 hidden = reward_model.model(batch.tokens)  # (2B, T, D): the chosen answers, then the rejected ones
             chosen_rewards, rejected_rewards = reward_model.read(hidden, batch.lengths).chunk(2)  # (B,) each
@@ -124,7 +124,7 @@ def main(cfg: Config) -> dict:
             if cfg.sft_coef:
                 chosen = slice(batch.n_pairs)
                 sft_loss = linear_cross_entropy(hidden[chosen], lm_head, batch.tokens[chosen],
-                                                batch.answer_mask[chosen], n_tokens)
+                                                batch.answer_mask[chosen], n_tokens, batch.targets[:n_targets])
                 run.add({"sft_loss": sft_loss})
                 loss = loss + cfg.sft_coef * sft_loss
             loss.backward()

@@ -13,7 +13,7 @@ import torch
 import eval as evaluation
 import train_dpo
 import train_reward
-from minillm import peft, runtime, token_cache
+from minillm import logprobs, peft, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -202,19 +202,23 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, run, script):
     assert sum(moved) / len(moved) < 0.02
 
 
-def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, run, model_folder, tokenizer):
-    """Logged before the first update: the mean of -log p over the tokens of all chosen answers, and of no rejected one.
-    With --sft_coef 0 it is missing, and other weights are learned.
+@pytest.mark.parametrize("picks", [True, False])
+def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, run, model_folder, tokenizer,
+                                                                      monkeypatch, picks):
+    """Logged before the first update: the mean of -log p over the tokens of all chosen answers, and of no rejected one,
+    whether a mask picks them or, as on a GPU, their places do. With --sft_coef 0 it is missing, and other weights are
+    learned.
     """
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     run(train_reward, "both", "--max_steps", 1, "--batch_size", 32, "--lr", 1e-3)
     run(train_reward, "alone", "--max_steps", 1, "--batch_size", 32, "--lr", 1e-3, "--sft_coef", 0)
     model, total, count = load_model(model_folder), 0.0, 0
     for record in some_pairs():
         tokens, mask = tokenizer.render(record["chosen"])
-        logprobs = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        predicted = model(torch.tensor([tokens]))[0].log_softmax(-1)
         for t in range(1, len(tokens)):
             if mask[t]:
-                total, count = total - logprobs[t - 1, tokens[t]].item(), count + 1
+                total, count = total - predicted[t - 1, tokens[t]].item(), count + 1
     first, alone = logged(tmp_path / "both")[0], logged(tmp_path / "alone")[0]
     close(first["sft_loss"], total / count)
     assert "sft_loss" not in alone and close(alone["loss"], first["loss"])
