@@ -4,13 +4,15 @@ token_logprobs is the plain form. head_logprobs, linear_cross_entropy and head_e
 at a time, so that memory does not grow with tokens x vocabulary; they give the same numbers (tests: chapter 5).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # How many logits head_logprobs computes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
-# keep it busy (64 MiB).
-LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24}
+# keep it busy. Compiled, they are never held in fp32, and few large chunks are launched sooner than many.
+LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24, "compiled": 2**27}
 LOGITS_KEPT = 2**23  # up to this many (32 MiB), in float32 on a CPU, are kept: to make them again takes longer there
 
 
@@ -91,7 +93,8 @@ def _check_head(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: flo
         raise ValueError(f"expected weight (V, {hidden.shape[2]}), got {tuple(weight.shape)}")
 
 
-def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None) -> Tensor:
+def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0, mask=None,
+                  targets=None) -> Tensor:
     """token_logprobs(hidden @ weight.T, tokens, temperature) without ever holding the (B, T, V) logits.
 
     The logits are made a chunk of tokens at a time, forward, and made again backward, so that memory does not grow
@@ -103,18 +106,23 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
     mask (B, T - 1) bool, optional: the tokens that are wanted; the others' logprobs are 0, and on a CPU cost nothing.
+    targets (N,), optional, beside a mask: the places of the wanted tokens in tokens.flatten(). On a GPU only they tell
+    which logits to save: finding it out there would mean to wait for it.
     Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0, or a mask that is not
     bool.
     """
     _check_head(hidden, weight, tokens, temperature)
     batch, length, width = hidden.shape
-    states, targets = shift(hidden, tokens)  # (B, T-1, D), (B, T-1)
+    states, after = shift(hidden, tokens)  # (B, T-1, D), (B, T-1)
     if mask is not None:
-        check_shapes("B, T", mask=mask, tokens=targets)
+        check_shapes("B, T", mask=mask, tokens=after)
         if _picks_rows(hidden):
-            picked = _HeadLogprobs.apply(states[mask], weight, targets[mask], temperature)
+            picked = _HeadLogprobs.apply(states[mask], weight, after[mask], temperature)
             return torch.zeros(mask.shape, dtype=picked.dtype).masked_scatter(mask, picked)
-    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, targets.reshape(-1), temperature)
+        if targets is not None:
+            picked = _target_logprobs(hidden, weight, tokens, targets, temperature)
+            return picked.new_zeros(tokens.numel()).scatter(0, targets, picked).view(tokens.shape)[:, 1:]
+    logprobs = _HeadLogprobs.apply(states.reshape(-1, width), weight, after.reshape(-1), temperature)
     logprobs = logprobs.view(batch, max(length - 1, 0))  # (B (T-1),) -> (B, T-1)
     return logprobs if mask is None else masked(logprobs, mask)
 
@@ -124,14 +132,83 @@ def _picks_rows(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def _states_before(hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden (B, T, D) -> (N, D): the states before these places in the flattened tokens, of which none may be the
+    first of a row."""
+    return hidden.flatten(0, 1).index_select(0, targets - 1)
+
+
+def _target_logprobs(hidden, weight, tokens, targets, temperature: float = 1.0) -> Tensor:
+    """The log-probabilities of tokens.flatten()[targets], (N,)."""
+    return _HeadLogprobs.apply(_states_before(hidden, targets), weight, tokens.flatten()[targets].long(), temperature)
+
+
+compiled = False  # runtime.compile_layers sets it: on a GPU the functions of a chunk are then compiled as well
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return compiled and x.device.type != "cpu"
+
+
+@functools.cache
+def _program(function):
+    return torch.compile(function)
+
+
+def _run(function, *given):
+    """function(*given), the function of a chunk. Compiled, it reads the logits once or twice instead of five times.
+
+    One program serves all chunks of at least two tokens; one of a single token would be another.
+    """
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    if not _is_compiled(tensors[0]) or len(tensors[0]) < 2:
+        return function(*given)
+    for x in tensors:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return _program(function)(*given)
+
+
+def _logits(states: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """states (n, D) @ head.T / temperature, (n, V). Without a division they keep the dtype of the product: a softmax
+    that is asked for float32 reads bf16, and a pass over all of them is saved."""
+    logits = states @ head.T
+    return logits if temperature == 1.0 else fp32(logits).div_(temperature)
+
+
+def _chunk_logprobs(logits: Tensor, targets: Tensor, dtype) -> Tensor:
+    """logits (n, V), targets (n,) -> (n,) in dtype."""
+    return logits.log_softmax(-1, dtype=dtype).gather(-1, targets[:, None])[:, 0]
+
+
+def _chunk_gradient(logits: Tensor, targets: Tensor, grad: Tensor, temperature: float, dtype) -> Tensor:
+    """The gradient of states @ head.T, (n, V) in dtype, from that of the log-probabilities, grad (n,):
+
+    d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
+    """
+    g = grad[:, None]
+    result = logits.softmax(-1, dtype=grad.dtype).mul_(-g)
+    if torch.compiler.is_compiling():  # unlike scatter_add_ it becomes one pass with the rest; the same numbers
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        result = torch.where(tokens == targets[:, None], result + g, result)
+    else:
+        result.scatter_add_(-1, targets[:, None], g)
+    return (result if temperature == 1.0 else result.div_(temperature)).to(dtype)
+
+
+def _chunk_entropy(logits: Tensor) -> Tensor:
+    """logits (n, V) -> (n,), in float32."""
+    logprobs = fp32(logits).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """hidden (N, D), weight (V, D), targets (N,) -> logprobs (N,), in chunks of rows."""
 
     @staticmethod
     def chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
         # At least 512 rows: each chunk adds to the weight's gradient, which is as large as the vocabulary.
-        logits = LOGITS_PER_CHUNK["cpu" if hidden.device.type == "cpu" else "gpu"]
-        size = max(logits // weight.shape[0], 512)
+        kind = "cpu" if hidden.device.type == "cpu" else "gpu"
+        size = max(LOGITS_PER_CHUNK["compiled" if _is_compiled(hidden) else kind] // weight.shape[0], 512)
         return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
 
     @staticmethod
@@ -146,8 +223,8 @@ class _HeadLogprobs(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             head = weight.to(ctx.dtype)
             for rows in _HeadLogprobs.chunks(hidden, weight):
-                logits = fp32(hidden[rows].to(ctx.dtype) @ head.T).div_(temperature)
-                logprobs[rows] = logits.log_softmax(-1).gather(-1, targets[rows, None])[:, 0]
+                logits = _logits(hidden[rows].to(ctx.dtype), head, temperature)
+                logprobs[rows] = _run(_chunk_logprobs, logits, targets[rows], logprobs.dtype)
                 if ctx.logits is not None:
                     ctx.logits.append(logits)
         return logprobs
@@ -157,22 +234,20 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad = grad.contiguous()  # that of a sum is a single number, expanded: it would be another program
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if need_weight else None
         kept, ctx.logits = ctx.logits, None  # no longer needed, though the graph may live on
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(ctx.dtype)
             for chunk, rows in enumerate(_HeadLogprobs.chunks(hidden, weight)):
-                g = grad[rows, None]
-                states = hidden[rows].to(ctx.dtype).masked_fill(g == 0, 0)  # 0 * NaN would be NaN
+                unused = grad[rows, None] == 0
+                states = hidden[rows].to(ctx.dtype).masked_fill(unused, 0)  # 0 * NaN would be NaN
                 if kept is None:
-                    logits = fp32(states @ head.T).div_(ctx.temperature)
+                    logits = _logits(states, head, ctx.temperature)
                 else:
-                    logits = kept[chunk].masked_fill_(g == 0, 0)
-                # d logprob / d logits = (onehot(target) - softmax(logits)) / temperature
-                grad_logits = logits.softmax(-1).mul_(-g)
-                grad_logits.scatter_add_(-1, targets[rows, None], g)
-                grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+                    logits = kept[chunk].masked_fill_(unused, 0)
+                grad_logits = _run(_chunk_gradient, logits, targets[rows], grad[rows], ctx.temperature, ctx.dtype)
                 if need_hidden:
                     grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
                 if need_weight:
@@ -181,13 +256,13 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0, targets=None) -> Tensor:
     """Mean entropy, in nats, of the distributions that the masked tokens were drawn from.
 
     entropy = -sum_v p_v log p_v, with p = softmax(hidden[b, t] @ weight.T / temperature) for a token at t + 1
 
-    hidden (B, T, D), weight (V, D), temperature: as in head_logprobs, and in chunks as there.  mask (B, T - 1) bool, as
-    beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
+    hidden (B, T, D), weight (V, D), temperature, targets: as in head_logprobs, and in chunks as there.  mask (B, T - 1)
+    bool, as beside the logprobs. Returns a scalar, 0 with no token inside the mask; no gradient.
     Raises ValueError for shapes that do not fit or a mask that is not bool. From whole distributions: a mean of
     -logprob over sampled tokens is a noisy estimate of it, and after an update not even that.
     """
@@ -195,10 +270,13 @@ def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: floa
     states, total = hidden[:, :-1], torch.zeros((), device=hidden.device)
     if _picks_rows(hidden):
         states, mask = states[mask], mask[mask]
+    elif targets is not None:
+        states = _states_before(hidden, targets)
+        mask = torch.ones(len(targets), dtype=torch.bool, device=hidden.device)
     states, mask = states.reshape(-1, hidden.shape[-1]), mask.reshape(-1)  # (N, D), (N,)
     for rows in _HeadLogprobs.chunks(states, weight):
-        logprobs = (fp32(states[rows] @ weight.to(states.dtype).T) / temperature).log_softmax(-1)
-        total = total - masked((logprobs.exp() * logprobs).sum(-1), mask[rows]).sum()
+        logits = _logits(states[rows], weight.to(states.dtype), temperature)
+        total = total + masked(_run(_chunk_entropy, logits), mask[rows]).sum()
     return total / mask.sum().clamp(min=1)
 
 
@@ -208,14 +286,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, tokens: Tensor, loss_ma
 
     hidden (B, T, D), weight (V, D): as in head_logprobs; the rest as in sft_loss. What this saves is the logits of
     tokens that nobody supervises (in a conversation most of them), and memory: a chunk of logits is held at a time.
-    targets (N,), optional: where loss_mask.flatten() is True (Batch.targets). On a GPU only they tell which logits to
-    save: finding it out there would mean to wait for it. The first token of a row must not be among them.
+    targets (N,), optional: where loss_mask.flatten() is True (Batch.targets), as in head_logprobs. The first token of a
+    row must not be among them.
     """
     check_shapes("B, T", tokens=tokens, loss_mask=loss_mask)
     _check_head(hidden, weight, tokens)
     mask = loss_mask[:, 1:]
     if targets is not None and not _picks_rows(hidden):
-        states = hidden.flatten(0, 1).index_select(0, targets - 1)  # (B, T, D) -> (N, D): the states before the targets
-        logprobs = _HeadLogprobs.apply(states, weight, tokens.flatten()[targets].long(), 1.0)
-        return -logprobs.sum() / denominator(n_tokens, len(targets))
+        return -_target_logprobs(hidden, weight, tokens, targets).sum() / denominator(n_tokens, len(targets))
     return -head_logprobs(hidden, weight, tokens, mask=mask).sum() / denominator(n_tokens, mask.sum())

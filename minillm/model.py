@@ -371,7 +371,8 @@ def packed_forward(model: CausalLM, asked=None):
             more[dim] = most - rows
             return torch.cat([x, x.narrow(dim, 0, 1).expand(more)], dim)
 
-        tokens, doc_ids, blocks = filled(tokens), filled(doc_ids), [filled(x, dim=1) for x in blocks]
+        if rows < most:
+            tokens, doc_ids, blocks = filled(tokens), filled(doc_ids), [filled(x, dim=1) for x in blocks]
         mask = document_block_mask(doc_ids, *blocks) if flex and tokens.shape[1] >= BLOCK else None
         return model.hidden(tokens, doc_ids=doc_ids, block_mask=mask)[:rows]
 

@@ -117,12 +117,13 @@ def load_pairs(paths: list, eval_path: str, tokenizer: Tokenizer, max_seq_len: i
 class PairBatch:
     """B pairs as 2B rows: first the chosen sides, then the rejected ones, padded on the right.
 
-    tokens (2B, T) int64; answer_mask (2B, T) bool; lengths (2B,) without padding; margins (B,); pairs (B,): the indices
-    of these pairs in the data set.
+    tokens (2B, T) int64; answer_mask (2B, T) bool; targets (N,): where answer_mask.flatten() is True, as in Batch;
+    lengths (2B,) without padding; margins (B,); pairs (B,): the indices of these pairs in the data set.
     """
 
     tokens: torch.Tensor
     answer_mask: torch.Tensor
+    targets: torch.Tensor
     lengths: torch.Tensor
     margins: torch.Tensor
     pairs: torch.Tensor
@@ -144,7 +145,7 @@ class PairBatch:
 
     def to(self, device):
         """The same batch on a device."""
-        tensors = (self.tokens, self.answer_mask, self.lengths, self.margins, self.pairs)
+        tensors = (self.tokens, self.answer_mask, self.targets, self.lengths, self.margins, self.pairs)
         return PairBatch(*(to_device(tensor, device) for tensor in tensors))
 
 
@@ -180,8 +181,9 @@ class PairLoader(Loader):
         for row, (sequence, answer_mask) in enumerate(sequences):
             tokens[row, :len(sequence)] = sequence
             mask[row, :len(sequence)] = answer_mask
-        return PairBatch(torch.from_numpy(tokens), torch.from_numpy(mask), torch.tensor(lengths, dtype=torch.long),
-                         torch.from_numpy(self.dataset.margins[pairs]), torch.tensor(pairs, dtype=torch.long))
+        return PairBatch(*map(torch.from_numpy, (tokens, mask, np.flatnonzero(mask))),
+                         torch.tensor(lengths, dtype=torch.long), torch.from_numpy(self.dataset.margins[pairs]),
+                         torch.tensor(pairs, dtype=torch.long))
 
 
 # Scores of both sides, and how good the ranking is that follows from them.
@@ -203,7 +205,7 @@ def answer_logprobs(hidden, head, batch: PairBatch, average: bool = False):
     hidden (2B, T, D): final hidden states of batch.tokens; head (V, D): the weight of the LM head.
     """
     mask = batch.answer_mask[:, 1:]
-    total = head_logprobs(hidden, head, batch.tokens, mask=mask).sum(dim=1)
+    total = head_logprobs(hidden, head, batch.tokens, mask=mask, targets=batch.targets).sum(dim=1)
     return total / mask.sum(dim=1) if average else total
 
 

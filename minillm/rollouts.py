@@ -211,6 +211,7 @@ class MicroBatch:
     mask: Tensor  # (b, t - 1) bool, aligned with the logprobs: True on the answer
     last: Tensor  # (b,): the column of the mask that holds the answer's last token
     n_tokens: int  # tokens of the answers
+    targets: Tensor | None = None  # where they are in tokens.flatten()
     scores: Tensor | None = None  # (b,): one for each answer
     advantages: Tensor | None = None  # (b,) in GRPO, (b, t - 1) in PPO
     old_logprobs: Tensor | None = None  # (b, t - 1), like the next four
@@ -240,7 +241,8 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
     CPU generator. All shapes are known on the CPU, so the update never waits for the device.
     """
     device, mask = rollout.tokens.device, rollout.response_mask[:, 1:]
-    lengths, counts = rollout.lengths.cpu(), mask.sum(1).cpu()  # (B,): prompt and answer; the answer alone
+    answers = rollout.response_mask.cpu()  # (B, T)
+    lengths, counts = rollout.lengths.cpu(), answers.sum(1)  # (B,): prompt and answer; the answer alone
     keep = torch.ones(len(lengths), dtype=torch.bool) if keep is None else keep.cpu()
 
     def micro_batch(rows):
@@ -248,7 +250,9 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
         return MicroBatch(
             tokens=rollout.tokens[at, :longest], mask=mask[at, :longest - 1],
             last=to_device(lengths[rows] - 2, device),  # the mask starts at the second token
-            n_tokens=int(counts[rows].sum()), scores=None if scores is None else scores[at],
+            n_tokens=int(counts[rows].sum()),
+            targets=to_device(answers[rows, :longest].flatten().nonzero()[:, 0], device),
+            scores=None if scores is None else scores[at],
             advantages=None if advantages is None else advantages[at])
 
     def mini_batch(rows):
@@ -276,10 +280,11 @@ def response_logprobs(model, part: MicroBatch, temperature: float = 1.0, with_en
     """
     with autocast(part.tokens.device):
         hidden = model.hidden(part.tokens)  # (b, t, D)
-        logprobs = head_logprobs(hidden, model.lm_head.weight, part.tokens, temperature, part.mask)
+        logprobs = head_logprobs(hidden, model.lm_head.weight, part.tokens, temperature, part.mask, part.targets)
         if not with_entropy:
             return logprobs
-        return logprobs, head_entropy(hidden.detach(), model.lm_head.weight, part.mask, temperature)
+        entropy = head_entropy(hidden.detach(), model.lm_head.weight, part.mask, temperature, part.targets)
+        return logprobs, entropy
 
 
 def response_values(value_model, part: MicroBatch) -> Tensor:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minillm import job
+from minillm import job, logprobs
 from minillm.errors import UserError
 
 CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux tells how many cores are ours
@@ -270,8 +270,8 @@ def hold_in_bf16(model, device=None):
 
 
 @functools.cache
-def why_not_compiled(device: torch.device) -> str:
-    """Why torch.compile is not used there; "" where it works. One trivial function is compiled, once."""
+def why_not_compiled(device: torch.device, announced: str = "") -> str:
+    """Why torch.compile is not used there, or "". `announced` is said before the trial, once, which takes seconds."""
     if device.type not in ("cuda", "cpu"):
         return "only on CUDA and on CPUs"
     if device.type == "cuda":
@@ -280,6 +280,8 @@ def why_not_compiled(device: torch.device) -> str:
             return f"compute capability {major}.{minor} is below 8.0"
         if importlib.util.find_spec("triton") is None:  # as in PyTorch for Windows
             return "Triton is not installed"
+    if announced:
+        say(announced, file=sys.stderr)
     try:
         _compile_something(device)
     except Exception as error:  # no C compiler, no Python headers, a driver that does not fit: there are many
@@ -298,11 +300,9 @@ def _compile_something(device: torch.device):
 @functools.cache
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works there. Says, once, that it begins, or why it does not."""
-    reason = why_not_compiled(device)
+    reason = why_not_compiled(device, announced="compiling, about a minute, once")
     if reason:
         say(f"not compiled, so training takes longer: {reason}", file=sys.stderr)
-    else:
-        say("compiling, about a minute, once", file=sys.stderr)
     return not reason
 
 
@@ -316,8 +316,9 @@ def wants_compile(model, asked) -> bool:
 
 def compile_layers(model, dynamic=None):
     """Compile the layers of a model's backbone, in place, for training: one program, which all layers share, so that
-    compiling takes as long for 28 layers as for one."""
+    compiling takes as long for 28 layers as for one. And, on a GPU, the softmax of the head (logprobs.py)."""
     model.model.run_layer = torch.compile(model.model.run_layer, dynamic=dynamic)
+    logprobs.compiled = True
 
 
 def compile_backbone(model, asked):

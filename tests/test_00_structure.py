@@ -27,7 +27,7 @@ CHAPTERS = sorted((ROOT / "tests").glob("test_*.py"))
 IMPORTS = {
     "errors": "", "unicode_ranges": "", "chat": "",
     "job": "", "logprobs": "", "safetensors": "", "verify": "",
-    "runtime": "job",
+    "runtime": "job logprobs",
     "attention": "runtime", "interrupt": "runtime",
     "forms": "verify",
     "records": "chat forms runtime safetensors",

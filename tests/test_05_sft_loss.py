@@ -13,6 +13,7 @@ Drawn in tests/figures/mask_and_shift.svg.
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm import logprobs
@@ -257,10 +258,13 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("device, vocabulary, rows", [
-    ("cpu", 1024, 2048), ("meta", 1024, 16384), ("cpu", 100_000, 512)])
-def test_how_many_rows_a_chunk_has(device, vocabulary, rows):
-    """2^21 logits on a CPU (8 MiB in float32), 2^24 elsewhere (64 MiB), and at least 512 rows."""
+@pytest.mark.parametrize("device, compiled, vocabulary, rows", [
+    ("cpu", False, 1024, 2048), ("cpu", True, 1024, 2048), ("meta", False, 1024, 16384), ("meta", True, 8192, 16384),
+    ("cpu", False, 100_000, 512), ("meta", True, 1_000_000, 512)])
+def test_how_many_rows_a_chunk_has(monkeypatch, device, compiled, vocabulary, rows):
+    """2^21 logits on a CPU (8 MiB in float32), 2^24 elsewhere (64 MiB), 2^27 where they are compiled, and at least 512
+    rows."""
+    monkeypatch.setattr(logprobs, "compiled", compiled)
     hidden, weight = torch.empty(40_000, 1, device=device), torch.empty(vocabulary, 1)
     chunks = logprobs._HeadLogprobs.chunks(hidden, weight)
     assert chunks[:2] == [slice(0, rows), slice(rows, 2 * rows)] and chunks[-1].start < 40_000 <= chunks[-1].stop
@@ -366,26 +370,83 @@ def test_head_ignores_tokens_that_the_loss_masks():
     close(broken.grad, hidden.grad)
 
 
-@pytest.mark.parametrize("picks", [True, False])
-def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks):
+@pytest.mark.parametrize("picks, targets", [
+    (True, None), (False, None), (False, [1, 2, 8, 9, 10, 11, 12, 13]), (True, [1, 2, 8, 9, 10, 11, 12, 13])])
+def test_head_makes_only_the_logits_that_are_asked_for(monkeypatch, picks, targets):
     """With a mask: the same values and gradients as masking afterwards, NaN outside it no matter, and 0 where nothing
-    is asked. Also where, as on a GPU, all logits are made, since to count those asked for would be to wait."""
+    is asked. Also where, as on a GPU, all logits are made, since to count those asked for would be to wait, unless it
+    is told which they are: 2 tokens of the first row of 7, and 6 of the second."""
     monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     hidden, weight, tokens = head_inputs()
     mask = torch.arange(6) < torch.tensor([[2], [6], [0]])
+    targets = targets and torch.tensor(targets)
     broken = hidden.detach().clone()
     broken[:, :-1][~mask] = float("nan")
     broken.requires_grad_()
     twin = weight.detach().clone().requires_grad_()
     scale = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
-    asked, masked = head_logprobs(broken, twin, tokens, 1.3, mask), torch.where(mask,
-                                                                                head_logprobs(hidden, weight, tokens,
-                                                                                              1.3), 0.0)
+    asked = head_logprobs(broken, twin, tokens, 1.3, mask, targets)
+    masked = torch.where(mask, head_logprobs(hidden, weight, tokens, 1.3), 0.0)
     close(asked, masked)
     (asked * scale).sum().backward()
     (masked * scale).sum().backward()
     close(twin.grad, weight.grad)
     close(broken.grad, hidden.grad)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The head is compiled, by a backend that counts the programs and runs them as they are."""
+    counter, compile_it = CompileCounter(), torch.compile
+    torch.compiler.reset()
+    logprobs._program.cache_clear()
+    monkeypatch.setattr(logprobs, "_is_compiled", lambda x: True)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_it(function, backend=counter, fullgraph=True))
+    yield counter
+    logprobs._program.cache_clear()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_compiled_head_is_two_programs_and_equals_its_plain_twin(small_chunks, monkeypatch, counted, temperature):
+    """Whatever the number of tokens, in training and in evaluation, summed or not: 18 tokens in chunks of 5, 5, 5 and
+    3, then 5 and 2, then 5, 5 and a single one, which is left out, then none. The entropy is a third program."""
+    for rows, length, programs in ((3, 7, 2), (1, 8, 2), (1, 12, 2), (1, 1, 2)):
+        found = []
+        for compiled in (True, False):
+            monkeypatch.setattr(logprobs, "_is_compiled", lambda x, compiled=compiled: compiled)
+            hidden, weight, tokens = head_inputs(rows, length, dtype=torch.float32)
+            result = head_logprobs(hidden, weight, tokens, temperature)
+            result.sum().backward()
+            (head_logprobs(hidden, weight, tokens, temperature) * torch.arange(rows * (length - 1)).view(rows, -1)
+             ).sum().backward()
+            with torch.no_grad():
+                assert torch.equal(head_logprobs(hidden, weight, tokens, temperature), result)
+            found.append((result, hidden.grad, weight.grad))
+        assert all(torch.equal(one, other) for one, other in zip(*found))
+        assert counted.frame_count == programs
+    hidden, weight, _ = head_inputs(dtype=torch.float32)
+    entropies = []
+    for compiled in (True, False):
+        monkeypatch.setattr(logprobs, "_is_compiled", lambda x, compiled=compiled: compiled)
+        entropies.append(head_entropy(hidden, weight, torch.ones(3, 6, dtype=torch.bool), temperature))
+    assert torch.equal(*entropies) and counted.frame_count == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows, temperature", [(64, 1.0), (40, 1.0), (40, 0.7)])
+def test_the_compiled_head_equals_its_plain_twin_on_a_gpu(monkeypatch, rows, temperature):
+    """In bf16, whose rounding is the difference: it is 2^-8 of a number."""
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(logprobs, "compiled", compiled)
+        hidden, weight, tokens = head_inputs(rows, 100, 64, 3000, torch.float32)
+        hidden, weight = (x.detach().cuda().requires_grad_() for x in (hidden, weight))
+        with torch.autocast("cuda", torch.bfloat16):
+            result = head_logprobs(hidden, weight, tokens.cuda(), temperature)
+            result.mean().backward()
+        found.append((result, hidden.grad, weight.grad))
+    for one, other in zip(*found):
+        assert (one - other).norm() < 2**-8 * other.norm()
 
 
 # ---------------------------------------------------------------- linear_cross_entropy
@@ -425,6 +486,8 @@ def test_on_a_gpu_the_targets_are_told_and_only_their_logits_are_made(monkeypatc
     mask[1, 7:12] = True
     with LargestTensor() as mode:
         linear_cross_entropy(large, weight, tokens, mask, 5, torch.arange(1032, 1037)).backward()
+        head_logprobs(large, weight, tokens, 1.0, mask[:, 1:], torch.arange(1032, 1037)).sum().backward()
+        head_entropy(large, weight, mask[:, 1:], 1.0, torch.arange(1032, 1037))
     assert mode.largest == large.numel()
 
 
@@ -446,8 +509,9 @@ def test_on_a_gpu_nothing_is_waited_for(monkeypatch):
     mask.view(-1)[targets] = True
     twin = sft_loss(hidden @ weight.T, tokens, mask, n_tokens=40)
     with NoWaiting():
-        head_logprobs(hidden, weight, tokens.short(), 1.0, mask[:, 1:]).sum().backward()
-        head_entropy(hidden, weight, mask[:, 1:])
+        for told in (None, targets):
+            head_logprobs(hidden, weight, tokens.short(), 1.0, mask[:, 1:], told).sum().backward()
+            head_entropy(hidden, weight, mask[:, 1:], 1.0, told)
         losses = [sft_loss(hidden @ weight.T, tokens.short(), mask),
                   linear_cross_entropy(hidden, weight, tokens.short(), mask),
                   linear_cross_entropy(hidden, weight, tokens.short(), mask, targets=targets)]

@@ -18,11 +18,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import rewards, runtime, token_cache
+from minillm import logprobs, rewards, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -272,6 +273,8 @@ def test_a_batch_holds_both_sides_of_its_pairs(tmp_path, tokenizer):
             assert batch.tokens[row, :n].tolist() == tokens.tolist()
             assert batch.answer_mask[row, :n].tolist() == mask.tolist()
             assert not batch.answer_mask[row, n:].any() and batch.margins[row % B] == i
+        answers = [tokens[mask] for side in (0, 1) for tokens, mask in (pairs[i][side] for i in batch.pairs)]
+        assert batch.tokens.flatten()[batch.targets].tolist() == np.concatenate(answers).tolist()
         assert batch.n_tokens == sum(len(tokens) for i in batch.pairs for tokens, _ in pairs[i])
         assert batch.n_chosen_tokens == sum(int(pairs[i][0][1].sum()) for i in batch.pairs)
 
@@ -357,8 +360,11 @@ def test_padding_changes_no_logprob_and_swapping_the_sides_flips_the_margin(tmp_
     close(pair_logprobs(model, load(tmp_path, tokenizer, swapped), 4, CPU), together.flip(1))
 
 
-def test_no_gradient_reaches_the_model_from_the_prompt(tmp_path, tokenizer):
-    """Only positions that predict a token of the answer have a gradient on their hidden state."""
+@pytest.mark.parametrize("picks", [True, False])
+def test_no_gradient_reaches_the_model_from_the_prompt(tmp_path, monkeypatch, tokenizer, picks):
+    """Only positions that predict a token of the answer have a gradient on their hidden state, on a CPU and elsewhere.
+    """
+    monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     pairs, model = numbered(tmp_path, tokenizer, 2), small_lm(tokenizer)
     batch = next(iter(PairLoader(pairs, 2, seed=0)))
     hidden = model.hidden(batch.tokens).detach().requires_grad_()

@@ -300,6 +300,7 @@ def test_a_rollout_is_split_into_mini_and_micro_batches(shuffled):
     assert part.tokens.tolist() == [[40, 41, 42, 99, 99], [20, 21, 22, 23, 24]]
     assert part.mask.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]
     assert part.last.tolist() == [1, 3] and part.n_tokens == 3
+    assert part.targets.tolist() == [2, 5 + 3, 5 + 4]  # where those three tokens are, row after row
     assert part.scores.tolist() == [4, 2] and part.advantages.tolist() == [-4, -2]
 
 
@@ -365,18 +366,19 @@ def test_values_stand_beside_the_token_that_they_have_not_seen_yet(float32, shuf
         close(values[:, t], reward_model(part.tokens[:, :t + 1], torch.tensor([t + 1, t + 1])))
 
 
-@pytest.mark.parametrize("picks", [True, False])
-def test_entropy_of_whole_distributions(monkeypatch, picks):
+@pytest.mark.parametrize("picks, told", [(True, False), (False, False), (False, True)])
+def test_entropy_of_whole_distributions(monkeypatch, picks, told):
     """Four equal logits: ln 4 = 1.386294. Logits ln 2, 0, 0 and -10000: probabilities 1/2, 1/4, 1/4 and 0, so 1.5 ln 2
     = 1.039721. At temperature 1/2 these become 4/6, 1/6, 1/6: 0.867563. Rows outside the mask do not count, NaN or not,
-    whether they are left out before the product (on a CPU) or after it.
+    whether they are left out before the product (on a CPU, or where it is told which they are) or after it.
     """
     monkeypatch.setattr(logprobs, "_picks_rows", lambda x: picks)
     weight = torch.eye(4)
     hidden = torch.tensor([[[0.0] * 4, [math.log(2), 0, 0, -1e4], [math.nan, 0, 0, 0]]])
 
     def entropy(mask, temperature=1.0):
-        return head_entropy(hidden, weight, torch.tensor([mask]), temperature)
+        targets = torch.tensor([t for t, wanted in enumerate(mask, 1) if wanted], dtype=torch.long)
+        return head_entropy(hidden, weight, torch.tensor([mask]), temperature, targets if told else None)
 
     close(entropy([True, False]), 1.3862944)
     close(entropy([False, True]), 1.0397208)
