@@ -91,7 +91,7 @@ class Config(RunConfig):
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
-    lr: float = flag(1e-4, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
+    lr: float = flag(2e-4, "peak learning rate", low=0, downloaded=1e-6, with_lora=2e-5)
     warmup_steps: int = flag(5, "steps of linear warm-up", low=0)
     thinking: bool = flag(False, "let a model that can think do so before it answers (Qwen3)")
     max_questions: int = flag(500, "held-out prompts asked in an evaluation, of a larger file evenly spaced", low=1,

@@ -40,7 +40,7 @@ SFT_EVAL = {"add": 100, "subtract": 100, "compare": 80, "sort": 80, "count": 80,
 JUDGE_EVAL = 100
 PREFERENCES = {"rude": 500, "rambling": 500, "wrong": 2900}
 PREFERENCES_EVAL = {"rude": 100, "rambling": 100, "wrong": 200}
-PROMPTS = {"add": 600, "subtract": 600, "compare": 300, "sort": 450, "count": 450, "reverse": 300, "fact": 220,
+PROMPTS = {"add": 680, "subtract": 680, "compare": 300, "sort": 490, "count": 250, "reverse": 300, "fact": 220,
            "talk": 120}
 PROMPTS_EVAL = {"add": 100, "subtract": 100, "compare": 40, "sort": 40, "count": 40, "reverse": 40, "fact": 40,
                 "talk": 20}
