@@ -40,7 +40,7 @@ Step = namedtuple("Step", "name seconds measures shows")
 STEPS = {step.name: step for step in (
     Step("machine", 60, False, "versions, capability, what is chosen on this machine"),
     Step("stages", 60, False, "a few steps of pretraining, SFT and a reward model, not compiled, to start from"),
-    Step("recompiles", 120, False, "compilations in 400 steps of SFT: one"),
+    Step("recompiles", 120, False, "compilations in 400 steps of SFT: a layer, and two of the head"),
     Step("tests", 150, False, "the tests that need a GPU, file by file"),
     Step("zeros", 100, False, "learning rate 0: every ratio is exactly 1, every KL and DPO margin exactly 0"),
     Step("zeros_compiled", 240, False, "the same, compiled, with a larger model (KL: below 1e-5)"),
