@@ -91,7 +91,7 @@ class Config(RunConfig):
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = flag(0.95, "0: trust the critic, 1: trust the rewards", low=0, high=1)
-    kl_coef: float = flag(0.3, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
+    kl_coef: float = flag(0.4, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
     target_kl: float = flag(0.2, "leave a rollout once the policy is further than this, per token, from the one that "
                             "sampled it (0: never)", low=0)
     missing_eos_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)

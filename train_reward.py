@@ -56,7 +56,7 @@ class Config(RunConfig):
     max_seq_len: int = flag(256, "tokens of prompt and answer; longer answers are cut", low=8, downloaded=1024)
     batch_size: int = flag(24, "pairs per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
-    epochs: int = flag(6, "passes over the data", low=1, downloaded=1)
+    epochs: int = flag(8, "passes over the data", low=1, downloaded=1)
     sft_coef: float = flag(1.0, "weight of the SFT loss on the chosen answers (0: none)", low=0)
     peft: str = flag("none", "train all weights, or a LoRA and the head (--out: the merged model)",
                      choices=["none", "lora"])

@@ -736,9 +736,9 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
     lines, asked = [], set()
     for kind, n in counts.items():
         # Few lists with two neighbours swapped: there the SFT model is mostly right, and a small model that learns by
-        # DPO to avoid what is almost right also loses what is right. A reward model needs more of the reversed ones.
+        # DPO to avoid what is almost right also loses what is right.
         others = tuple(task for task in PAIR_TASKS if task not in ("sort", "reverse"))
-        turns = (*PAIR_TASKS, "reverse", *others, *others) if kind == "wrong" and not hold_out else PAIR_TASKS
+        turns = PAIR_TASKS + others + others if kind == "wrong" and not hold_out else PAIR_TASKS
         made = i = 0
         while made < n:
             i += 1
