@@ -444,6 +444,8 @@ class Tasks:
         if level is None:
             level = DRAWN_LEVELS[self.drawn[task] % len(DRAWN_LEVELS)]
             self.drawn[task] += 1
+        if not self.pairs[task, level]:  # the rarest level may not last; seeds 0 to 39 have at least two pairs left
+            level = max(LEVELS, key=lambda other: len(self.pairs[task, other]))
         return self.pairs[task, level].pop()
 
     def content(self, dice, task, lang, hold_out):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # How many logits head_logprobs computes at a time: on a CPU what its cache can hold (8 MiB in fp32), on a GPU enough to
-# keep it busy. Compiled, they are never held in fp32, and few large chunks are launched sooner than many.
+# keep it busy. Compiled, at temperature 1, they are held in bf16 alone, and few large chunks are launched sooner.
 LOGITS_PER_CHUNK = {"cpu": 2**21, "gpu": 2**24, "compiled": 2**27}
 LOGITS_KEPT = 2**23  # up to this many (32 MiB), in float32 on a CPU, are kept: to make them again takes longer there
 
@@ -156,7 +156,7 @@ def _program(function):
 
 
 def _run(function, *given):
-    """function(*given), the function of a chunk. Compiled, it reads the logits once or twice instead of five times.
+    """function(*given), the function of a chunk. Compiled, its passes over the logits become one or two.
 
     One program serves all chunks of at least two tokens; one of a single token would be another.
     """

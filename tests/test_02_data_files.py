@@ -116,6 +116,15 @@ def test_another_seed_asks_other_questions(maker):
     assert len(ours & others) < len(ours) / 2
 
 
+def test_a_level_without_pairs_left_gives_way_to_another(maker):
+    """The one with the most left, so no seed of the data ends in a traceback, and still nothing is asked twice."""
+    tasks = maker.Tasks(0)
+    count = len(tasks.pairs["subtract", 3])
+    pairs = [tasks.next_pair("subtract", 3) for _ in range(count + 5)]
+    assert [maker.level_of("subtract", *pair) for pair in pairs] == [3] * count + [2] * 5
+    assert len(set(pairs)) == count + 5
+
+
 def test_they_are_small():
     assert sum(path.stat().st_size for path in DATA.iterdir() if path.suffix in (".jsonl", ".json")) < 8e6
 
