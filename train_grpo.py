@@ -36,7 +36,7 @@ over num_minibatches parts. --loss chooses the objective (all in minillm/losses.
 (Dr. GRPO: arXiv 2503.20783; DAPO: arXiv 2503.14476.) A group of equal rewards has advantage 0. grpo and dr_grpo count
 its answers in the denominator, as their papers do; dapo leaves them out (its authors also sample others in their
 place). Where beta is 0 such a group has no gradient at all, and is not computed: entropy and KL in the log are then
-those of the other groups.
+those of the other groups, and the KL is that of the first of the num_minibatches parts.
 
 On each rollout the ratio is exactly 1 and clip_fraction 0 in the first optimizer step, and in the first rollout the KL
 to the reference is 0: with --num_minibatches 1 the first line of the log shows it.
@@ -187,13 +187,15 @@ def main(cfg: Config) -> dict:
 
         # Log-probabilities before the update, in the micro-batches of the update, so that the first ratio is exactly 1.
         # (Gradients stay enabled: without them PyTorch may choose kernels that round differently.)
-        for part in [part for minibatch in minibatches for part in minibatch.parts]:
-            logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
-            logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
-            part.old_logprobs = part.logprobs = logprobs
-            with lora_off(ref_model):
-                part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
-            run.add({"entropy": entropy}, weight=part.n_tokens)
+        for minibatch in minibatches:
+            for part in minibatch.parts:
+                logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
+                logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
+                part.old_logprobs = part.logprobs = logprobs
+                run.add({"entropy": entropy}, weight=part.n_tokens)
+                if cfg.beta or minibatch is minibatches[0]:  # else the KL is for the log alone: a sample of it will do
+                    with lora_off(ref_model):
+                        part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
 
         # Update
         for minibatch in minibatches * cfg.update_epochs:

@@ -525,6 +525,12 @@ def swapped(dice, items):
 
 # --------------------------------------------------------------------------------------------- lines
 
+def language(i, task):
+    """The language of question i: they take turns. Sums change the turn with every round of DRAWN_LEVELS, or else a
+    level would always be asked in the same language."""
+    return LANGS[(i + (i // len(DRAWN_LEVELS) if task in SIGN else 0)) % 2]
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -681,7 +687,8 @@ def make_judging(dice, tasks, n, pairs, hold_out=False):
     """Which of two answers is better? n pairs in both orders, so that A and B are right equally often."""
     lines = []
     for i in range(n):
-        kind, lang, task = ("rude", "rambling", "wrong")[i % 3], LANGS[i // 3 % 2], PAIR_TASKS[i // 6 % 7]
+        kind, task = ("rude", "rambling", "wrong")[i % 3], PAIR_TASKS[i // 6 % 7]
+        lang = language(i // 3, task)
         pair = dice.pick(pairs[task]) if task in pairs else None
         if hold_out or i % 2:
             question, good, bad = two_replies(dice, tasks, kind, task, lang, hold_out, pair)
@@ -700,7 +707,7 @@ def make_sft_eval(dice, tasks, talk, counts):
     lines = []
     for task, n in counts.items():
         for i in range(n):
-            lang = LANGS[i % 2]
+            lang = language(i, task)
             if task == "talk":
                 held = talk.held_out(lang)
                 if held:
@@ -719,7 +726,7 @@ def make_prompts(dice, tasks, talk, counts, hold_out):
         for i in range(n * 4):
             if made == n:
                 break
-            lang = LANGS[i % 2]
+            lang = language(i, task)
             if task == "talk":
                 found = talk.held_out(lang) if hold_out else talk.pick(dice, lang)
                 if not found:
@@ -744,7 +751,8 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
         made = i = 0
         while made < n:
             i += 1
-            lang, task = LANGS[i % 2], turns[i // 2 % len(turns)]
+            task = turns[i // 2 % len(turns)]
+            lang = language(i, task)
             if task == "fact" and kind != "wrong" and i // 14 % 2:
                 task = "talk"
             if task == "talk":

@@ -63,8 +63,9 @@ def sample(logits, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
         tokens = logits.argmax(dim=-1)
         return tokens, torch.zeros_like(tokens, dtype=torch.float32)
     logits = logits.float()
-    # The largest logit becomes 0 before the division: a tiny temperature must not make infinities of it.
-    logprobs = torch.log_softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if temperature != 1:  # the largest logit becomes 0 first: a tiny temperature must not make infinities of it
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     if top_p < 1 or top_k > 0:
         ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
         if top_k > 0:

@@ -87,18 +87,21 @@ def shown_tasks(text):
     return found.group(1) if found else text
 
 
-def operands(maker, lines, task):
-    """Operand pairs of every sum (or difference) that the lines ask for, judging conversations and chats included; sums
-    in one order."""
+def sums(maker, lines, task):
+    """(question, its two numbers) of every sum (or difference) that the lines ask for, judging conversations and chats
+    included."""
     wordings = [form for forms in {"add": maker.ADD, "subtract": maker.SUBTRACT}[task].values() for form in forms]
     asked = re.compile("|".join(re.sub(r"\\{[ab]\\}", r"\\d+", re.escape(form)) for form in wordings))
-    pairs = set()
     for line in lines:
         for message in messages_of(line):
             text = shown_tasks(message["content"])
             if message["role"] == "user" and asked.fullmatch(text):
-                pairs.add(tuple(sorted(int(n) for n in re.findall(r"\d+", text))))
-    return pairs
+                yield text, [int(number) for number in re.findall(r"\d+", text)]
+
+
+def operands(maker, lines, task):
+    """The operand pairs of these sums (or differences), in one order."""
+    return {tuple(sorted(numbers)) for _, numbers in sums(maker, lines, task)}
 
 
 def test_made_again_they_are_the_same_to_the_byte(maker, tmp_path):
@@ -251,6 +254,17 @@ def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):
         trained = set().union(*(operands(maker, files[name], task) for name in TRAINING[:4]))
         assert len(held) > 200 and len(trained) > 1000
         assert not held & trained
+
+
+def test_no_level_of_the_sums_is_always_asked_in_one_language(maker, files):
+    """Or GRPO learns to carry in one language and not in the other, and a test set like that cannot tell."""
+    for name in ("sft", "sft_eval", "sft_test", "prompts", "prompts_eval", "preference", "preference_test"):
+        for task in ("add", "subtract"):
+            found = Counter((level(task, *numbers), text.isascii()) for text, numbers in sums(maker, files[name], task)
+                            if not text.endswith("= ?"))  # which is asked in both
+            for number in maker.LEVELS:
+                counts = found[number, True], found[number, False]
+                assert min(counts) > 0.25 * sum(counts), (name, task, number, counts)
 
 
 def test_rl_prompts_ask_sums_that_sft_has_not_seen(files, maker):
