@@ -261,7 +261,7 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
         kept = rows[keep[rows]]
         kept = share(kept[lengths[kept].argsort()])
         # A CPU gains by running short answers apart from long ones, with less padding; a GPU by fewer launches.
-        pieces = grad_accum * 2 if device.type == "cpu" and len(kept) >= 32 * grad_accum else grad_accum
+        pieces = grad_accum * 2 if device.type == "cpu" and len(kept) > 32 * grad_accum else grad_accum
         parts = [micro_batch(part) for part in kept.tensor_split(pieces) if len(part)]
         return MiniBatch(parts, n_sequences=len(share(rows)), n_tokens=sum(part.n_tokens for part in parts))
 

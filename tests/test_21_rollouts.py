@@ -327,6 +327,19 @@ def test_more_mini_and_micro_batches_than_answers():
     assert [len(minibatch.parts) for minibatch in minibatches] == [1] * 6 + [0, 0]
 
 
+@pytest.mark.parametrize("answers, widths", [(32, [10]), (34, [2, 10])])
+def test_on_a_cpu_many_answers_are_run_in_twice_as_many_micro_batches(answers, widths):
+    """Those of 2 tokens apart from those of 10. Few answers are run together: there the padding is cheaper."""
+    lengths = torch.tensor([2, 10] * (answers // 2))[:, None]
+    places = torch.arange(10)
+    rollout = Rollout(torch.ones(answers, 10, dtype=torch.long), (places > 0) & (places < lengths),
+                      torch.zeros(answers, 10))
+    minibatch, = split_rollout(rollout, 1, 1, torch.Generator().manual_seed(0))
+    assert [part.tokens.shape[1] for part in minibatch.parts] == widths
+    assert sum(len(part.tokens) for part in minibatch.parts) == minibatch.n_sequences == answers
+    assert minibatch.n_tokens == answers * 5
+
+
 def test_the_order_is_random_and_decided_by_the_generator():
     def order(seed):
         minibatches = split_rollout(six_answers(), 6, 1, torch.Generator().manual_seed(seed))

@@ -252,6 +252,16 @@ def test_the_reference_stays_and_the_old_policy_follows(run, monkeypatch, peft):
     assert stats["ratio_mean"] == 1 and stats["approx_kl"] == 0 and stats["kl"] > 1e-6
 
 
+@pytest.mark.parametrize("beta, scored", [(0.0, [True, False]), (0.04, [True, True])])
+def test_without_a_kl_term_the_reference_scores_one_of_the_mini_batches(folder, run, monkeypatch, beta, scored):
+    """Only the log asks for the KL then. It is measured before the first update, so it is 0 exactly."""
+    calls = spy(monkeypatch, train_grpo, "grpo_loss")
+    run("grpo", "--max_steps", 1, "--num_minibatches", 2, "--beta", beta, "--reward", f"{folder}/mine.py:letters")
+    assert [args[2] is not None for args, _ in calls] == scored
+    if not beta:
+        assert training_steps(folder / "grpo")[0]["kl"] == 0
+
+
 def test_before_the_update_one_forward_pass_is_forgotten_before_the_next(run, monkeypatch):
     """It is made with gradients, for the same kernels as in the update, but none runs backward. The classic mistake
     keeps its result in a variable, and with it all activations: those of two micro-batches at a time."""
