@@ -127,6 +127,15 @@ def document_lengths(doc_ids) -> list:
     return [row.unique_consecutive(return_counts=True)[1].tolist() for row in doc_ids]
 
 
+def one_by_one(device_type: str, T: int) -> bool:
+    """Whether the documents of packed rows of T tokens are attended to one by one.
+
+    In long rows most pairs of tokens span two documents, and a CPU's kernels skip none. In bf16 two_products makes rows
+    of up to 512 cheap enough.
+    """
+    return device_type == "cpu" and T > (512 if torch.is_autocast_enabled("cpu") else 256)
+
+
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v -> (B, H, T, d) for q (B, H, T, d) and k, v (B, K, S, d).
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillm import runtime
 from minillm.attention import (BLOCK, attend, attention_mask_2d, can_flex, document_block_mask, document_lengths,
-                               document_positions)
+                               document_positions, one_by_one)
 
 
 @dataclass
@@ -279,8 +279,8 @@ class Backbone(nn.Module):
         cos, sin = self.rotary(positions + prefix)
         if block_mask is not None and not prefix:
             mask = block_mask
-        elif doc_ids is not None and valid is None and not prefix and tokens.device.type == "cpu" and T > 512:
-            mask = document_lengths(doc_ids)  # in long rows most pairs span two documents; CPU kernels skip none
+        elif doc_ids is not None and valid is None and not prefix and one_by_one(tokens.device.type, T):
+            mask = document_lengths(doc_ids)
         else:
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from minillm import attention, runtime
 from minillm.attention import (attend, attention_mask_2d, document_block_mask, document_blocks, document_lengths,
-                               document_positions)
+                               document_positions, one_by_one)
 from minillm.data import to_device
 from minillm.model import (MLP, CausalLM, KVCache, ModelConfig, RMSNorm, RotaryEmbedding, llama3_frequencies,
                            apply_rope, packed_forward, preset_config)
@@ -482,8 +482,7 @@ def test_the_loaders_blocks_are_pytorchs(length):
 
 
 def test_long_packed_rows_equal_their_documents_alone():
-    """On CPUs rows of over 512 tokens are attended to document by document: forward and backward, with padding at the
-    end."""
+    """On CPUs long rows are attended to document by document: forward and backward, with padding at the end."""
     model, tokens = small_model(num_key_value_heads=2, max_position_embeddings=1024), ids(2, 600)
     lengths = [[200, 1, 310, 89], [600]]
     doc_ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
@@ -499,6 +498,14 @@ def test_long_packed_rows_equal_their_documents_alone():
     mask = attention_mask_2d(None, doc_ids, 600, 0, "cpu")
     q, k, v = torch.randn(2, 4, 600, 8), torch.randn(2, 2, 600, 8), torch.randn(2, 2, 600, 8)
     close(attend(q, k, v, document_lengths(doc_ids)), attend(q, k, v, mask))
+
+
+@pytest.mark.parametrize("device, bf16, length, expected", [
+    ("cpu", False, 256, False), ("cpu", False, 257, True), ("cpu", True, 512, False), ("cpu", True, 513, True),
+    ("mps", False, 4096, False)])
+def test_only_a_cpu_goes_document_by_document_in_float32_sooner(device, bf16, length, expected):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert one_by_one(device, length) == expected
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
