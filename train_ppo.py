@@ -107,7 +107,7 @@ class Config(RunConfig):
     max_questions: int = flag(500, "held-out prompts asked in an evaluation, of a larger file evenly spaced", low=1,
                               downloaded=200)
     log_every: int = flag(1, "steps between log lines", low=1)
-    eval_every: int = flag(20, "steps between evaluations", low=1)
+    eval_every: int = flag(24, "steps between evaluations", low=1)
     save_every: int = flag(20, "steps between checkpoints", low=1)
     show_every: int = flag(0, "steps between printed samples with rewards and advantages, whose tokens are kept in "
                               "OUT/rollout.jsonl for eval.py --tokens (0: never)", low=0)

@@ -234,7 +234,7 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
                   keep=None) -> list:
     """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches.
 
-    On a CPU there may be twice as many MicroBatches.
+    On a CPU there may be more MicroBatches, so that none has more than 32 answers.
 
     Every process takes its share of each MiniBatch, which may be none.
 
@@ -261,7 +261,7 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
         kept = rows[keep[rows]]
         kept = share(kept[lengths[kept].argsort()])
         # A CPU gains by running short answers apart from long ones, with less padding; a GPU by fewer launches.
-        pieces = grad_accum * 2 if device.type == "cpu" and len(kept) > 32 * grad_accum else grad_accum
+        pieces = max(grad_accum, -(-len(kept) // 32)) if device.type == "cpu" else grad_accum
         parts = [micro_batch(part) for part in kept.tensor_split(pieces) if len(part)]
         return MiniBatch(parts, n_sequences=len(share(rows)), n_tokens=sum(part.n_tokens for part in parts))
 

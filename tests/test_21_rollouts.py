@@ -328,8 +328,8 @@ def test_more_mini_and_micro_batches_than_answers():
 
 
 @pytest.mark.parametrize("answers, widths", [(32, [10]), (34, [2, 10])])
-def test_on_a_cpu_many_answers_are_run_in_twice_as_many_micro_batches(answers, widths):
-    """Those of 2 tokens apart from those of 10. Few answers are run together: there the padding is cheaper."""
+def test_on_a_cpu_a_micro_batch_has_at_most_32_answers(answers, widths):
+    """Those of 2 tokens apart from those of 10, where there are more."""
     lengths = torch.tensor([2, 10] * (answers // 2))[:, None]
     places = torch.arange(10)
     rollout = Rollout(torch.ones(answers, 10, dtype=torch.long), (places > 0) & (places < lengths),
