@@ -66,7 +66,7 @@ STAGES = {
     "ppo": (train_ppo, {"model": "sft", "reward_model": "reward"}, {}),
     "dpo": (train_dpo, {"model": "sft"}, {}),
     "judge": (train_sft, {"model": "sft"}, {"data": ["data/judge.jsonl"], "eval_data": "data/judge_eval.jsonl",
-                                            "lr": 1e-3}),
+                                            "lr": 1e-3, "epochs": 6}),
     "rlaif": (label_preferences, {"policy": "sft", "judge": "judge"}, {}),
     "dpo_rlaif": (train_dpo, {"model": "sft", "data": "rlaif"}, {"eval_data": "data/preference_eval.jsonl"}),
     "full": (train_sft, {"model": "sft"}, {"data": NEW, **FULL}),

@@ -6,7 +6,7 @@ judges tend to favour one of the two places. The mean of the two probabilities i
 
     {"chosen": [messages], "rejected": [messages], "confidence": mean probability of the verdict, "task"}
 
-    python train_sft.py --model out/sft --data data/judge.jsonl --lr 1e-3 --out out/judge
+    python train_sft.py --model out/sft --data data/judge.jsonl --lr 1e-3 --epochs 6 --out out/judge
     python data/label_preferences.py     # out/sft answers, out/judge judges; writes out/rlaif/preference.jsonl
     python train_dpo.py --data out/rlaif/preference.jsonl --eval_data data/preference_eval.jsonl --out out/dpo_rlaif
 
