@@ -21,9 +21,9 @@ The numbers:
     gold_reward       mean of correct, polite and brief (minillm/verify.py)
     reward            mean score of the replies by --reward_model
     preference_accuracy   share of held-out pairs whose chosen answer scores higher; of a language model by its implicit
-                      reward, log p(answer | prompt) - the same under --ref
+                      reward, log p(answer | prompt) minus that under --ref
 
-Deviations: --top_p is nucleus sampling (arXiv 1904.09751); the evaluation asks each question once and takes the
+--top_p is nucleus sampling (arXiv 1904.09751); the evaluation asks each question once and takes the
 likeliest token (temperature 0) unless told otherwise.
 """
 
@@ -161,8 +161,7 @@ def load(folder: str, device) -> tuple:
                             "give its base with --model and this with --adapter")
         folder, adapter = base, folder
     checkpoint.require_stage(folder)
-    tokenizer = Tokenizer.load(folder)
-    checkpoint.check_tokenizer(checkpoint.load_config(folder), tokenizer, folder)
+    tokenizer = checkpoint.load_tokenizer(folder)
     model = checkpoint.load_model(folder, device)
     return (load_adapter(model, adapter) if adapter else model), tokenizer
 
@@ -224,7 +223,7 @@ def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -
 
 
 def held_out_pairs(cfg: Config, tokenizer, max_seq_len: int):
-    """The pairs of --data, or of the embedded file where --data holds something else."""
+    """The pairs of --data, or of data/preference_eval.jsonl where --data holds something else."""
     path = cfg.data if cfg.data and kind_of(cfg.data) == "chosen" else EVAL_PAIRS
     dataset = load_dataset(encode_pair, [path], tokenizer, max_seq_len)
     return PairDataset(dataset, range(len(dataset) // 2))

@@ -21,11 +21,11 @@ In memory: the policy, its gradients and moments; of the reference only two numb
 
     python train_dpo.py                                   # the pairs in data/, from out/sft
     python train_dpo.py --loss ipo                        # IPO (arXiv 2310.12036, Eq. 17): the margin has a target
-    python train_dpo.py --data mine.jsonl --model Qwen3-0.6B --beta 0.1 --lr 1e-6 --epochs 1 --max_seq_len 1024
+    python train_dpo.py --data mine.jsonl --model Qwen3-0.6B
 
-The first line of the log shows ln 2: before its first update the policy is the reference (unless --ref_model names
-another). Watch chosen_logprobs: the loss falls as long as the rejected answer falls faster, even when the chosen one
-falls too.
+The first line of the log shows ln 2 (IPO: 1 / (2 beta)^2): before its first update the policy is the reference (unless
+--ref_model names another). Watch chosen_logprobs: the loss falls as long as the rejected answer falls faster, even when
+the chosen one falls too.
 Losses: dpo_loss and ipo_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
 Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop. The
@@ -44,7 +44,6 @@ from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import (PairLoader, answer_logprobs, check_same_tokenizer, load_pairs, pair_logprobs,
                                  rank_pairs, reference_logprobs)
 from minillm.run import Run, RunConfig
-from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA, QUESTIONS = "data/preference.jsonl", "data/preference_eval.jsonl", "data/sft_eval.jsonl"
 
@@ -86,8 +85,7 @@ def main(cfg: Config) -> dict:
         checkpoint.require_stage(cfg.ref_model, option="--ref_model", max_seq_len=cfg.max_seq_len)
     if cfg.loss != "dpo" and cfg.label_smoothing:
         raise UserError(f"--label_smoothing {cfg.label_smoothing} belongs to --loss dpo; leave it out with {cfg.loss}")
-    tokenizer = Tokenizer.load(cfg.model)
-    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, cfg.ref_model, *cfg.data, eval_path])
     if run.finished:
@@ -106,7 +104,7 @@ def main(cfg: Config) -> dict:
     if cfg.ref_model:
         split = shard.is_on(cfg)  # then all of its numbers must have one dtype
         ref_model = checkpoint.load_model(cfg.ref_model, device, frozen=not split, mapped=split)
-        check_same_tokenizer(tokenizer, Tokenizer.load(cfg.ref_model), cfg.ref_model)
+        check_same_tokenizer(tokenizer, checkpoint.load_tokenizer(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)
         shard.shard(cfg, model, device)

@@ -13,20 +13,20 @@ itself, but r_i - mean(r) = (G - 1)/G (r_i - mean of the others): the same direc
 std is another matter: it gives prompts that are almost always or almost never solved more weight (dr_grpo leaves it
 out). For what the clip does, see train_ppo.py.
 
-k1 against k3: with x = log ref - log policy of a sampled token, k1 = -x and k3 = exp(x) - x - 1. Both have the mean
-KL(policy || ref), because the mean of exp(x) is sum_o policy(o) ref(o) / policy(o) = 1; k3 is never negative and less
-noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0: it holds nothing.
-k3's is (1 - ref / policy) grad log policy, which pulls back (on average it is the gradient of KL(ref || policy)). So
-it is k3 here and in the logs, and k1 where PPO takes the value off the reward.
+k1 against k3: with x = log ref - log policy of a token that the policy sampled, k1 = -x and k3 = exp(x) - x - 1. Both
+have the mean KL(policy || ref), because the mean of exp(x) is sum_o policy(o) ref(o) / policy(o) = 1; k3 is never
+negative and less noisy where the two are close. In a loss the gradient counts: k1's is grad log policy, of mean 0: it
+holds nothing. k3's is (1 - ref / policy) grad log policy, which pulls back (on average it is the gradient of KL(ref ||
+policy)). So it is k3 here and in the logs, and k1 where PPO takes the value off the reward.
 In memory: the policy with gradients and moments, the frozen reference (with --peft lora the same weights), and the
 cache of keys and values while sampling.
 
     python train_grpo.py                                  # the prompts in data/, from out/sft; reward: is it right?
     python train_grpo.py --beta 0.04                      # with the paper's KL term
-    python train_grpo.py --data mine.jsonl --reward my_reward.py:score --lr 1e-6
+    python train_grpo.py --data mine.jsonl --reward my_reward.py:score --model Qwen3-0.6B
 
 A step is a rollout (batch_size prompts, group_size answers to each) and the optimizer steps on it: update_epochs passes
-over num_minibatches parts. --loss chooses the objective (all in minillm/losses.py, tests: chapters 18, 21 and 22):
+over num_minibatches mini-batches. --loss chooses the objective (all in minillm/losses.py; chapters 18, 21 and 22):
 
     --loss    advantage                 denominator of an optimizer step         clip of the ratio        KL term
     grpo      (r - mean) / (std + eps)  each answer's length, then the answers   1 +- clip_eps            beta k3
@@ -36,7 +36,7 @@ over num_minibatches parts. --loss chooses the objective (all in minillm/losses.
 (Dr. GRPO: arXiv 2503.20783; DAPO: arXiv 2503.14476.) A group of equal rewards has advantage 0. grpo and dr_grpo count
 its answers in the denominator, as their papers do; dapo leaves them out (its authors also sample others in their
 place). Where beta is 0 such a group has no gradient at all, and is not computed: entropy and KL in the log are then
-those of the other groups, and the KL is that of the first of the num_minibatches parts.
+those of the other groups, and the KL is that of the first of the num_minibatches mini-batches.
 
 On each rollout the ratio is exactly 1 and clip_fraction 0 in the first optimizer step, and in the first rollout the KL
 to the reference is 0: with --num_minibatches 1 the first line of the log shows it.
@@ -55,12 +55,11 @@ from minillm.lora import apply_lora, lora_off
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
 from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
-from minillm.rewards import load_rewards
+from minillm.rewards import load_rewards, reward_sources
 from minillm.rollouts import (PromptLoader, load_prompts, read_answers, response_logprobs, sample_rollout,
                               sampled_scores, score_rollout, select, split_rollout)
 from minillm.run import Run, RunConfig
 from minillm.token_view import save_rollout
-from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/prompts.jsonl", "data/prompts_eval.jsonl"
 
@@ -87,7 +86,7 @@ class Config(RunConfig):
     epochs: int = flag(3, "passes over the prompts", low=1, downloaded=1)
     clip_eps: float = flag(0.2, "clipping range of the ratio (dapo: downwards; upwards it has 0.28)", low=0, high=1)
     beta: float = flag(0.0, "weight of KL(policy || ref) in the loss", low=0)
-    missing_eos_penalty: float = flag(1.0, "what an answer loses that does not end by itself", low=0)
+    missing_eos_penalty: float = flag(1.0, "taken off the reward of an answer that does not end by itself", low=0)
     peft: str = flag("none", "train all weights, or a LoRA (--out then holds the adapter)", choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
     alpha: float = flag(16.0, "lora: the update is scaled by alpha / r", low=0)
@@ -108,12 +107,10 @@ def main(cfg: Config) -> dict:
     device = runtime.start(cfg.device, cfg.seed)
     checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
-    sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
+    sources, files = reward_sources(cfg.reward)
     if "model" in sources:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
-    files = [source.rpartition(":")[0] for source in sources]
-    tokenizer = Tokenizer.load(cfg.model)
-    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])
     if run.finished:
@@ -188,21 +185,21 @@ def main(cfg: Config) -> dict:
         # Log-probabilities before the update, in the micro-batches of the update, so that the first ratio is exactly 1.
         # (Gradients stay enabled: without them PyTorch may choose kernels that round differently.)
         for minibatch in minibatches:
-            for part in minibatch.parts:
-                logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
+            for batch in minibatch.micro_batches:
+                logprobs, entropy = response_logprobs(policy, batch, cfg.temperature, with_entropy=True)
                 logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
-                part.old_logprobs = part.logprobs = logprobs
-                run.add({"entropy": entropy}, weight=part.n_tokens)
-                if cfg.beta or minibatch is minibatches[0]:  # else the KL is for the log alone: a sample of it will do
+                batch.old_logprobs = batch.logprobs = logprobs
+                run.add({"entropy": entropy}, weight=batch.n_tokens)
+                if cfg.beta or minibatch is minibatches[0]:  # else the KL is for the log alone: a sample will do
                     with lora_off(ref_model):
-                        part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
+                        batch.ref_logprobs = response_logprobs(ref_model, batch, cfg.temperature).detach()
 
         # Update
         for minibatch in minibatches * cfg.update_epochs:
             n_sequences, n_tokens = run.count(minibatch.n_sequences, minibatch.n_tokens)
-            for part in minibatch.parts:
-                logprobs = response_logprobs(policy, part, cfg.temperature)
-                given = logprobs, part.old_logprobs, part.ref_logprobs, part.advantages, part.mask
+            for batch in minibatch.micro_batches:
+                logprobs = response_logprobs(policy, batch, cfg.temperature)
+                given = logprobs, batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.mask
                 if cfg.loss == "grpo":
                     loss, loss_stats = grpo_loss(*given, cfg.clip_eps, cfg.beta, n_sequences)
                 elif cfg.loss == "dr_grpo":
@@ -210,9 +207,9 @@ def main(cfg: Config) -> dict:
                 elif cfg.loss == "dapo":
                     loss, loss_stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
-                part.logprobs = logprobs.detach()
-                run.add({"policy_loss": loss})
-                run.add(loss_stats, weight=part.n_tokens)
+                batch.logprobs = logprobs.detach()  # for save_rollout alone, as above
+                run.add({"policy_loss": loss})  # a share of the step's loss; with a weight: a mean
+                run.add(loss_stats, weight=batch.n_tokens)
             update(policy, optimizers, cfg.max_grad_norm)
         if cfg.show_every and step % cfg.show_every == 0:
             save_rollout(run.folder, step, tokenizer, minibatches)

@@ -28,13 +28,13 @@ In memory: policy and critic with gradients and moments (16 bytes a parameter ea
 weights alone, and the cache of keys and values while sampling. With --peft lora policy and reference share weights, and
 gradients and moments are those of the LoRA.
 
-    python train_reward.py && python train_ppo.py         # the prompts in data/, from out/sft, scored by out/reward
+    python train_reward.py --model out/grpo && python train_ppo.py   # from out/sft, scored by out/reward
     python train_ppo.py --kl_coef 0                       # nothing holds the policy: watch it fool the reward model
-    python train_ppo.py --data rlaif.jsonl --model Qwen3-0.6B --reward_model mine --lr 1e-6 --value_lr 1e-5
+    python train_ppo.py --data mine.jsonl --model Qwen3-0.6B --reward_model out/my_reward
 
 A step is a rollout (one answer to each of batch_size prompts) and the optimizer steps on it: update_epochs passes over
-num_minibatches parts. The KL to the reference is part of the rewards, by the estimator k1, and not of the loss. The
-ratio is exactly 1 in the first optimizer step on each rollout.
+num_minibatches mini-batches. The KL to the reference is part of the rewards, by the estimator k1, and not of the loss.
+The ratio is exactly 1 in the first optimizer step on each rollout.
 Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Tests: chapters 19, 21 and 23.
 
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
@@ -59,8 +59,8 @@ from minillm.losses import gae, kl_k1, kl_k3, ppo_policy_loss, ppo_value_loss
 from minillm.metrics import evenly_spaced, show_samples
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import same_tokenizer
-from minillm.rewards import load_rewards
-from minillm.rollouts import (PromptLoader, explained_variance, load_prompts, part_texts, read_answers,
+from minillm.rewards import load_rewards, reward_sources
+from minillm.rollouts import (PromptLoader, batch_texts, explained_variance, load_prompts, read_answers,
                               response_logprobs, response_values, sample_rollout, sampled_scores, score_rollout,
                               select, split_rollout, whiten_advantages)
 from minillm.run import Run, RunConfig
@@ -91,10 +91,10 @@ class Config(RunConfig):
     value_clip_eps: float = flag(0.2, "clipping range of the values", low=0)
     gamma: float = flag(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = flag(0.95, "0: trust the critic, 1: trust the rewards", low=0, high=1)
-    kl_coef: float = flag(0.4, "what a nat of KL to the reference costs", low=0, downloaded=0.05)
-    target_kl: float = flag(0.2, "leave a rollout once the policy is further than this, per token, from the one that "
-                            "sampled it (0: never)", low=0)
-    missing_eos_penalty: float = flag(2.0, "what an answer loses that does not end by itself", low=0)
+    kl_coef: float = flag(0.4, "weight of the KL to the reference in the rewards", low=0, downloaded=0.05)
+    target_kl: float = flag(0.2, "stop updating on a rollout once the policy is further than this, in nats per token, "
+                            "from the one that sampled it (0: never)", low=0)
+    missing_eos_penalty: float = flag(2.0, "taken off the score of an answer that does not end by itself", low=0)
     peft: str = flag("none", "train all weights, or a LoRA of policy and critic (--out: the policy's adapter)",
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
@@ -118,12 +118,10 @@ def main(cfg: Config) -> dict:
     device = runtime.start(cfg.device, cfg.seed)
     checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
-    sources = [name.rpartition("*")[2] for name in cfg.reward]  # without their weights
+    sources, files = reward_sources(cfg.reward)
     if "model" in sources:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
-    files = [source.rpartition(":")[0] for source in sources]
-    tokenizer = Tokenizer.load(cfg.model)
-    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])
     if run.finished:
@@ -202,53 +200,53 @@ def main(cfg: Config) -> dict:
         # PyTorch may choose kernels that round differently.)
         minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
                                     scores=scores)
-        parts = [part for minibatch in minibatches for part in minibatch.parts]
-        for part in parts:
-            logprobs, entropy = response_logprobs(policy, part, cfg.temperature, with_entropy=True)
+        micro_batches = [batch for minibatch in minibatches for batch in minibatch.micro_batches]
+        for batch in micro_batches:
+            logprobs, entropy = response_logprobs(policy, batch, cfg.temperature, with_entropy=True)
             logprobs = logprobs.detach()  # and its activations are gone before the next forward pass
-            part.old_logprobs = part.logprobs = logprobs
+            batch.old_logprobs = batch.logprobs = logprobs
             with lora_off(ref_model):
-                part.ref_logprobs = response_logprobs(ref_model, part, cfg.temperature).detach()
-            part.old_values = response_values(value_model, part).detach()
-            run.add({"entropy": entropy}, weight=part.n_tokens)
+                batch.ref_logprobs = response_logprobs(ref_model, batch, cfg.temperature).detach()
+            batch.old_values = response_values(value_model, batch).detach()
+            run.add({"entropy": entropy}, weight=batch.n_tokens)
 
         # Reward of each token, and advantages, which are whitened over the whole rollout
-        for part in parts:
-            kl = kl_k1(part.old_logprobs, part.ref_logprobs)  # (b, t - 1), 0 outside the answers
+        for batch in micro_batches:
+            kl = kl_k1(batch.old_logprobs, batch.ref_logprobs)  # (b, t - 1), 0 outside the answers
             rewards = -cfg.kl_coef * kl
-            rewards[torch.arange(len(rewards), device=device), part.last] += part.scores
-            part.advantages, part.returns = gae(rewards, part.old_values, part.mask, cfg.gamma, cfg.gae_lambda)
+            rewards[torch.arange(len(rewards), device=device), batch.last] += batch.scores
+            batch.advantages, batch.returns = gae(rewards, batch.old_values, batch.mask, cfg.gamma, cfg.gae_lambda)
             run.add({"kl_answer": kl.sum() / len(kl)}, weight=len(kl))  # by k1, as it is paid; "kl" by k3, per token
-            run.add({"kl": kl_k3(part.old_logprobs, part.ref_logprobs).sum() / part.n_tokens,
-                     "returns": part.returns.sum() / part.n_tokens,
-                     "values": (part.old_values * part.mask).sum() / part.n_tokens}, weight=part.n_tokens)
-        whiten_advantages(parts, device)
-        if cfg.show_every and step % cfg.show_every == 0 and parts:  # of several processes one may have no answer
-            part = parts[0]  # the advantage of an answer: the mean of its tokens'
-            means = (part.advantages * part.mask).sum(dim=1) / part.mask.sum(dim=1)
+            run.add({"kl": kl_k3(batch.old_logprobs, batch.ref_logprobs).sum() / batch.n_tokens,
+                     "returns": batch.returns.sum() / batch.n_tokens,
+                     "values": (batch.old_values * batch.mask).sum() / batch.n_tokens}, weight=batch.n_tokens)
+        whiten_advantages(micro_batches, device)
+        if cfg.show_every and step % cfg.show_every == 0 and micro_batches:  # one of several processes may have none
+            batch = micro_batches[0]  # the advantage of an answer: the mean of its tokens'
+            means = (batch.advantages * batch.mask).sum(dim=1) / batch.mask.sum(dim=1)
             runtime.say(show_samples("answers to several prompts; reward: the normalised score",
-                                     part_texts(part, tokenizer)[:8], part.scores[:8], means[:8]))
-        run.add({"explained_variance": explained_variance(parts, device)}, weight=len(answers))
+                                     batch_texts(batch, tokenizer)[:8], batch.scores[:8], means[:8]))
+        run.add({"explained_variance": explained_variance(micro_batches, device)}, weight=len(answers))
 
         # Update
         updates = 0
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
-            for part in minibatch.parts:
+            for batch in minibatch.micro_batches:
                 # The critic's first rollouts do not move the policy: it would say the same again.
-                logprobs = response_logprobs(policy, part, cfg.temperature) if policy_step >= 0 else part.old_logprobs
+                logprobs = response_logprobs(policy, batch, cfg.temperature) if policy_step >= 0 else batch.old_logprobs
                 policy_loss, policy_stats = ppo_policy_loss(
-                    logprobs, part.old_logprobs, part.advantages, part.mask, cfg.clip_eps, n_tokens)
+                    logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip_eps, n_tokens)
                 if policy_step >= 0:
                     policy_loss.backward()  # before the critic's forward pass: the activations of one model at a time
-                values = response_values(value_model, part)
+                values = response_values(value_model, batch)
                 value_loss, value_stats = ppo_value_loss(
-                    values, part.old_values, part.returns, part.mask, cfg.value_clip_eps, n_tokens)
+                    values, batch.old_values, batch.returns, batch.mask, cfg.value_clip_eps, n_tokens)
                 value_loss.backward()
-                part.logprobs = logprobs.detach()
-                approx_kl = approx_kl + policy_stats["approx_kl"] * part.n_tokens / n_tokens
+                batch.logprobs = logprobs.detach()  # for save_rollout alone, as above
+                approx_kl = approx_kl + policy_stats["approx_kl"] * batch.n_tokens / n_tokens
                 run.add({"policy_loss": policy_loss, "value_loss": value_loss})
-                run.add({**policy_stats, "value_clip_fraction": value_stats["clip_fraction"]}, weight=part.n_tokens)
+                run.add({**policy_stats, "value_clip_fraction": value_stats["clip_fraction"]}, weight=batch.n_tokens)
             if cfg.target_kl and runtime.sum_over_processes(float(approx_kl)) > cfg.target_kl:
                 policy.zero_grad()  # too far: neither this update is made nor the rest of this rollout's
                 value_model.zero_grad()

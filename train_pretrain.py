@@ -1,6 +1,6 @@
 """Pretraining: a transformer learns to predict the next token of plain text.
 
-The objective of GPT (arXiv 2005.14165), over every token x of every document:
+The objective of GPT-3 (arXiv 2005.14165), over every token x of every document:
 
     loss = - mean_t log p(x_t | x_<t)
 
@@ -9,10 +9,10 @@ all text is a sum with one term for each token, and to maximise it is to predict
 
     E[-log p(x)] = H(text) + KL(text || model)
 
-so the loss ends at the entropy of the text, not at 0, and all that training can do is bring the model's distribution to
-the text's. It begins near ln(vocabulary), 8.03 for 3,072 tokens, where all are equally likely. In the logits of one
-token its gradient is (softmax(logits) - onehot(x_t)) / n_targets: what was said goes up, everything else goes down by
-its own probability.
+so the expected loss cannot fall below the entropy of the text: what training lowers is the KL divergence, the distance
+from the model's distribution to the text's. The loss begins near ln(vocabulary), 8.03 for 3,072 tokens, where all are
+equally likely. In the logits of one token its gradient is (softmax(logits) - onehot(x_t)) / n_targets: what was said
+goes up, everything else goes down by its own probability.
 In memory: weights, gradients and the optimizer's moments (16 bytes a parameter with AdamW, 12 with Muon, which has one
 moment), and the activations, which grow with batch_size x max_seq_len.
 
@@ -21,7 +21,7 @@ moment), and the activations, which grow with batch_size x max_seq_len.
 
 Loss: linear_cross_entropy in minillm/logprobs.py. Tests: chapters 5 and 7.
 
-Deviations: documents are packed into rows, and attention stays within each document (GPT lets it run across). By
+Deviations: documents are packed into rows, and attention stays within each document (GPT-3 lets it run across). By
 default Muon (arXiv 2502.16982) trains the hidden matrices, which learns faster than AdamW alone.
 """
 
@@ -68,9 +68,7 @@ def main(cfg: Config) -> dict:
         checkpoint.choose_defaults(cfg, cfg.model)
         checkpoint.require_stage(cfg.model, max_seq_len=cfg.max_seq_len)
     checkpoint.check_tokenizer_file(cfg.model or cfg.tokenizer)
-    tokenizer = Tokenizer.load(cfg.model or cfg.tokenizer)
-    if cfg.model:
-        checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    tokenizer = checkpoint.load_tokenizer(cfg.model) if cfg.model else Tokenizer.load(cfg.tokenizer)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model or cfg.tokenizer, *cfg.data, eval_path])
     if run.finished:

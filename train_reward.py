@@ -1,6 +1,6 @@
 """Reward model: learn from pairs of answers to score an answer, as the person who compared them would.
 
-The first half of RLHF (InstructGPT, arXiv 2203.02155, Eq. 1, with two answers per prompt). r(x, y) is a scalar head on
+The second step of InstructGPT (arXiv 2203.02155, Eq. 1, with two answers per prompt). r(x, y) is a scalar head on
 the SFT model, read at the <|im_end|> that closes answer y to prompt x:
 
     loss = -log sigmoid(r(x, chosen) - r(x, rejected) - margin) - sft_coef * mean_t log p(chosen_t | before it)
@@ -12,16 +12,17 @@ answer has a strength exp(r) > 0, whatever it is compared with, and wins in prop
 
 The log-odds are then the difference of two scores. The likeliest r for the labels seen minimises -log P, the loss (with
 margin 0). Its gradient in r_chosen is -sigmoid(r_rejected - r_chosen), and the opposite in r_rejected: 1/2 where both
-score the same, and near 0 for a pair that is ranked clearly right. A number b(x) added to both scores cancels.
+score the same, and near 0 for a pair that is ranked clearly right. A number b(x) added to both scores cancels: only
+differences of scores for one prompt mean something.
 In memory: one model, its gradients and moments.
 
     python train_reward.py                                # the pairs in data/, from out/sft
     python train_reward.py --model out/grpo               # knows more right answers, so it ranks more pairs right
     python train_reward.py --sft_coef 0                   # InstructGPT's loss alone
-    python train_reward.py --data mine.jsonl --model Qwen3-0.6B --lr 1e-5 --epochs 1 --max_seq_len 1024
+    python train_reward.py --data mine.jsonl --model Qwen3-0.6B
 
-So only differences of scores for one prompt mean something. A pair may have a "margin" by which its chosen answer
-should win (Llama 2, arXiv 2307.09288, Eq. 2). The folder opens in transformers as a sequence classifier with one label.
+A pair may have a "margin" by which its chosen answer should win (Llama 2, arXiv 2307.09288, Eq. 2). The folder opens in
+transformers as a sequence classifier with one label.
 Loss: reward_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
 Deviations: the head starts at random, and all weights are trained. No term centres the scores. The second term is the
@@ -42,7 +43,6 @@ from minillm.metrics import table
 from minillm.optim import make_optimizers, schedule, set_lr, update
 from minillm.preferences import PairLoader, load_pairs, rank_pairs, score_pairs
 from minillm.run import Run, RunConfig
-from minillm.tokenizer import Tokenizer
 
 DATA, EVAL_DATA = "data/preference.jsonl", "data/preference_eval.jsonl"
 
@@ -73,8 +73,7 @@ def main(cfg: Config) -> dict:
     device = runtime.start(cfg.device, cfg.seed)
     checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
-    tokenizer = Tokenizer.load(cfg.model)
-    checkpoint.check_tokenizer(checkpoint.load_config(cfg.model), tokenizer, cfg.model)
+    tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, *cfg.data, eval_path])
     if run.finished:
@@ -110,24 +109,24 @@ def main(cfg: Config) -> dict:
     for step in run:
         set_lr(optimizers, cfg.lr * schedule(step, total_steps, cfg.warmup_steps))
         micro_batches = [batch for batch in (next(batches) for _ in range(cfg.grad_accum)) if batch.n_pairs]
-        n_pairs, n_tokens = run.count(sum(batch.n_pairs for batch in micro_batches),
-                                      sum(batch.n_chosen_tokens for batch in micro_batches))
+        n_pairs, n_targets = run.count(sum(batch.n_pairs for batch in micro_batches),
+                                       sum(batch.n_chosen_tokens for batch in micro_batches))
         for batch in micro_batches:
-            batch, size, n_targets = batch.to(device), batch.n_tokens, batch.n_chosen_tokens
+            batch, n_tokens, n_chosen_tokens = batch.to(device), batch.n_tokens, batch.n_chosen_tokens
             with runtime.autocast(device):
                 hidden = reward_model.model(batch.tokens)  # (2B, T, D): the chosen answers, then the rejected ones
             chosen_rewards, rejected_rewards = reward_model.read(hidden, batch.lengths).chunk(2)  # (B,) each
             loss = reward_loss(chosen_rewards, rejected_rewards, batch.margins, n_pairs)
             margins = (chosen_rewards - rejected_rewards).detach()
-            run.add({"loss": loss}, tokens=size)
             run.add({"accuracy": (margins > 0).float().mean(), "margin": margins.mean()}, weight=batch.n_pairs)
             if cfg.sft_coef:
                 chosen = slice(batch.n_pairs)
                 sft_loss = linear_cross_entropy(hidden[chosen], lm_head, batch.tokens[chosen],
-                                                batch.answer_mask[chosen], n_tokens, batch.targets[:n_targets])
-                run.add({"sft_loss": sft_loss})
+                                                batch.answer_mask[chosen], n_targets, batch.targets[:n_chosen_tokens])
+                run.add({"reward_loss": loss, "sft_loss": sft_loss})
                 loss = loss + cfg.sft_coef * sft_loss
             loss.backward()
+            run.add({"loss": loss}, tokens=n_tokens)
         update(reward_model, optimizers, cfg.max_grad_norm)
 
     # 6. Result

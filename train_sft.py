@@ -11,13 +11,13 @@ Why a mask: the log-likelihood of a conversation is that of what the user says p
 
 and only the second is to be learned: the model should answer, not imitate its users. The sum runs over all tokens, and
 loss_mask keeps the terms of the answer and of the <|im_end|> that closes it; without that one the model never learns to
-stop. A question is still read, so its hidden states get gradients, through attention. n_targets counts the masked
+stop. A question is still read, so its hidden states get gradients, through attention. n_targets counts the supervised
 tokens of all micro-batches and processes: a mean of their means would give the tokens of one with few targets more
 weight.
 In memory: as in train_pretrain.py.
 
     python train_sft.py                                   # the data in data/, from out/pretrain when it is there
-    python train_sft.py --data mine.jsonl --model Qwen3-0.6B --optimizer adamw --lr 2e-5 --epochs 3
+    python train_sft.py --data mine.jsonl --model Qwen3-0.6B     # a downloaded model has defaults of its own
 
 Loss: linear_cross_entropy in minillm/logprobs.py (sft_loss in losses.py is its plain twin). Tests: chapters 5 and 7.
 
@@ -75,9 +75,7 @@ def main(cfg: Config) -> dict:
     elif os.path.exists(f"{PRETRAINED}.bak"):
         runtime.say(f"there is no {PRETRAINED}, but an older run in {PRETRAINED}.bak; --model {PRETRAINED}.bak uses it")
     checkpoint.check_tokenizer_file(source or cfg.tokenizer)
-    tokenizer = Tokenizer.load(source or cfg.tokenizer)
-    if source:
-        checkpoint.check_tokenizer(checkpoint.load_config(source), tokenizer, source)
+    tokenizer = checkpoint.load_tokenizer(source) if source else Tokenizer.load(cfg.tokenizer)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[source or cfg.tokenizer, *cfg.data, eval_path])
     if run.finished:

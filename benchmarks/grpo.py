@@ -113,22 +113,23 @@ class Ours:
                                group_size=self.size["group_size"])
         phase_ends()
 
-        # Reward and advantage; a single mini-batch of a single micro-batch
+        # Reward and advantage; a single mini-batch, on a GPU a single micro-batch
         rewards = torch.tensor(reward(rollout.responses()), device=self.device).view(len(self.prompts), -1)  # (N, G)
         advantages = group_advantages(rewards).flatten()
         minibatch, = split_rollout(rollout, 1, 1, torch.Generator(), advantages=advantages)
-        part, = minibatch.parts
         phase_ends()
 
         # Log-probabilities of the reference, with gradients on as in train_grpo.py: off, other kernels may run
-        part.ref_logprobs = response_logprobs(self.ref_model, part).detach()
+        for batch in minibatch.micro_batches:
+            batch.ref_logprobs = response_logprobs(self.ref_model, batch).detach()
         phase_ends()
 
         # Update
-        logprobs = response_logprobs(self.policy, part)
-        loss, _ = grpo_loss(logprobs, logprobs.detach(), part.ref_logprobs, part.advantages, part.mask, clip_eps=0.2,
-                            beta=0.04, n_sequences=minibatch.n_sequences)
-        loss.backward()
+        for batch in minibatch.micro_batches:
+            logprobs = response_logprobs(self.policy, batch)
+            loss, _ = grpo_loss(logprobs, logprobs.detach(), batch.ref_logprobs, batch.advantages, batch.mask,
+                                clip_eps=0.2, beta=0.04, n_sequences=minibatch.n_sequences)
+            loss.backward()
         phase_ends()
         update(self.policy, self.optimizers, max_grad_norm=1.0)
         phase_ends()

@@ -20,6 +20,7 @@ from minillm.origin import as_json, files_of, read_origin, tokens_without_rows
 from minillm.records import advice_on_folder
 from minillm.runtime import hold_in_bf16, say
 from minillm.safetensors import atomic_write, load_json, load_safetensors, save_safetensors, short
+from minillm.tokenizer import Tokenizer
 
 MAX_SHARDS = 1000  # files of weights; each is kept open as a mapping
 
@@ -317,6 +318,13 @@ def save_folder(folder, config: ModelConfig, weights: dict, tokenizer, origin=No
     dtypes = origin.dtypes if origin is not None else {}
     save_safetensors(folder / "model.safetensors", weights, dtypes={
         name: getattr(torch, dtype) if dtype != "auto" else dtypes.get(name, torch.float32) for name in weights})
+
+
+def load_tokenizer(folder) -> Tokenizer:
+    """The tokenizer of a model's folder; raises UserError also where the two do not fit together."""
+    tokenizer = Tokenizer.load(folder)
+    check_tokenizer(load_config(folder), tokenizer, folder)
+    return tokenizer
 
 
 def check_tokenizer(config: ModelConfig, tokenizer, where):

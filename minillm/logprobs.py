@@ -101,7 +101,7 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     with tokens x vocabulary (the idea of Cut Your Losses, arXiv 2411.09009, in plain PyTorch). A few of them
     (LOGITS_KEPT) are kept instead, where that is faster; the result has the same bits. Matrix products run
     in the dtype of hidden, or in autocast's; log-softmax in float32; the weight's gradient is summed in float32.
-    A token whose logprob gets gradient 0 (masked by the loss) adds nothing at all, even if its hidden state is NaN.
+    A token whose logprob gets gradient 0 (outside the loss mask) adds nothing at all, even if its hidden state is NaN.
 
     hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
@@ -257,7 +257,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
 @torch.no_grad()
 def head_entropy(hidden: Tensor, weight: Tensor, mask: Tensor, temperature: float = 1.0, targets=None) -> Tensor:
-    """Mean entropy, in nats, of the distributions that the masked tokens were drawn from.
+    """Mean entropy, in nats, of the distributions that the tokens inside the mask were drawn from.
 
     entropy = -sum_v p_v log p_v, with p = softmax(hidden[b, t] @ weight.T / temperature) for a token at t + 1
 

@@ -89,7 +89,7 @@ def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
 
 def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, ref_chosen_logprobs: Tensor,
              ref_rejected_logprobs: Tensor, beta: float = 0.1, n_pairs=None):
-    """DPO with a target: the margin is pulled to 1 / (2 beta) and not beyond, so that it cannot run away.
+    """DPO with a target: h is pulled to 1 / (2 beta) and not beyond, so that it cannot run away.
 
     Paper: IPO, arXiv 2310.12036, Eq. 17 (its tau is beta).
     h    = (policy_chosen_logprobs - ref_chosen_logprobs) - (policy_rejected_logprobs - ref_rejected_logprobs)
@@ -97,7 +97,8 @@ def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
 
     Arguments, stats and errors: as in dpo_loss, but the logprobs are averages over the tokens of the answer. The paper
     writes the log-probability of the whole answer; its authors confirmed the average, without which one target cannot
-    fit answers of all lengths. The rewards in the stats are beta times these averages.
+    fit answers of all lengths. The rewards in the stats are beta times these averages,
+    and the margin, beta h, goes to 1/2.
     """
     z, stats = _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs,
                                  ref_rejected_logprobs, beta)
@@ -198,7 +199,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
 
 
 def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
-    """Shifts and scales to mean 0 and variance 1 over all masked positions of the batch.
+    """Shifts and scales to mean 0 and variance 1 over all positions inside the mask.
 
     Source: the code of arXiv 1909.08593 (Ziegler et al.), as told in arXiv 2403.17031 (N+ details of RLHF with PPO).
     whitened = (x - mean) * rsqrt(variance + 1e-8)
@@ -226,7 +227,8 @@ def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
 def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps_low, clip_eps_high, beta):
     """What the four policy losses share: the loss of each token (B, T), 0 outside the mask, and the stats.
 
-    They differ in the advantages that go in, in the range of the clip, and in the denominator of the sum of this.
+    They differ in the advantages that go in, in the range of the clip, and in what the sum over the tokens is divided
+    by.
     """
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
     if ref_logprobs is not None:
@@ -243,7 +245,7 @@ def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, c
     ratio = (logprobs - old_logprobs).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high) * advantages
-    losses = -torch.minimum(unclipped, clipped)  # the minimum for either sign: the more pessimistic promise counts
+    losses = -torch.minimum(unclipped, clipped)  # the smaller one for either sign of A: a lower bound of unclipped
 
     stats = {"approx_kl": kl_k3(old_logprobs, logprobs), "clip_fraction": clipped < unclipped, "ratio_mean": ratio}
     if ref_logprobs is not None:
@@ -276,7 +278,8 @@ def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | Non
     Returns (scalar, stats): approx_kl (k3, old to new policy), clip_fraction (share of tokens whose gradient the clip
     removes), ratio_mean and, if ref_logprobs is given, kl (k3, policy to reference).
     Raises ValueError for shapes that do not fit, a mask that is not bool, beta without ref_logprobs.
-    As in the paper the KL term is not multiplied by the ratio.
+    As in the paper the KL term is not multiplied by the ratio: it estimates the KL to the reference without bias only
+    in the first optimizer step on a rollout, while the tokens are the policy's own.
     """
     losses, stats = _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, _per_token(advantages, mask), mask,
                                        clip_eps, clip_eps, beta)

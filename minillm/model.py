@@ -285,8 +285,8 @@ class Backbone(nn.Module):
             mask = attention_mask_2d(valid, doc_ids, T, past, tokens.device, prefix)
         keys_values = self.prefix(self, cache) if self.prefix is not None else cache
 
-        # Compiled for training alone: without gradients, for the cache of each layer and for each list of documents
-        # there would be more programs.
+        # runtime.compile_layers puts a compiled function in the place of self.run_layer. It is for training alone:
+        # without gradients, with a cache, and for each list of documents there would be more programs to compile.
         compiled = torch.is_grad_enabled() and keys_values is None and not isinstance(mask, list)
         run_layer = self.run_layer if compiled else Backbone.run_layer
         x = self.embed_tokens(tokens)

@@ -255,10 +255,10 @@ def _apply(model, settings, stored, folder):
     elif kind == "PREFIX_TUNING":
         apply_prefix(model, length, [0])
         # Two heads of 12 numbers and four heads of 6 make tensors of one shape.
-        theirs, ours = settings["num_attention_heads"], model.config.num_key_value_heads
-        if theirs not in (0, ours):
-            raise UserError(f"{folder}: the adapter does not fit this base model: num_attention_heads {theirs} "
-                            f"instead of {ours}")
+        stored_heads, heads = settings["num_attention_heads"], model.config.num_key_value_heads
+        if stored_heads not in (0, heads):
+            raise UserError(f"{folder}: the adapter does not fit this base model: num_attention_heads {stored_heads} "
+                            f"instead of {heads}")
     else:
         targets = _find_targets(model, settings, folder)
         model.requires_grad_(False)

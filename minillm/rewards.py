@@ -162,6 +162,12 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
 
 # --------------------------------------------------------------------------------------------- --reward
 
+def reward_sources(specs) -> tuple:
+    """(names, files): what the values of --reward name, without weights, and the files of functions among them."""
+    names = [spec.rpartition("*")[2] for spec in specs]
+    return names, [name.rpartition(":")[0] for name in names]
+
+
 def load_rewards(specs, reward_model, judge, device="cpu"):
     """{name: (weight, reward source)} for the values of --reward.
 

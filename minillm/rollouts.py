@@ -137,14 +137,14 @@ def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id, temperatu
                                group_size=group_size, pad_id=pad_id, uniforms=share(uniforms).flatten(0, 1))
     if world_size() == 1:
         return rollout
-    parts = gather(rollout and Rollout(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.logprobs.cpu()))
-    width, joined = max(part.tokens.shape[1] for part in parts if part), [None] * len(prompts)
-    for first, part in enumerate(parts):
-        if part:
-            missing = (0, width - part.tokens.shape[1])
-            rows = zip(torch.nn.functional.pad(part.tokens, missing, value=pad_id).split(group_size),
-                       torch.nn.functional.pad(part.response_mask, missing).split(group_size),
-                       torch.nn.functional.pad(part.logprobs, missing).split(group_size))
+    shares = gather(rollout and Rollout(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.logprobs.cpu()))
+    width, joined = max(rollout.tokens.shape[1] for rollout in shares if rollout), [None] * len(prompts)
+    for first, rollout in enumerate(shares):
+        if rollout:
+            missing = (0, width - rollout.tokens.shape[1])
+            rows = zip(torch.nn.functional.pad(rollout.tokens, missing, value=pad_id).split(group_size),
+                       torch.nn.functional.pad(rollout.response_mask, missing).split(group_size),
+                       torch.nn.functional.pad(rollout.logprobs, missing).split(group_size))
             joined[first::world_size()] = rows
     return Rollout(*(to_device(torch.cat(column), device) for column in zip(*joined)))  # (prompts * group_size, width)
 
@@ -167,13 +167,13 @@ def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
     asked = [(prompt.messages, texts[i * size:(i + 1) * size], prompt.record) for i, prompt in enumerate(prompts)]
     with torch.no_grad(), autocast(device):
         found = gather(score_answers(rewards, share(asked)) if share(asked) else None)
-    total, parts = torch.zeros(len(prompts), size), {name: torch.zeros(len(prompts), size) for name in found[0][1]}
+    total, components = torch.zeros(len(prompts), size), {name: torch.zeros(len(prompts), size) for name in found[0][1]}
     for first, scored in enumerate(found):
         if scored:
             total[first::world_size()] = torch.tensor(scored[0])
-            for name, part in parts.items():
-                part[first::world_size()] = torch.tensor(scored[1][name])
-    return to_device(total, device), {name: to_device(part, device) for name, part in parts.items()}
+            for name, component in components.items():
+                component[first::world_size()] = torch.tensor(scored[1][name])
+    return to_device(total, device), {name: to_device(scores, device) for name, scores in components.items()}
 
 
 def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_new_tokens: int,
@@ -189,11 +189,11 @@ def sampled_scores(policy, tokenizer, prompts: list, rewards: dict, device, max_
     records = [prompt.record for prompt in prompts]
     metrics, texts = sample_answers(policy, tokenizer, records, device, times, max_new_tokens, temperature,
                                     thinking)
-    total, parts = score_rollout(rewards, prompts, texts, device)
+    total, components = score_rollout(rewards, prompts, texts, device)
     named = {"reward": total}
-    if len(parts) > 1:
-        named |= {f"reward_{name}": part for name, part in parts.items()}
-    return {**metrics, **{f"sampled_{name}": part.mean().item() for name, part in named.items()},
+    if len(components) > 1:
+        named |= {f"reward_{name}": scores for name, scores in components.items()}
+    return {**metrics, **{f"sampled_{name}": scores.mean().item() for name, scores in named.items()},
             # In float64, so that equal rewards have a std of exactly 0: PPO divides by it.
             "sampled_reward_std": total.cpu().double().std(correction=0).item()}
 
@@ -225,7 +225,7 @@ class MicroBatch:
 class MiniBatch:
     """This process's share of the answers of one optimizer step."""
 
-    parts: list  # of MicroBatch
+    micro_batches: list  # of MicroBatch
     n_sequences: int  # answers, including those that were not kept
     n_tokens: int  # tokens of the answers that were kept
 
@@ -262,55 +262,56 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
         kept = share(kept[lengths[kept].argsort()])
         # A CPU gains by running short answers apart from long ones, with less padding; a GPU by fewer launches.
         pieces = max(grad_accum, -(-len(kept) // 32)) if device.type == "cpu" else grad_accum
-        parts = [micro_batch(part) for part in kept.tensor_split(pieces) if len(part)]
-        return MiniBatch(parts, n_sequences=len(share(rows)), n_tokens=sum(part.n_tokens for part in parts))
+        micro_batches = [micro_batch(piece) for piece in kept.tensor_split(pieces) if len(piece)]
+        return MiniBatch(micro_batches, len(share(rows)), n_tokens=sum(batch.n_tokens for batch in micro_batches))
 
     order = torch.randperm(len(lengths), generator=generator)
     return [mini_batch(rows) for rows in order.tensor_split(num_minibatches)]
 
 
-def part_texts(part: MicroBatch, tokenizer) -> list:
+def batch_texts(batch: MicroBatch, tokenizer) -> list:
     """(prompt, answer) of each row as text, with the special tokens: an answer shows whether it ended by itself."""
-    starts, ends = (part.mask.int().argmax(dim=1) + 1).tolist(), (part.last + 2).tolist()  # the mask starts at token 1
+    starts = (batch.mask.int().argmax(dim=1) + 1).tolist()  # the mask starts at token 1
+    ends = (batch.last + 2).tolist()
     return [(tokenizer.decode(row[:start]), tokenizer.decode(row[start:end]))
-            for row, start, end in zip(part.tokens.tolist(), starts, ends)]
+            for row, start, end in zip(batch.tokens.tolist(), starts, ends)]
 
 
-def response_logprobs(model, part: MicroBatch, temperature: float = 1.0, with_entropy: bool = False):
+def response_logprobs(model, batch: MicroBatch, temperature: float = 1.0, with_entropy: bool = False):
     """Log-probabilities of the answers' tokens, (b, t - 1), 0 elsewhere.
 
     with_entropy: return also the mean entropy, in nats, of the distributions of these tokens, a scalar. The padding is
     on the right, so a causal model needs no attention mask.
     """
-    with autocast(part.tokens.device):
-        hidden = model.hidden(part.tokens)  # (b, t, D)
-        logprobs = head_logprobs(hidden, model.lm_head.weight, part.tokens, temperature, part.mask, part.targets)
+    with autocast(batch.tokens.device):
+        hidden = model.hidden(batch.tokens)  # (b, t, D)
+        logprobs = head_logprobs(hidden, model.lm_head.weight, batch.tokens, temperature, batch.mask, batch.targets)
         if not with_entropy:
             return logprobs
-        entropy = head_entropy(hidden.detach(), model.lm_head.weight, part.mask, temperature, part.targets)
+        entropy = head_entropy(hidden.detach(), model.lm_head.weight, batch.mask, temperature, batch.targets)
         return logprobs, entropy
 
 
-def response_values(value_model, part: MicroBatch) -> Tensor:
+def response_values(value_model, batch: MicroBatch) -> Tensor:
     """The critic's values, (b, t - 1): column t holds its guess just before the token whose logprob is in column t."""
-    with autocast(part.tokens.device):
-        return value_model(part.tokens)[:, :-1]
+    with autocast(batch.tokens.device):
+        return value_model(batch.tokens)[:, :-1]
 
 
-def whiten_advantages(parts: list, device):
+def whiten_advantages(micro_batches: list, device):
     """Whiten the advantages in place (losses.whiten), over all micro-batches of the rollout and all processes."""
-    advantages, mask = flatten(parts, device, "advantages", "mask")
+    advantages, mask = flatten(micro_batches, device, "advantages", "mask")
     whitened = whiten(advantages[None], mask[None], reduce=sum_tensor_over_processes)[0]
-    for part, values in zip(parts, whitened.split([part.mask.numel() for part in parts])):
-        part.advantages = values.view(part.mask.shape)  # (b, t - 1)
+    for batch, values in zip(micro_batches, whitened.split([batch.mask.numel() for batch in micro_batches])):
+        batch.advantages = values.view(batch.mask.shape)  # (b, t - 1)
 
 
-def explained_variance(parts: list, device) -> Tensor:
+def explained_variance(micro_batches: list, device) -> Tensor:
     """1 - Var(returns - old_values) / Var(returns) over the tokens of all micro-batches and all processes.
 
     It is 1 for a perfect critic, 0 for one that always expects the same, and below 0 for one that is worse than that.
     """
-    returns, old_values, mask = flatten(parts, device, "returns", "old_values", "mask")
+    returns, old_values, mask = flatten(micro_batches, device, "returns", "old_values", "mask")
 
     def variance(x):
         total, count = sum_tensor_over_processes(torch.stack([torch.where(mask, x, 0.0).sum(), mask.sum()]))
@@ -320,10 +321,10 @@ def explained_variance(parts: list, device) -> Tensor:
     return 1 - variance(returns - old_values) / variance(returns).clamp(min=1e-8)
 
 
-def flatten(parts: list, device, *names) -> list:
+def flatten(micro_batches: list, device, *names) -> list:
     """One long vector of each of these (b, t - 1) tensors, over all micro-batches; without any it is empty."""
     def joined(name):
         nothing = torch.zeros(0, dtype=torch.bool if name == "mask" else torch.float32, device=device)
-        return torch.cat([nothing, *(getattr(part, name).flatten() for part in parts)])
+        return torch.cat([nothing, *(getattr(batch, name).flatten() for batch in micro_batches)])
 
     return [joined(name) for name in names]

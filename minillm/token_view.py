@@ -84,19 +84,19 @@ def save_rollout(folder, step: int, tokenizer, minibatches: list, most: int = 8)
 
     The ratios are those of the last pass over the rollout (its MicroBatch keeps them): what the clip saw there.
     """
-    parts = [part for minibatch in minibatches for part in minibatch.parts]
-    if runtime.rank() > 0 or not parts:
+    micro_batches = [batch for minibatch in minibatches for batch in minibatch.micro_batches]
+    if runtime.rank() > 0 or not micro_batches:
         return
-    part = parts[-1]
-    ratios = (part.logprobs - part.old_logprobs).exp()  # (b, t - 1)
-    advantages = part.advantages[:, None].expand_as(ratios) if part.advantages.dim() == 1 else part.advantages
+    batch = micro_batches[-1]
+    ratios = (batch.logprobs - batch.old_logprobs).exp()  # (b, t - 1)
+    advantages = batch.advantages[:, None].expand_as(ratios) if batch.advantages.dim() == 1 else batch.advantages
     with atomic_write(Path(folder) / "rollout.jsonl") as file:
         for row in range(0, len(ratios), -(-len(ratios) // most)):
-            length = int(part.last[row]) + 2
-            record = {"step": step + 1, "reward": part.scores[row].item(),
-                      "tokens": token_texts(tokenizer, part.tokens[row, :length].tolist())}
+            length = int(batch.last[row]) + 2
+            record = {"step": step + 1, "reward": batch.scores[row].item(),
+                      "tokens": token_texts(tokenizer, batch.tokens[row, :length].tolist())}
             for name, values in (("advantages", advantages), ("ratios", ratios)):
-                pairs = zip(values[row].tolist(), part.mask[row, :length - 1].tolist())
+                pairs = zip(values[row].tolist(), batch.mask[row, :length - 1].tolist())
                 record[name] = [None, *(round(value, 4) if sampled else None for value, sampled in pairs)]
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
 

@@ -47,7 +47,7 @@ IMPORTS = {
     "data": "attention chat records runtime token_cache tokenizer",
     "hf_config": "model",
     "origin": "safetensors",
-    "checkpoint": "config hf_config model origin records runtime safetensors",
+    "checkpoint": "config hf_config model origin records runtime safetensors tokenizer",
     "lora": "",
     "heads": "checkpoint hf_config lora model safetensors",
     "training_state": "checkpoint optim runtime safetensors shard",

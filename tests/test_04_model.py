@@ -617,8 +617,8 @@ def micro_batches():
     lengths = torch.tensor([4, 9, 3, 7, 5, 8, 12, 6, 11, 10])
     mask = (torch.arange(12) > 1) & (torch.arange(12) < lengths[:, None])
     rollout = Rollout(ids(10, 12), mask, torch.zeros(10, 12))
-    return [part for minibatch in split_rollout(rollout, 3, 2, torch.Generator().manual_seed(0), keep=lengths > 4)
-            for part in minibatch.parts]
+    return [batch for minibatch in split_rollout(rollout, 3, 2, torch.Generator().manual_seed(0), keep=lengths > 4)
+            for batch in minibatch.micro_batches]
 
 
 @pytest.mark.usefixtures("no_programs")

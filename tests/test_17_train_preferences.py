@@ -122,7 +122,7 @@ def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
     close(result["chosen_rewards"] - result["rejected_rewards"], result["margin"])
     found = summary(tmp_path / "reward")
     assert 0.2 < found["before"]["preference_accuracy"] < 0.8 and found["data"]["documents"] == 32
-    assert {"loss", "accuracy", "margin", "sft_loss", "lr"} <= set(logged(tmp_path / "reward")[0])
+    assert {"loss", "reward_loss", "accuracy", "margin", "sft_loss", "lr"} <= set(logged(tmp_path / "reward")[0])
     load_reward_model(tmp_path / "reward")
 
 
@@ -179,8 +179,8 @@ def test_a_margin_in_the_data_reaches_the_reward_loss(tmp_path, run):
     path = write(tmp_path / "margins.jsonl", [{**r, "margin": 50} for r in some_pairs(8)])
     run(train_reward, "plain", "--max_steps", 1)
     run(train_reward, "margin", "--max_steps", 1, "--data", path)
-    assert abs(logged(tmp_path / "plain")[0]["loss"] - LN2) < 0.3
-    assert abs(logged(tmp_path / "margin")[0]["loss"] - 50) < 1
+    assert abs(logged(tmp_path / "plain")[0]["reward_loss"] - LN2) < 0.3
+    assert abs(logged(tmp_path / "margin")[0]["reward_loss"] - 50) < 1
 
 
 @pytest.mark.parametrize("script", [train_reward, train_dpo])
@@ -221,7 +221,9 @@ def test_the_sft_loss_beside_the_reward_is_that_of_the_chosen_answers(tmp_path, 
                 total, count = total - predicted[t - 1, tokens[t]].item(), count + 1
     first, alone = logged(tmp_path / "both")[0], logged(tmp_path / "alone")[0]
     close(first["sft_loss"], total / count)
-    assert "sft_loss" not in alone and close(alone["loss"], first["loss"])
+    close(first["loss"], first["reward_loss"] + first["sft_loss"])
+    close(alone["loss"], first["reward_loss"])
+    assert "sft_loss" not in alone
     one, other = (load_safetensors(tmp_path / out / "model.safetensors") for out in ("both", "alone"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 

@@ -226,9 +226,9 @@ def test_scores_stand_beside_their_answers(tmp_path, tokenizer):
     mine = write(tmp_path / "mine.py",
                  "def length(m, answers, e): return [len(a) + 10 * int(e['answer']) for a in answers]\n")
     prompts, rewards = both_sides(tmp_path, tokenizer, 2), load_rewards([f"{mine}:length"], "", "")
-    scores, parts = score_rollout(rewards, prompts, ["a", "bb", "ccc", ""], CPU)
+    scores, components = score_rollout(rewards, prompts, ["a", "bb", "ccc", ""], CPU)
     assert scores.tolist() == [[1, 2], [13, 10]] and scores.dtype == torch.float32
-    assert parts["length"].tolist() == scores.tolist()
+    assert components["length"].tolist() == scores.tolist()
 
 
 def test_sampled_scores_measure_the_reward_on_held_out_prompts(tmp_path, tokenizer):
@@ -289,26 +289,26 @@ def shuffled(monkeypatch):
 
 def rows(minibatch):
     """The numbers of the answers in each micro-batch."""
-    return [(part.tokens[:, 0] // 10).tolist() for part in minibatch.parts]
+    return [(batch.tokens[:, 0] // 10).tolist() for batch in minibatch.micro_batches]
 
 
 def test_a_rollout_is_split_into_mini_and_micro_batches(shuffled):
     one, two = split_rollout(six_answers(), 2, 2, None, scores=torch.arange(6.0), advantages=-torch.arange(6.0))
     assert rows(one) == [[4, 2], [0]] and rows(two) == [[1, 3], [5]]
     assert (one.n_sequences, one.n_tokens) == (3, 1 + 4 + 2) and (two.n_sequences, two.n_tokens) == (3, 1 + 6 + 3)
-    part = one.parts[0]  # answers 4 and 2, cropped to the five tokens of the longer one
-    assert part.tokens.tolist() == [[40, 41, 42, 99, 99], [20, 21, 22, 23, 24]]
-    assert part.mask.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]
-    assert part.last.tolist() == [1, 3] and part.n_tokens == 3
-    assert part.targets.tolist() == [2, 5 + 3, 5 + 4]  # where those three tokens are, row after row
-    assert part.scores.tolist() == [4, 2] and part.advantages.tolist() == [-4, -2]
+    batch = one.micro_batches[0]  # answers 4 and 2, cropped to the five tokens of the longer one
+    assert batch.tokens.tolist() == [[40, 41, 42, 99, 99], [20, 21, 22, 23, 24]]
+    assert batch.mask.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 1]]
+    assert batch.last.tolist() == [1, 3] and batch.n_tokens == 3
+    assert batch.targets.tolist() == [2, 5 + 3, 5 + 4]  # where those three tokens are, row after row
+    assert batch.scores.tolist() == [4, 2] and batch.advantages.tolist() == [-4, -2]
 
 
 def test_the_mask_stands_beside_the_logprobs_and_last_is_its_last_column(shuffled):
     """Answer 5 has the tokens 51 to 56. Column t of the mask is token t + 1, so they are columns 0 to 5."""
-    part = split_rollout(six_answers(), 2, 2, None)[1].parts[1]
-    assert part.tokens[:, 1:][part.mask].tolist() == [51, 52, 53, 54, 55, 56]
-    assert part.tokens[0, 1:][part.last].tolist() == [56]
+    batch = split_rollout(six_answers(), 2, 2, None)[1].micro_batches[1]
+    assert batch.tokens[:, 1:][batch.mask].tolist() == [51, 52, 53, 54, 55, 56]
+    assert batch.tokens[0, 1:][batch.last].tolist() == [56]
 
 
 def test_what_is_not_kept_is_counted_and_not_computed(shuffled):
@@ -318,13 +318,13 @@ def test_what_is_not_kept_is_counted_and_not_computed(shuffled):
     assert rows(one) == [[4], [2]] and rows(two) == [[1], [3]]
     assert (one.n_sequences, one.n_tokens) == (3, 1 + 2) and (two.n_sequences, two.n_tokens) == (3, 1 + 3)
     one, two = split_rollout(six_answers(), 2, 2, None, keep=torch.zeros(6, dtype=torch.bool))
-    assert (one.parts, one.n_sequences, one.n_tokens) == ([], 3, 0)
+    assert (one.micro_batches, one.n_sequences, one.n_tokens) == ([], 3, 0)
 
 
 def test_more_mini_and_micro_batches_than_answers():
     minibatches = split_rollout(six_answers(), 8, 4, torch.Generator().manual_seed(0))
     assert [minibatch.n_sequences for minibatch in minibatches] == [1] * 6 + [0, 0]
-    assert [len(minibatch.parts) for minibatch in minibatches] == [1] * 6 + [0, 0]
+    assert [len(minibatch.micro_batches) for minibatch in minibatches] == [1] * 6 + [0, 0]
 
 
 @pytest.mark.parametrize("answers, widths", [(32, [10]), (34, [2, 10])])
@@ -335,15 +335,15 @@ def test_on_a_cpu_a_micro_batch_has_at_most_32_answers(answers, widths):
     rollout = Rollout(torch.ones(answers, 10, dtype=torch.long), (places > 0) & (places < lengths),
                       torch.zeros(answers, 10))
     minibatch, = split_rollout(rollout, 1, 1, torch.Generator().manual_seed(0))
-    assert [part.tokens.shape[1] for part in minibatch.parts] == widths
-    assert sum(len(part.tokens) for part in minibatch.parts) == minibatch.n_sequences == answers
+    assert [batch.tokens.shape[1] for batch in minibatch.micro_batches] == widths
+    assert sum(len(batch.tokens) for batch in minibatch.micro_batches) == minibatch.n_sequences == answers
     assert minibatch.n_tokens == answers * 5
 
 
 def test_the_order_is_random_and_decided_by_the_generator():
     def order(seed):
         minibatches = split_rollout(six_answers(), 6, 1, torch.Generator().manual_seed(seed))
-        return [row for minibatch in minibatches for part in rows(minibatch) for row in part]
+        return [row for minibatch in minibatches for batch in rows(minibatch) for row in batch]
 
     assert sorted(order(0)) == [0, 1, 2, 3, 4, 5]
     assert order(0) == order(0) and len({tuple(order(seed)) for seed in range(10)}) > 5
@@ -359,12 +359,12 @@ def test_the_logprobs_of_micro_batches_are_those_of_the_sampler(float32, tempera
     assert len(lengths.unique()) > 2
     found = 0
     for minibatch in split_rollout(rollout, 2, 3, sampling, scores=torch.arange(24)):
-        for part in minibatch.parts:
-            logprobs = response_logprobs(model, part, temperature)
-            sampled = rollout.logprobs[part.scores][:, 1:part.tokens.shape[1]]  # the scores tell which rows these are
+        for batch in minibatch.micro_batches:
+            logprobs = response_logprobs(model, batch, temperature)
+            sampled = rollout.logprobs[batch.scores][:, 1:batch.tokens.shape[1]]  # the scores tell which rows these are
             assert (logprobs - sampled).abs().max() < 1e-4
-            assert not logprobs[~part.mask].any()
-            found += part.n_tokens
+            assert not logprobs[~batch.mask].any()
+            found += batch.n_tokens
     assert found == lengths.sum()
 
 
@@ -372,11 +372,11 @@ def test_values_stand_beside_the_token_that_they_have_not_seen_yet(float32, shuf
     """Column t belongs to token t + 1 and is read after token t: the score of the sequence that ends there."""
     reward_model = RewardModel.from_lm(small(100))
     value_model = ValueModel.from_reward_model(reward_model)
-    part = split_rollout(six_answers(), 2, 2, None)[0].parts[0]
-    values = response_values(value_model, part)
-    assert values.shape == part.mask.shape
+    batch = split_rollout(six_answers(), 2, 2, None)[0].micro_batches[0]
+    values = response_values(value_model, batch)
+    assert values.shape == batch.mask.shape
     for t in range(values.shape[1]):
-        close(values[:, t], reward_model(part.tokens[:, :t + 1], torch.tensor([t + 1, t + 1])))
+        close(values[:, t], reward_model(batch.tokens[:, :t + 1], torch.tensor([t + 1, t + 1])))
 
 
 @pytest.mark.parametrize("picks, told", [(True, False), (False, False), (False, True)])
@@ -407,10 +407,10 @@ def test_the_entropy_of_a_micro_batch(float32, shuffled):
     model = small(100)
     with torch.no_grad():
         model.model.norm.weight.zero_()
-    part = split_rollout(six_answers(), 2, 2, None)[0].parts[0]
-    logprobs, entropy = response_logprobs(model, part, with_entropy=True)
+    batch = split_rollout(six_answers(), 2, 2, None)[0].micro_batches[0]
+    logprobs, entropy = response_logprobs(model, batch, with_entropy=True)
     close(entropy, 4.6051702)
-    close(logprobs[part.mask], [-4.6051702] * 3)
+    close(logprobs[batch.mask], [-4.6051702] * 3)
     assert logprobs.requires_grad and not entropy.requires_grad
 
 
@@ -432,24 +432,24 @@ class OneDistribution(torch.nn.Module):
 ])
 def test_logprobs_and_entropy_are_those_of_the_distribution_that_was_sampled(float32, temperature, expected, entropy):
     """The answer is the tokens 0 and 2, after the prompt 1."""
-    part = MicroBatch(torch.tensor([[1, 0, 2, 3]]), torch.tensor([[True, True, False]]), torch.tensor([1]), 2)
-    logprobs, found = response_logprobs(OneDistribution(), part, temperature, with_entropy=True)
+    batch = MicroBatch(torch.tensor([[1, 0, 2, 3]]), torch.tensor([[True, True, False]]), torch.tensor([1]), 2)
+    logprobs, found = response_logprobs(OneDistribution(), batch, temperature, with_entropy=True)
     close(logprobs, [[*expected, 0.0]])
     close(found, entropy)
-    close(response_logprobs(OneDistribution(), part, temperature), [[*expected, 0.0]])
+    close(response_logprobs(OneDistribution(), batch, temperature), [[*expected, 0.0]])
 
 
 # ---------------------------------------------------------------- PPO: over the whole rollout
 
-def micro_batches(*values, **more):
+def with_advantages(*values, **more):
     """Micro-batches with these advantages (NaN stands for padding), and further tensors of the same shapes."""
-    parts = []
+    micro_batches = []
     for i, numbers in enumerate(values):
         advantages = torch.tensor(numbers)
         given = {name: torch.tensor(tensors[i]) for name, tensors in more.items()}
         mask = ~advantages.isnan()
-        parts.append(MicroBatch(tokens=None, mask=mask, last=None, n_tokens=0, advantages=advantages, **given))
-    return parts
+        micro_batches.append(MicroBatch(tokens=None, mask=mask, last=None, n_tokens=0, advantages=advantages, **given))
+    return micro_batches
 
 
 NAN = math.nan
@@ -464,10 +464,10 @@ def test_advantages_are_whitened_over_the_whole_rollout(values, expected):
     """2, 4, 4, 6: mean 4, variance (4 + 4) / 3, so 2 becomes -2 / 1.632993 = -1.224745, whatever the micro-batches.
     Whitened one by one, the micro-batches of the last example would all be 0.
     """
-    parts = micro_batches(*values)
-    whiten_advantages(parts, CPU)
-    for part, numbers in zip(parts, expected, strict=True):
-        close(part.advantages, numbers)
+    micro_batches = with_advantages(*values)
+    whiten_advantages(micro_batches, CPU)
+    for batch, numbers in zip(micro_batches, expected, strict=True):
+        close(batch.advantages, numbers)
 
 
 def test_advantages_are_whitened_over_all_processes(monkeypatch):
@@ -481,11 +481,11 @@ def test_advantages_are_whitened_over_all_processes(monkeypatch):
         return tensor + torch.tensor([[10.0, 2.0], [4.0]][len(sums) - 1])
 
     monkeypatch.setattr(rollouts, "sum_tensor_over_processes", reduce)
-    parts = micro_batches([[2.0, NAN]], [[4.0]])
-    whiten_advantages(parts, CPU)
+    micro_batches = with_advantages([[2.0, NAN]], [[4.0]])
+    whiten_advantages(micro_batches, CPU)
     assert sums == [[6.0, 2.0], [4.0]]
-    close(parts[0].advantages, [[-1.2247449, 0.0]])
-    close(parts[1].advantages, [[0.0]])
+    close(micro_batches[0].advantages, [[-1.2247449, 0.0]])
+    close(micro_batches[1].advantages, [[0.0]])
 
 
 @pytest.mark.parametrize("old_values, expected", [
@@ -497,13 +497,14 @@ def test_advantages_are_whitened_over_all_processes(monkeypatch):
 ])
 def test_explained_variance_by_hand(old_values, expected):
     """Returns 1, 2 (and padding) in one micro-batch and 3 in the other: mean 2, variance (1 + 0 + 1) / 3 = 2/3."""
-    parts = micro_batches([[0.0, 0.0, NAN]], [[0.0]], returns=[[[1.0, 2.0, 100.0]], [[3.0]]], old_values=old_values)
-    close(explained_variance(parts, CPU), expected)
+    micro_batches = with_advantages([[0.0, 0.0, NAN]], [[0.0]], returns=[[[1.0, 2.0, 100.0]], [[3.0]]],
+                                    old_values=old_values)
+    close(explained_variance(micro_batches, CPU), expected)
 
 
 def test_explained_variance_of_equal_returns_is_no_nan():
-    parts = micro_batches([[0.0, 0.0]], returns=[[[1.0, 1.0]]], old_values=[[[1.0, 1.0]]])
-    close(explained_variance(parts, CPU), 1.0)
+    micro_batches = with_advantages([[0.0, 0.0]], returns=[[[1.0, 1.0]]], old_values=[[[1.0, 1.0]]])
+    close(explained_variance(micro_batches, CPU), 1.0)
 
 
 # ---------------------------------------------------------------- two questions

@@ -200,7 +200,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(folder, run, monkeypat
     mean, std = before["sampled_reward"], before["sampled_reward_std"]
     assert abs(mean) > 0.01 and abs(std - 1) > 0.01, "a normalisation that would be seen if it were left out"
     reward_model = load_reward_model(folder / "reward")
-    parts = [part for minibatch in splits[0][1] for part in minibatch.parts]
+    parts = [batch for minibatch in splits[0][1] for batch in minibatch.micro_batches]
     assert len(parts) == len(calls) == 4
     for part, ((_, values, mask, *_), _) in zip(parts, calls):
         with torch.no_grad():
@@ -233,7 +233,7 @@ def test_every_token_pays_for_its_kl_and_the_last_one_has_the_score(folder, run,
     splits, calls = spy(monkeypatch, train_ppo, "split_rollout"), spy(monkeypatch, train_ppo, "gae")
 
     def kl(logprobs, ref_logprobs):  # 0.5, 0 and -0.25 on the three tokens of each answer, 0 elsewhere
-        part = splits[0][1][len(calls) // 2].parts[len(calls) % 2]
+        part = splits[0][1][len(calls) // 2].micro_batches[len(calls) % 2]
         return torch.zeros_like(logprobs).masked_scatter(part.mask, torch.tensor([0.5, 0.0, -0.25] * len(logprobs)))
 
     def evaluation(*args):

@@ -144,8 +144,8 @@ def test_the_rollouts_own_logprobs_carry_no_gradient(tokenizer):
 
     model = small_lm(tokenizer)
     rollout = generate(model, [[5, 6]], 3, end_id=-1, generator=torch.Generator().manual_seed(0))
-    part = split_rollout(rollout, 1, 1, torch.Generator().manual_seed(0))[0].parts[0]
-    assert not rollout.logprobs.requires_grad and response_logprobs(model, part).requires_grad
+    batch = split_rollout(rollout, 1, 1, torch.Generator().manual_seed(0))[0].micro_batches[0]
+    assert not rollout.logprobs.requires_grad and response_logprobs(model, batch).requires_grad
 
 
 # ---------------------------------------------------------------- advantages
