@@ -258,7 +258,7 @@ def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):
 
 def test_no_level_of_the_sums_is_always_asked_in_one_language(maker, files):
     """Or GRPO learns to carry in one language and not in the other, and a test set like that cannot tell."""
-    for name in ("sft", "sft_eval", "sft_test", "prompts", "prompts_eval", "preference", "preference_test"):
+    for name in ("sft", "prompts", "preference", *HELD_OUT):
         for task in ("add", "subtract"):
             found = Counter((level(task, *numbers), text.isascii()) for text, numbers in sums(maker, files[name], task)
                             if not text.endswith("= ?"))  # which is asked in both
@@ -406,6 +406,22 @@ def test_judging_favours_no_position(files):
             assert set(verdicts) == {"A", "B"} and abs(verdicts.count("A") / len(verdicts) - 0.5) < slack
     kinds = Counter((line["kind"], line["answer"]) for line in files["judge_eval"])
     assert len(kinds) == 6 and min(kinds.values()) >= 28
+
+
+def test_judging_shows_every_kind_in_both_languages(maker, monkeypatch):
+    """Pairs that differ in one respect, for sums and for the rest: or the judge learns what is wrong in one language."""
+    found, two_replies = Counter(), maker.two_replies
+
+    def counted(dice, tasks, kind, task, lang, *more):
+        found[kind, task in maker.SIGN, lang] += 1
+        return two_replies(dice, tasks, kind, task, lang, *more)
+
+    monkeypatch.setattr(maker, "two_replies", counted)
+    for n, hold_out in ((maker.JUDGE_PAIRS, False), (maker.JUDGE_EVAL, True)):
+        found.clear()
+        maker.make_judging(maker.Dice(0, "judge"), maker.Tasks(0), n, {}, hold_out)
+        assert len(found) == 12
+        assert all(abs(count - found[kind, sums, "zh"]) <= 0.2 * count for (kind, sums, _), count in found.items())
 
 
 def test_dialogues_written_by_hand(files):
