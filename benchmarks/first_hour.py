@@ -89,6 +89,7 @@ def run_step(name: str, cfg: Config, deadline: float) -> dict:
             status = f"exit status {code}" if code else ""
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit:.0f} s"
+        finally:  # after Ctrl-C too
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with what it has started
             process.wait()

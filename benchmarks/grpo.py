@@ -6,9 +6,11 @@
     python benchmarks/grpo.py --quick                         # does it run? (seconds; the numbers mean nothing)
 
 A step is train_grpo.py's, with one mini-batch and the paper's KL term: sample group_size answers to each prompt, score
-them, compute log-probabilities under policy and reference, then loss, backward and AdamW. Weights are random, answers
-never end before their last token, and the reward is a count, so that only the machinery is measured. TRL does the same
-work, with gradient checkpointing off and sampling by transformers; the two take turns, step by step. The columns:
+them, compute log-probabilities under policy and reference, then loss, backward and AdamW. (Not measured, because TRL
+has none with one mini-batch: the policy's forward pass before the update, for later mini-batches and the entropy.)
+Weights are random, answers never end before their last token, and the reward is a count, so that only the machinery is
+measured. TRL does the same work, with gradient checkpointing off and sampling by transformers; the two take turns, step
+by step. The columns:
 
     rollout s ... optimizer s    the phases of a step (of TRL only the whole step is known)
     logprobs s                   of the reference, before the update (the policy's own come from the update)

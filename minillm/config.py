@@ -23,8 +23,9 @@ import typing
 import torch
 
 from minillm import job, runtime
-from minillm.errors import UserError
+from minillm.errors import UserError, is_out_of_memory
 from minillm.interrupt import Interrupt
+from minillm.machine import memory_gib
 
 
 # What the system may refuse at any moment of a run.
@@ -96,6 +97,8 @@ def parse_config(cls, doc: str, argv=None):
     given = vars(parser.parse_args(argv))
     cfg = cls(**given)
     cfg.given = set(given)  # by hand
+    if argv is None:
+        sys.excepthook = functools.partial(_one_line, cfg)  # which knows now what is in use
     check_ranges(cfg)
     return cfg
 
@@ -135,22 +138,14 @@ def check_ranges(cfg):
             raise UserError(f"--{f.name} {value}: must be {bounds}")
 
 
-def _is_out_of_memory(error) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The CPU's allocator (on Windows: "not enough memory"), MPS and the CUDA libraries raise a RuntimeError.
-    words = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _out_of_memory(cls, error, trace) -> str:
+def _out_of_memory(cfg, error, trace) -> str:
     """One line: what was being done, what was in use, how much more was needed, and which of the script's flags help.
 
     What was being done is the line of the script, such as loss.backward(): its main() is flat and says it best.
     """
     text = str(error)
     on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or not torch.cuda.is_initialized()
-    free, total = (0.0, 0.0) if "MPS" in text else runtime.memory_gib(torch.device("cpu" if on_cpu else "cuda"))
+    free, total = (0.0, 0.0) if "MPS" in text else memory_gib(torch.device("cpu" if on_cpu else "cuda"))
     line, frames = "out of memory", traceback.extract_tb(trace)
     if frames:  # the outermost is in the script
         frame = [frame for frame in frames if frame.filename == frames[0].filename][-1]
@@ -162,18 +157,17 @@ def _out_of_memory(cls, error, trace) -> str:
         size, unit = float(wanted[1]), wanted[2]
         line += f" when {size / 2**30:.1f} GiB" if unit == "bytes" else f" when {size:g} {unit}"
         line += " more were asked for"
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    advice = {"batch_size": "a smaller --batch_size", "recompute": "--recompute", "bf16": "--bf16",
-              "peft": "--peft lora"}
-    if "grad_accum" in fields:
-        advice["batch_size"] += " with a larger --grad_accum"
-    if "peft" in fields and fields["peft"].default == "lora":  # then it is in use already
-        del advice["peft"]
-    helpful = [advice[name] for name in advice if name in fields]
+    helpful = []
+    if getattr(cfg, "batch_size", 1) > 1:
+        more = " with a larger --grad_accum" if hasattr(cfg, "grad_accum") else ""
+        helpful.append(f"a smaller --batch_size{more}")
+    # What the script has and what is not in use already
+    helpful += [f"--{name}" for name in ("recompute", "bf16") if getattr(cfg, name, True) is False]
+    helpful += ["--peft lora"] if getattr(cfg, "peft", "") == "none" else []
     return f"{line}; what helps: {', '.join(helpful)}" if helpful else line
 
 
-def _one_line(cls, kind, error, trace):
+def _one_line(cfg, kind, error, trace):
     interrupted = issubclass(kind, KeyboardInterrupt)
     if issubclass(kind, BrokenPipeError):  # the reader of our output (head, less) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -181,8 +175,8 @@ def _one_line(cls, kind, error, trace):
         pass  # of several processes one says why
     elif issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif _is_out_of_memory(error):
-        print(f"error: {_out_of_memory(cls, error, trace)}", file=sys.stderr, flush=True)
+    elif is_out_of_memory(error):
+        print(f"error: {_out_of_memory(cfg, error, trace)}", file=sys.stderr, flush=True)
     elif interrupted:
         print("interrupted", file=sys.stderr, flush=True)
     elif issubclass(kind, OSError) and error.errno in REFUSED:

@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and how to tell a want of memory from other errors."""
+
+import torch
 
 LONGEST = 500  # characters of a message
 
@@ -20,3 +22,12 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """Text from a file in one line: what could break it, or command a terminal, becomes a space."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there was not enough memory, of a GPU or of the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator (on Windows: "not enough memory"), C++, MPS and the CUDA libraries raise a RuntimeError.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

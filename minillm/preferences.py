@@ -231,8 +231,7 @@ def score_pairs(score_batch, pairs: PairDataset, batch_size: int, device) -> tor
 
 def pair_logprobs(model, pairs: PairDataset, batch_size: int, device, average: bool = False) -> torch.Tensor:
     """(N, 2): answer_logprobs of every pair under a language model."""
-    return score_pairs(lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average),
-                       pairs, batch_size, device)
+    return score_pairs(_answer_scorer(model, average), pairs, batch_size, device)
 
 
 def reference_logprobs(model, loader: PairLoader, device, average: bool = False) -> torch.Tensor:
@@ -241,8 +240,11 @@ def reference_logprobs(model, loader: PairLoader, device, average: bool = False)
     The batches, and so the padding, are those of that epoch, and gradients stay enabled: without them PyTorch may
     choose kernels that round differently.
     """
-    return _collect(lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average),
-                    loader, device)
+    return _collect(_answer_scorer(model, average), loader, device)
+
+
+def _answer_scorer(model, average: bool):
+    return lambda batch: answer_logprobs(model.hidden(batch.tokens), model.lm_head.weight, batch, average)
 
 
 def rank_pairs(scores, kinds: list) -> dict:

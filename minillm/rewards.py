@@ -20,7 +20,7 @@ import torch
 from minillm import runtime
 from minillm.chat import without_think
 from minillm.checkpoint import check_tokenizer, load_model
-from minillm.errors import UserError
+from minillm.errors import UserError, is_out_of_memory
 from minillm.generate import generate
 from minillm.heads import load_reward_model
 from minillm.tokenizer import Tokenizer
@@ -110,7 +110,8 @@ class Judge:
     """A language model that is asked which of two answers is better (arXiv 2306.05685, pairwise comparison)."""
 
     def __init__(self, folder, device="cpu"):
-        self.model, self.tokenizer, self.device = load_model(folder, device), Tokenizer.load(folder), device
+        self.model, self.tokenizer = load_model(folder, device, frozen=True), Tokenizer.load(folder)
+        self.device = device
         check_tokenizer(self.model.config, self.tokenizer, folder)
         self.verdicts = [self.tokenizer.encode(letter)[0] for letter in "AB"]
 
@@ -268,6 +269,8 @@ def _call(name, function, messages, answers, example):
     except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         culprit, reason = answers[0], error
         for answer in answers:
             try:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from minillm import runtime, shard
+from minillm import machine, runtime, shard
 from minillm.checkpoint import save_model
 from minillm.config import flag
 from minillm.errors import UserError
@@ -188,7 +188,7 @@ class Run:
                 save_json(self.folder / "summary.json", {
                     "data": data, "steps": self.total_steps, "resumed_after": self.first,
                     "tokens": self.progress.tokens, "seconds": seconds,  # since the last start
-                    "peak_memory_mb": round(runtime.peak_memory_mb(self.device), 1),
+                    "peak_memory_mb": round(machine.peak_memory_mb(self.device), 1),
                     "before": numbers(self.before), "after": numbers(after)})
                 remove_training_state(self.folder)
             return {**numbers(after), "seconds": seconds}

@@ -13,16 +13,13 @@ batch, in every process alike, so the result does not depend on the number of pr
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import importlib.util
-import math
 import os
 import platform
 import random
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,11 +27,9 @@ import torch.distributed as dist
 
 from minillm import job, logprobs
 from minillm.errors import UserError
+from minillm.machine import allowed_threads, keep_freed_memory, memory_gib
 
-CGROUP, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where Linux tells how many cores are ours
 COMPILED_ABOVE = 16_000_000  # parameters: a smaller model trains for less time than compiling it takes
-MEMINFO = Path("/proc/meminfo")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def pick_device(name: str = "") -> torch.device:
@@ -76,6 +71,8 @@ def start(device_name: str, seed: int) -> torch.device:
     keep_freed_memory()
     if torch.get_num_threads() > allowed_threads():  # otherwise left alone: any set_num_threads also reconfigures MKL
         torch.set_num_threads(allowed_threads())
+    # Read when torch.compile is first used, which knows of no control groups
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, allowed_threads())))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -96,19 +93,6 @@ def start(device_name: str, seed: int) -> torch.device:
     return device
 
 
-def keep_freed_memory():
-    """Keep the memory of freed tensors for the next ones, where the C library is glibc.
-
-    It gives large blocks back to the system, which clears each page anew when the next step asks for them. Without that
-    a training step of `tiny` on a CPU takes a sixth less time. The values are the largest block that glibc can keep and
-    the most that it keeps.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-
-
 def _leave():
     job.leave()
     if dist.is_initialized():
@@ -127,25 +111,6 @@ def describe(device: torch.device) -> str:
     if world_size() > 1:
         parts.append(f"{world_size()} processes")
     return ", ".join(parts)
-
-
-def allowed_threads() -> int:
-    """How many cores this process may use: those of its affinity mask, and no more than the CPU quota of any control
-    group that it is in (a container's, a batch job's)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # a line is "0::/user.slice/job" (cgroup v2) or "4:cpu,cpuacct:/job" (v1)
-        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        lines = []
-    own = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}
-    for kind, top, names in (("", "", ["cpu.max"]), ("cpu", "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
-        group = CGROUP / top / own.get(kind, "").lstrip("/")
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):
-                quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
-                if int(quota) > 0:  # v1 says -1 when there is no quota, v2 says "max"
-                    cores = min(cores, math.ceil(int(quota) / int(period)))
-    return cores
 
 
 def rank() -> int:
@@ -344,28 +309,6 @@ def compile_backbone(model, asked):
     model.model.forward = types.MethodType(forward, model.model)  # a copy of the model gets one that runs the copy
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far in MiB: of the GPU's allocator on CUDA, else of this process (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def memory_gib(device: torch.device) -> tuple:
-    """(free, total) memory in GiB: of the GPU on CUDA, else of the machine. (0, 0) where that is unknown."""
-    if device.type == "cuda":
-        return tuple(size / 2**30 for size in torch.cuda.mem_get_info(device))
-    if not MEMINFO.exists():  # only Linux has it; a line is "MemTotal:       24684100 kB"
-        return 0.0, 0.0
-    sizes = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
-    return tuple(int(sizes[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))
-
-
 def main():
     """Print what this machine is and what is chosen on it."""
     try:
@@ -374,21 +317,25 @@ def main():
     except UserError as error:
         device = start("cpu", seed=0)
         chosen = f"{describe(device)} ({error})"
-    attention = "scaled_dot_product_attention"
-    uncompiled = "only with --compile" if device.type == "cpu" else why_not_compiled(device)
+    attention, uncompiled = "scaled_dot_product_attention", why_not_compiled(device)
+    compiled = "with --compile"
     free, total = memory_gib(device)
     capability = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        compiled = f"models above {COMPILED_ABOVE // 10**6} million parameters, and others with --compile"
         if not uncompiled:
-            attention = f"flex attention for packed rows of compiled models, else {attention}"
-    elif device.type == "cpu" and cpu_has_bf16():
-        attention = f"two matrix products for short rows, else {attention}"
+            attention = f"flex attention for packed rows of compiled models, where it compiles; else {attention}"
+    elif device.type == "mps":
+        attention += ", explicit for a few masked queries"
+    elif cpu_has_bf16():
+        attention = f"explicit for short rows, {attention} for others, one document after the other above 512 tokens"
+    else:
+        attention += ", one document after the other above 256 tokens"
     rows = {"python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
             "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
             "device": chosen, "capability": capability, "precision": str(precision(device)).removeprefix("torch."),
-            "compile": f"no: {uncompiled}" if uncompiled else f"models above {COMPILED_ABOVE // 10**6} million "
-                       "parameters, and others with --compile", "attention": attention,
+            "compile": f"no: {uncompiled}" if uncompiled else compiled, "attention": attention,
             "threads": f"{torch.get_num_threads()} (cores allowed: {allowed_threads()}, "
                        f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')})",
             "memory": f"{free:.1f} of {total:.1f} GiB free" if total else "unknown"}

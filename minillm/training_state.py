@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minillm.checkpoint import check_finite, check_weights
-from minillm.errors import UserError
+from minillm.errors import UserError, is_out_of_memory
 from minillm.optim import Muon
 from minillm.runtime import rank, say
 from minillm.safetensors import atomic_write, open_file, short
@@ -81,6 +81,8 @@ def load_training_state(folder, mapped: bool = False) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and torch errors alike: the file is not what we wrote
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is truncated or corrupted ({type(error).__name__}); "
                         "start again without --resume") from None
     now = _environment()
@@ -143,6 +145,8 @@ def restore(state: dict, models, optimizers, loader, total_steps: int, where, de
     except UserError:
         raise
     except Exception as error:  # see the docstring: there are many kinds
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{where} is not a state of this run ({type(error).__name__}: {error}); "
                         "start again without --resume") from None
 

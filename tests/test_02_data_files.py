@@ -312,7 +312,8 @@ def test_pretraining_text_gives_no_held_out_content_away(files):
     """Pairs to compare, lists to sort or reverse, letters to count: none of the held-out ones is in the text, and no
     held-out question."""
     text = "\n".join(line["text"] for line in files["pretrain"] + files["pretrain_eval"])
-    patterns = [r"(\d+) is (?:larg|small)er than (\d+)", r"(\d+)比(\d+)[大小]", r"(\d+) (?:and|or) (\d+)", r"(\d+)和(\d+)"]
+    patterns = [r"(\d+) is (?:larg|small)er than (\d+)", r"(\d+)比(\d+)[大小]",
+                r"(\d+) (?:and|or) (\d+)", r"(\d+)和(\d+)"]
     compared = {tuple(sorted(map(int, pair))) for pattern in patterns for pair in re.findall(pattern, text)}
     assert len(compared) > 1000
     lists = {tuple(sorted(map(int, found.split(", ")))) for found in re.findall(r"\d+(?:, \d+)+", text)}
@@ -433,7 +434,7 @@ def test_judging_favours_no_position(files):
 
 
 def test_judging_shows_every_kind_in_both_languages(maker, monkeypatch):
-    """Pairs that differ in one respect, for sums and for the rest: or the judge learns what is wrong in one language."""
+    """Pairs that differ in one respect, for sums and for the rest: or the judge learns rudeness in one language."""
     found, two_replies = Counter(), maker.two_replies
 
     def counted(dice, tasks, kind, task, lang, *more):

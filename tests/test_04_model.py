@@ -177,6 +177,15 @@ def test_one_of_both_ways_is_taken(monkeypatch, plainly):
     assert asked == [("cpu", torch.float32, 3, 5, True), ("cpu", torch.float32, 3, 3, False)]
 
 
+def test_the_kind_of_device_decides(monkeypatch):
+    """That of the queries: here of tensors that hold no numbers, and so need no such device."""
+    asked = []
+    monkeypatch.setattr(attention, "two_products", lambda device, *rest: asked.append(device) or True)
+    q = torch.zeros(1, 4, 3, 8, device="meta")
+    attend(q, q, q, None)
+    assert asked == ["meta"]
+
+
 @pytest.mark.parametrize("plainly", [False, True])
 def test_query_heads_share_a_key_head(monkeypatch, plainly):
     """Six query heads, two key heads, one query: heads 0 to 2 look at the first key head's values 1 and 5, heads 3 to 5

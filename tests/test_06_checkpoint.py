@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import runtime, safetensors
+from minillm import runtime, safetensors, training_state
 from minillm.checkpoint import (check_tokenizer, config_from_json, config_to_json, load_config, load_model, save_model,
                                 weights_of)
 from minillm.errors import UserError
@@ -724,6 +724,25 @@ def test_a_damaged_or_hostile_state_is_refused(tmp_path):
     with pytest.raises(UserError, match="training_state.pt is truncated or corrupted"):
         load_training_state(tmp_path)
     assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_want_of_memory_is_not_called_a_damaged_state(tmp_path, monkeypatch, error):
+    """Its advice would be to start again without --resume, and the run would be lost."""
+    def fail(*args, **options):
+        raise error
+
+    save_training_state(tmp_path, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(torch, "load", fail)
+        load_training_state(tmp_path)
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(training_state, "restore_optimizer", fail)
+    state = {"step": 1, "models": [trained_weights(model)], "optimizers": [optimizer.state_dict()]}
+    with pytest.raises(type(error)):
+        training_state.restore(state, [model], [optimizer], None, 2, "here", "cpu")
 
 
 def test_another_thread_count_is_said(tmp_path, monkeypatch, capsys):

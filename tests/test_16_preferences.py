@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm import logprobs, rewards, runtime, token_cache
+from minillm import checkpoint, logprobs, rewards, runtime, token_cache
 from minillm.checkpoint import load_model, save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -628,6 +628,18 @@ def test_a_judge_says_a_or_b(lm_folder, tokenizer):
         with torch.no_grad():
             odds = model(torch.tensor([tokens]))[0, -1].double().exp()
         close(p, (odds[a] / (odds[a] + odds[b])).item())
+
+
+def test_a_frozen_judge_is_held_in_bf16_where_that_changes_no_verdict(lm_folder, monkeypatch):
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
+    held, prompts = Judge(lm_folder), ["Which answer is better, A or B?", "short"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "hold_in_bf16", lambda model, *_: model)
+        whole = Judge(lm_folder)
+    weights = [judge.model.model.layers[0].mlp.up_proj.weight.dtype for judge in (held, whole)]
+    assert weights == [torch.bfloat16, torch.float32]
+    with runtime.autocast(torch.device("cpu")):
+        assert held.ask(prompts) == whole.ask(prompts)
 
 
 def test_both_orders_cancel_a_judges_love_for_the_first_place(lm_folder, monkeypatch):

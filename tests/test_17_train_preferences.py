@@ -162,6 +162,20 @@ def test_dpo_starts_at_ln_2(tmp_path, run, flags):
     assert summary(tmp_path / "dpo")["before"]["preference_accuracy"] == 0.5
 
 
+@pytest.mark.parametrize("flags", [[], ["--ref_model", "model"]], ids=["dpo", "ref_model"])
+def test_the_first_margin_is_0_to_the_last_bit(tmp_path, run, model_folder, flags):
+    """Answers of very different lengths, in batches that shuffling has put together, two to a step. The classic mistake
+    scores the reference in other batches: with other padding it rounds otherwise, and a margin of 1e-8 is left.
+    """
+    long = [{**pair, side: [pair[side][0], {"role": "assistant", "content": "It is red. " * (1 + i * i % 13)}]}
+            for i, pair in enumerate(some_pairs()) for side in (("chosen", "rejected")[i % 2],)]
+    flags = ["--data", write(tmp_path / "long.jsonl", long), "--batch_size", 5, "--grad_accum", 2, "--max_steps", 1,
+             *[model_folder if flag == "model" else flag for flag in flags]]
+    run(train_dpo, "right", *flags)
+    first = logged(tmp_path / "right")[0]
+    assert [first["margin"], first["chosen_rewards"], first["rejected_rewards"], first["accuracy"]] == [0, 0, 0, 0]
+
+
 def test_ipo_starts_at_its_targets_square(tmp_path, run):
     """h = 0: the loss is (1 / (2 x 0.25)) ** 2 = 4."""
     run(train_dpo, "ipo", "--max_steps", 1, "--loss", "ipo", "--beta", 0.25)

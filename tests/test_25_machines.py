@@ -22,7 +22,7 @@ import train_dpo
 import train_lora
 import train_sft
 import minillm.model
-from minillm import attention, config, runtime
+from minillm import attention, config, machine, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.interrupt import Interrupt
@@ -170,18 +170,18 @@ def test_the_quota_of_a_container_or_job_bounds_the_threads(tmp_path, monkeypatc
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n", encoding="utf-8")
-    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
-    monkeypatch.setattr(runtime, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    assert runtime.allowed_threads() == expected
+    assert machine.allowed_threads() == expected
 
 
 def test_without_an_affinity_mask_all_cores_count(tmp_path, monkeypatch):
     """macOS and Windows."""
-    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert runtime.allowed_threads() == 6
+    assert machine.allowed_threads() == 6
 
 
 @pytest.mark.parametrize("usual, allowed, expected", [
@@ -445,15 +445,17 @@ def test_a_resumed_run_uses_the_fused_optimizer_where_this_device_has_one(before
 @pytest.mark.parametrize("device, nccl, backend", [("cuda", True, "cpu:gloo,cuda:nccl"), ("cuda", False, "gloo"),
                                                    ("cpu", True, "gloo")])
 def test_counts_go_over_gloo_and_gradients_over_nccl(gpu, monkeypatch, device, nccl, backend):
-    """Windows has no NCCL."""
+    """Windows has no NCCL. Each process works on the GPU of its own number."""
     gpu()
-    joined, at_exit = [], []
+    joined, at_exit, current = [], [], []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: joined.append(backend))
     monkeypatch.setattr(runtime.atexit, "register", at_exit.append)
     runtime.start(device, 0)
-    assert joined == [backend]
+    assert joined == [backend] and current == ([torch.device("cuda:1")] if device == "cuda" else [])
     left = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: not left)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
@@ -518,20 +520,24 @@ CPU_MESSAGE = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocato
                "allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)")
 
 
-def hook(cls, error):
-    config._one_line(cls, type(error), error, None)
+def hook(cfg, error):
+    config._one_line(cfg, type(error), error, None)
 
 
-@pytest.mark.parametrize("cls, advice", [
-    (train_sft.Config, "a smaller --batch_size with a larger --grad_accum, --recompute"),
-    (train_lora.Config, "a smaller --batch_size with a larger --grad_accum, --recompute, --bf16"),  # is a LoRA already
-    (train_dpo.Config, "a smaller --batch_size with a larger --grad_accum, --peft lora"),
+@pytest.mark.parametrize("cfg, advice", [
+    (train_sft.Config, "a smaller --batch_size with a larger --grad_accum, --recompute"),  # before the flags are read
+    (train_sft.Config(batch_size=1), "--recompute"),
+    (train_sft.Config(recompute=True), "a smaller --batch_size with a larger --grad_accum"),
+    (train_lora.Config(), "a smaller --batch_size with a larger --grad_accum, --recompute, --bf16"),
+    (train_lora.Config(bf16=True), "a smaller --batch_size with a larger --grad_accum, --recompute"),
+    (train_dpo.Config(), "a smaller --batch_size with a larger --grad_accum, --peft lora"),
+    (train_dpo.Config(peft="lora"), "a smaller --batch_size with a larger --grad_accum"),
 ])
-def test_a_full_gpu_is_one_line_with_the_flags_that_help(gpu, monkeypatch, capsys, cls, advice):
-    """80 GiB, of which 2 are free: 78 are in use."""
+def test_a_full_gpu_is_one_line_with_the_flags_that_help(gpu, monkeypatch, capsys, cfg, advice):
+    """80 GiB, of which 2 are free: 78 are in use. A flag that is in use already is no advice."""
     gpu()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    hook(cls, torch.OutOfMemoryError(CUDA_MESSAGE))
+    hook(cfg, torch.OutOfMemoryError(CUDA_MESSAGE))
     assert capsys.readouterr().err == (
         "error: out of memory: 78.0 of 80.0 GiB of the GPU's memory were in use when 2 GiB more were asked for; "
         f"what helps: {advice}\n")
@@ -548,13 +554,14 @@ class Plain:
     (RuntimeError(CPU_MESSAGE), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use when 3.0 GiB more "
                                 "were asked for"),
     (MemoryError(), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use"),
+    (RuntimeError("std::bad_alloc"), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1073741824 bytes."),  # Windows
      "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use when 1.0 GiB more were asked for"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB). Tried to allocate 256.00 MB on private pool."),
      "out of memory when 256 MB more were asked for"),
 ])
 def test_so_is_a_full_machine(monkeypatch, capsys, error, line):
-    monkeypatch.setattr(runtime, "memory_gib", lambda device: (8.0, 16.0))
+    monkeypatch.setattr(config, "memory_gib", lambda device: (8.0, 16.0))
     hook(Plain, error)
     assert capsys.readouterr().err == f"error: {line}\n"
 
@@ -602,14 +609,34 @@ def test_a_script_says_what_it_was_doing_and_ends_with_1(tmp_path):
 
 def test_memory_is_what_the_system_says(tmp_path, gpu, monkeypatch):
     gpu()
-    free, total = runtime.memory_gib(CUDA)
+    free, total = machine.memory_gib(CUDA)
     assert close([free, total], [2.0, 80.0])
     (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:    4194304 kB\n",
                                       encoding="utf-8")
-    monkeypatch.setattr(runtime, "MEMINFO", tmp_path / "meminfo")
-    assert close(list(runtime.memory_gib(CPU)), [4.0, 16.0])
-    monkeypatch.setattr(runtime, "MEMINFO", tmp_path / "none")
-    assert runtime.memory_gib(CPU) == (0.0, 0.0)
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    assert close(list(machine.memory_gib(CPU)), [4.0, 16.0])
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "none")
+    assert machine.memory_gib(CPU) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("own, folder, limit, used, expected", [
+    ("0::/", "", "memory.max", "memory.current", [1.5, 4.0]),
+    ("0::/pod/app", "pod/", "memory.max", "memory.current", [1.5, 4.0]),
+    ("9:memory:/job", "memory/job/", "memory.limit_in_bytes", "memory.usage_in_bytes", [1.5, 4.0]),
+    ("0::/", "", "memory.max", "no such file", [12.0, 16.0]),
+])
+def test_memory_is_no_more_than_a_container_may_use(tmp_path, monkeypatch, own, folder, limit, used, expected):
+    """`docker run -m 4g` on a machine of 16 GiB, 12 of them free. 3 of the 4 are in use, but half a GiB by copies of
+    files, which give way."""
+    files = {"meminfo": "MemTotal: 16777216 kB\nMemAvailable: 12582912 kB", "own": own,
+             f"{folder}{limit}": str(4 * 2**30), f"{folder}{used}": str(3 * 2**30),
+             f"{folder}memory.stat": f"anon 7\ninactive_file {2**29}\nactive_file 5"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n", encoding="utf-8")
+    for name, path in (("MEMINFO", "meminfo"), ("OWN_CGROUPS", "own"), ("CGROUP", "")):
+        monkeypatch.setattr(machine, name, tmp_path / path)
+    assert close(list(machine.memory_gib(CPU)), expected)
 
 
 # python -m minillm.runtime
