@@ -140,7 +140,8 @@ def main(cfg: Config) -> dict:
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
 
     def evaluate() -> dict:
-        asked, tokens = [prompt.record for prompt in eval_prompts], max(64, cfg.max_new_tokens)
+        asked = [prompt.record for prompt in eval_prompts]
+        tokens = max(64, cfg.max_new_tokens)  # of a greedy reply: at least as many as in the other scripts' tables
         return {**answer_questions(policy, tokenizer, asked, device, max_new_tokens=tokens, thinking=cfg.thinking),
                 **sampled_scores(policy, tokenizer, scored_prompts, reward_functions, device,
                                  cfg.max_new_tokens, cfg.temperature, cfg.thinking)}

@@ -11,6 +11,7 @@ STAGE.json, what it scored. Nothing but this program reads the *_test.jsonl file
 """
 
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -159,7 +160,15 @@ def run_job(cfg: Config):
     base = folder_of(cfg, precision, seed, "sft")
     save_json(scores_of(folder), {"command": command_of(script, options), "seconds": took,
                                   "machine": common.machine(device), "date": str(datetime.date.today()),
-                                  **measure(stage, folder, base, device)})
+                                  "made_of": made_of(), **measure(stage, folder, base, device)})
+
+
+def made_of() -> str:
+    """The commit, and a fingerprint of the data, which may have been made with another seed."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    files = sorted([*ROOT.glob("data/*.jsonl"), ROOT / "data/tokenizer.json"])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+    return f"commit {git.stdout.strip() or 'unknown'} and data {digest}"
 
 
 def measure(stage: str, folder: Path, base: Path, device) -> dict:
@@ -380,10 +389,12 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
     mine = [by_seed for (its, _), by_seed in runs.items() if its == precision]
     machines, dates = (sorted({run[key] for by_seed in mine for run in by_seed.values()})
                        for key in ("machine", "date"))
+    sources = sorted({run.get("made_of", "a commit not noted") for by_seed in mine for run in by_seed.values()})
     seeds = sorted({seed for by_seed in mine for seed in by_seed})
     out = [f"## {'Float32' if precision == 'fp32' else 'The precision of the machine'}",
            f"{'; '.join(machines)}; {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}; "
-           f"seeds {', '.join(map(str, seeds))}. Mean (smallest to largest) over the seeds; shares in percent."]
+           f"seeds {', '.join(map(str, seeds))}; made of {', '.join(sources)}. Mean (smallest to largest) over the "
+           "seeds; shares in percent."]
     if of("pretrain"):
         out.append("Pretraining: bits per byte of `pretrain_test.jsonl` "
                    + spread([run["bits_per_byte"] for run in of("pretrain").values()], 1, 3) + ", "
@@ -453,7 +464,7 @@ def draw(cfg: Config, precision: str, runs: dict) -> list:
         charts.bars(picture("levels", "right answers by level"), "Sums and differences by level of difficulty",
                     "right answers, %", levels, series)
     for stage, title, wanted in (
-            ("grpo", "GRPO: right answers among samples", {"sampled_accuracy": "right"}),
+            ("grpo", "GRPO: samples of prompts_eval", {"sampled_accuracy": "right"}),
             ("ppo", "PPO: samples of prompts_eval", {"sampled_gold_reward": "gold", "sampled_accuracy": "right"})):
         series = {}
         for seed in of(stage):
@@ -481,8 +492,9 @@ def write_page(cfg: Config):
     precisions = sorted({precision for precision, _ in runs})
     Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
     page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults but for the "
-            "flags shown at the end; settings were chosen on `*_eval.jsonl` (what was tried: [LOG.md](LOG.md)), and "
-            "these figures come from the `*_test.jsonl` files. Levels 1 and 2 of the sums and differences need no "
+            "flags shown at the end, on one thread and not compiled. Settings were chosen on `*_eval.jsonl`, and "
+            "these figures come from the `*_test.jsonl` files; what was tried, and the two times that a setting was "
+            "chosen after a look at a test file, is in [LOG.md](LOG.md). Levels 1 and 2 of the sums and differences need no "
             "carry, 3 and 4 do; in 1 and 3 one number has a single digit."]
     page += draw(cfg, precisions[0], runs)
     for precision in precisions:
