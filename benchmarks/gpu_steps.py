@@ -23,7 +23,6 @@ from benchmarks import generate as bench_generate
 from benchmarks import grpo as bench_grpo
 from benchmarks import train as bench_train
 from benchmarks.common import Report, ceilings, config_of, forward_flops
-from minillm import machine
 from minillm import run as run_module
 from minillm import runtime
 from minillm.attention import can_flex
@@ -34,6 +33,7 @@ from minillm.generate import generate
 from minillm.heads import RewardModel, save_reward_model
 from minillm.interrupt import Interrupt
 from minillm.logprobs import head_logprobs
+from minillm.machine import peak_memory_mb
 from minillm.model import CausalLM
 from minillm.safetensors import load_safetensors, save_json
 from minillm.tokenizer import Tokenizer
@@ -341,7 +341,7 @@ def speed(found: Found, shape: str, recompute: bool, compiled: bool, flops: floa
     seconds = (time.perf_counter() - began) / turns
     lengths = data.lengths(range(len(data))).tolist()
     work = 3 * forward_flops(config, lengths, sum(n for _, n in batches)) / seconds
-    peak = machine.peak_memory_mb(device)
+    peak = peak_memory_mb(device)
     found.row(preset=shape, recompute=str(recompute), compiled=str(compiled),
               tokens_per_s=round(sum(lengths) / seconds),
               ms_a_step=round(1e3 * seconds / len(batches), 1), first_step_s=round(first, 1),
@@ -410,7 +410,7 @@ def qwen(found: Found):
                 found.stage(name, f"qwen_{name}_{len(found.result['rows'])}", "--model", folder, *flags,
                             "--max_steps", 3, "--no-compile")
             found.row(script=f"train_{name}.py", what=what, seconds_a_step=round(times[-1] - times[-2], 2),
-                      peak_GiB=round(machine.peak_memory_mb(found.device) / 2**10, 1),
+                      peak_GiB=round(peak_memory_mb(found.device) / 2**10, 1),
                       load_and_evaluate_s=round(times[0] - began, 1))
 
 

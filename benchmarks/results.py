@@ -494,8 +494,8 @@ def write_page(cfg: Config):
     page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults but for the "
             "flags shown at the end, on one thread and not compiled. Settings were chosen on `*_eval.jsonl`, and "
             "these figures come from the `*_test.jsonl` files; what was tried, and the two times that a setting was "
-            "chosen after a look at a test file, is in [LOG.md](LOG.md). Levels 1 and 2 of the sums and differences need "
-            "no carry, 3 and 4 do; in 1 and 3 one number has a single digit."]
+            "chosen after a look at a test file, is in [LOG.md](LOG.md). Levels 1 and 2 of the sums and differences "
+            "need no carry, 3 and 4 do; in 1 and 3 one number has a single digit."]
     page += draw(cfg, precisions[0], runs)
     for precision in precisions:
         page += section(cfg, precision, runs)
