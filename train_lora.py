@@ -115,8 +115,8 @@ def main(cfg: Config) -> dict:
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    frozen = cfg.peft != "prefix"  # so that it may be held in bf16: a prefix is made by the base in float32 first
-    model = checkpoint.load_model(cfg.model, device, dtype, frozen, mapped=shard.is_on(cfg))
+    hold = cfg.peft != "prefix"  # in bf16, where the device computes in it; a prefix is first made in float32
+    model = checkpoint.load_model(cfg.model, device, dtype, frozen=hold, mapped=shard.is_on(cfg))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
     if cfg.peft in ("lora", "dora"):

@@ -147,7 +147,7 @@ def run_job(cfg: Config):
     if precision == "fp32":
         runtime.precision = float32
     options, folder = options_of(cfg, precision, int(seed), stage), folder_of(cfg, precision, seed, stage)
-    began = time.time()
+    began, sources = time.time(), made_of()
     if script is label_preferences:
         label_preferences.main(script.Config(**options, device=cfg.device))
     else:
@@ -160,15 +160,19 @@ def run_job(cfg: Config):
     base = folder_of(cfg, precision, seed, "sft")
     save_json(scores_of(folder), {"command": command_of(script, options), "seconds": took,
                                   "machine": common.machine(device), "date": str(datetime.date.today()),
-                                  "made_of": made_of(), **measure(stage, folder, base, device)})
+                                  "made_of": sources, **measure(stage, folder, base, device)})
 
 
 def made_of() -> str:
     """The commit, and a fingerprint of the data, which may have been made with another seed."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     files = sorted([*ROOT.glob("data/*.jsonl"), ROOT / "data/tokenizer.json"])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
-    return f"commit {git.stdout.strip() or 'unknown'} and data {digest}"
+    return f"commit {commit or 'unknown'} and data {digest}"
 
 
 def measure(stage: str, folder: Path, base: Path, device) -> dict:
@@ -493,8 +497,8 @@ def write_page(cfg: Config):
     Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
     page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults but for the "
             "flags shown at the end, on one thread and not compiled. Settings were chosen on `*_eval.jsonl`, and "
-            "these figures come from the `*_test.jsonl` files; what was tried, and the two times that a setting was "
-            "chosen after a look at a test file, is in [LOG.md](LOG.md). Levels 1 and 2 of the sums and differences "
+            "these figures come from the `*_test.jsonl` files; what was tried, and what was changed after a look "
+            "at a test file, is in [LOG.md](LOG.md). Levels 1 and 2 of the sums and differences "
             "need no carry, 3 and 4 do; in 1 and 3 one number has a single digit."]
     page += draw(cfg, precisions[0], runs)
     for precision in precisions:

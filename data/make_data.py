@@ -508,7 +508,7 @@ def level_of(task, a, b):
 
 
 def wrong_number(dice, answer, carried):
-    """A slip where no carry is needed: mostly `carried`, a ten too many or too few, else another number."""
+    """A slip where no carry is needed: more often than not `carried`, a ten too many or too few."""
     while True:
         slip = dice.pick([-10, -2, -1, 1, 2, 10, dice.between(-9, 9)])
         if slip and answer + slip >= 0:
@@ -670,7 +670,7 @@ def demonstrated(dice, lang, form, answer, rude, rambling):
 def two_demonstrators(dice, tasks, task, lang, pair):
     """(question, better reply, worse reply) of two demonstrators: the better one has more of right, polite and brief.
 
-    More than half of such pairs differ in one respect alone, as those of `two_replies` do.
+    More than half of such pairs differ in one respect, apart from the polite form.
     """
     question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
     answers = spoken(task, question, answer), spoken(task, question, wrong)
@@ -686,8 +686,8 @@ def two_demonstrators(dice, tasks, task, lang, pair):
 def make_judging(dice, tasks, n, pairs, hold_out=False):
     """Which of two answers is better? n pairs in both orders, so that A and B are right equally often.
 
-    Every other pair differs in one respect, the kind. Which ones changes with the rounds of tasks, so that each kind
-    comes in both languages; and so does each level of the sums.
+    At least every other pair differs in one respect, the kind. Which ones changes with the rounds of tasks, so that
+    each kind comes in both languages; and so does each level of the sums.
     """
     lines = []
     for i in range(n):

@@ -161,6 +161,8 @@ def _out_of_memory(cfg, error, trace) -> str:
     if getattr(cfg, "batch_size", 1) > 1:
         more = " with a larger --grad_accum" if hasattr(cfg, "grad_accum") else ""
         helpful.append(f"a smaller --batch_size{more}")
+    elif hasattr(cfg, "group_size"):  # which splits the answers to a single prompt, too
+        helpful.append("a larger --grad_accum")
     # What the script has and what is not in use already
     helpful += [f"--{name}" for name in ("recompute", "bf16") if getattr(cfg, name, True) is False]
     helpful += ["--peft lora"] if getattr(cfg, "peft", "") == "none" else []

@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a user can mend, and how to tell a want of memory from other errors."""
+"""The one exception for mistakes that a user can mend, and how to tell a lack of memory from other errors."""
+
+import errno
 
 import torch
 
@@ -28,6 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that there was not enough memory, of a GPU or of the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     # The CPU's allocator (on Windows: "not enough memory"), C++, MPS and the CUDA libraries raise a RuntimeError.
-    words = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc")
+    words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED",
+             "bad_alloc")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -53,8 +53,10 @@ def memory_gib(device: torch.device) -> tuple:
         for group in _control_groups(kind):
             with contextlib.suppress(OSError, ValueError):  # v2 says "max" when there is no limit
                 limit, used = (int((group / name).read_text(encoding="utf-8")) / 2**30 for name in names)
-                stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-                used -= int(stat.get("inactive_file", 0)) / 2**30  # copies of files, which give way
+                with contextlib.suppress(OSError, ValueError):  # copies of files give way; v1 has a sum over the group
+                    lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+                    stat = dict(line.split() for line in lines)
+                    used -= int(stat.get("total_inactive_file", stat.get("inactive_file", 0))) / 2**30
                 free, total = min(free, max(limit - used, 0.0)), min(total, limit)
     return free, total
 

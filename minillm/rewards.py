@@ -123,7 +123,8 @@ class Judge:
 
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         sequences = [self.tokenizer.render(m, add_generation_prompt=True, thinking=False)[0] for m in messages]
-        return _in_batches(probability_of_a, sequences, self.device, batch_size)
+        with torch.no_grad(), runtime.autocast(torch.device(self.device)):  # the layers may be held in bf16
+            return _in_batches(probability_of_a, sequences, self.device, batch_size)
 
     def compare(self, questions, batch_size=128):
         """For each (messages, answer, other, example): the probability that `answer` is better, shown first and second.
@@ -151,7 +152,8 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
         prompts = [tuple(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0])
                    for messages, _, _ in batch]
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in own]:
-            rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_ids, temperature=0.0)
+            with runtime.autocast(torch.device(device)):
+                rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_ids, 0.0)
             for prompt, response in zip(new, rollout.responses()):
                 own[prompt] = tokenizer.decode(response[:-1] if response[-1] in tokenizer.end_ids else response)
         pairs = [(messages, without_think(answer), own[prompt], example)
@@ -289,14 +291,14 @@ def score_answers(rewards, batch):
     prompt. Raises UserError, with the reward and the answer, if a function raises, returns the wrong number of values,
     or a score is not a finite number.
     """
-    parts, totals = {}, [[0.0] * len(answers) for _, answers, _ in batch]
+    components, totals = {}, [[0.0] * len(answers) for _, answers, _ in batch]
     for name, (weight, source) in rewards.items():
         scores = iter(source(batch))
-        parts[name] = [[next(scores) for _ in answers] for _, answers, _ in batch]
-        for (messages, answers, _), values, total in zip(batch, parts[name], totals):
+        components[name] = [[next(scores) for _ in answers] for _, answers, _ in batch]
+        for (messages, answers, _), values, total in zip(batch, components[name], totals):
             for i, (answer, value) in enumerate(zip(answers, values)):
                 if not math.isfinite(value):
                     raise UserError(f"reward {name} gave {value} for the answer {answer[:80]!r} to "
                                     f"{question_of(messages)[:80]!r}")
                 total[i] += weight * value
-    return totals, parts
+    return totals, components

@@ -137,14 +137,14 @@ def sample_rollout(policy, prompts: list, max_new_tokens: int, end_id, temperatu
                                group_size=group_size, pad_id=pad_id, uniforms=share(uniforms).flatten(0, 1))
     if world_size() == 1:
         return rollout
-    shares = gather(rollout and Rollout(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.logprobs.cpu()))
-    width, joined = max(rollout.tokens.shape[1] for rollout in shares if rollout), [None] * len(prompts)
-    for first, rollout in enumerate(shares):
-        if rollout:
-            missing = (0, width - rollout.tokens.shape[1])
-            rows = zip(torch.nn.functional.pad(rollout.tokens, missing, value=pad_id).split(group_size),
-                       torch.nn.functional.pad(rollout.response_mask, missing).split(group_size),
-                       torch.nn.functional.pad(rollout.logprobs, missing).split(group_size))
+    found = gather(rollout and Rollout(rollout.tokens.cpu(), rollout.response_mask.cpu(), rollout.logprobs.cpu()))
+    width, joined = max(one.tokens.shape[1] for one in found if one), [None] * len(prompts)
+    for first, one in enumerate(found):
+        if one:
+            missing = (0, width - one.tokens.shape[1])
+            rows = zip(torch.nn.functional.pad(one.tokens, missing, value=pad_id).split(group_size),
+                       torch.nn.functional.pad(one.response_mask, missing).split(group_size),
+                       torch.nn.functional.pad(one.logprobs, missing).split(group_size))
             joined[first::world_size()] = rows
     return Rollout(*(to_device(torch.cat(column), device) for column in zip(*joined)))  # (prompts * group_size, width)
 
@@ -232,9 +232,8 @@ class MiniBatch:
 
 def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, scores=None, advantages=None,
                   keep=None) -> list:
-    """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches.
-
-    On a CPU there may be more MicroBatches, so that none has more than 32 answers.
+    """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches:
+    on a CPU of more, so that none has more than 32 answers.
 
     Every process takes its share of each MiniBatch, which may be none.
 

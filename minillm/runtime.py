@@ -71,7 +71,7 @@ def start(device_name: str, seed: int) -> torch.device:
     keep_freed_memory()
     if torch.get_num_threads() > allowed_threads():  # otherwise left alone: any set_num_threads also reconfigures MKL
         torch.set_num_threads(allowed_threads())
-    # Read when torch.compile is first used, which knows of no control groups
+    # torch.compile reads this when it is first used; by itself it does not know of control groups
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, allowed_threads())))
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -310,7 +310,7 @@ def compile_backbone(model, asked):
 
 
 def main():
-    """Print what this machine is and what is chosen on it."""
+    """Print what this machine is and what is chosen on it; whether torch.compile works is tried, for some seconds."""
     try:
         device = start("", seed=0)
         chosen = describe(device)

@@ -34,8 +34,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minillm.errors import UserError
-from minillm.records import UnknownKeys, check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
 from minillm.machine import allowed_threads
+from minillm.records import UnknownKeys, check_file, content_hash, is_gzipped, is_text, parse_line, read_lines
 from minillm.runtime import say
 from minillm.safetensors import flush_folder, load_json, open_file, save_json, try_lock
 from minillm.tokenizer import Tokenizer

@@ -79,6 +79,8 @@ def load_training_state(folder, mapped: bool = False) -> dict:
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("no step")
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zip, pickle and torch errors alike: the file is not what we wrote
         if is_out_of_memory(error):

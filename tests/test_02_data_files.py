@@ -446,7 +446,7 @@ def test_judging_shows_every_kind_in_both_languages(maker, monkeypatch):
         found.clear()
         maker.make_judging(maker.Dice(0, "judge"), maker.Tasks(0), n, {}, hold_out)
         assert len(found) == 12
-        assert all(abs(count - found[kind, sums, "zh"]) <= 0.2 * count for (kind, sums, _), count in found.items())
+        assert all(abs(count - found[kind, is_sum, "zh"]) <= 0.2 * count for (kind, is_sum, _), count in found.items())
 
 
 def test_dialogues_written_by_hand(files):

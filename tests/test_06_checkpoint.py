@@ -728,7 +728,7 @@ def test_a_damaged_or_hostile_state_is_refused(tmp_path):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
                                    torch.OutOfMemoryError("CUDA out of memory.")])
-def test_a_want_of_memory_is_not_called_a_damaged_state(tmp_path, monkeypatch, error):
+def test_a_lack_of_memory_is_not_called_a_damaged_state(tmp_path, monkeypatch, error):
     """Its advice would be to start again without --resume, and the run would be lost."""
     def fail(*args, **options):
         raise error

@@ -117,7 +117,7 @@ def test_a_reward_function_that_fails_is_named_with_the_answer_that_caused_it(tm
     assert "\n" not in str(caught.value)
 
 
-def test_a_want_of_memory_in_a_reward_function_is_no_mistake_of_an_answer(tmp_path):
+def test_a_lack_of_memory_in_a_reward_function_is_no_mistake_of_an_answer(tmp_path):
     code = "def score(m, answers, e): raise MemoryError\n"
     with pytest.raises(MemoryError):
         score_answers(load_rewards([write(tmp_path / "mine.py", code) + ":score"], "", ""), [(SUM[0], ["82"], SUM[1])])

@@ -200,11 +200,11 @@ def test_the_critic_starts_as_the_normalised_reward_model(folder, run, monkeypat
     mean, std = before["sampled_reward"], before["sampled_reward_std"]
     assert abs(mean) > 0.01 and abs(std - 1) > 0.01, "a normalisation that would be seen if it were left out"
     reward_model = load_reward_model(folder / "reward")
-    parts = [batch for minibatch in splits[0][1] for batch in minibatch.micro_batches]
-    assert len(parts) == len(calls) == 4
-    for part, ((_, values, mask, *_), _) in zip(parts, calls):
+    micro_batches = [batch for minibatch in splits[0][1] for batch in minibatch.micro_batches]
+    assert len(micro_batches) == len(calls) == 4
+    for batch, ((_, values, mask, *_), _) in zip(micro_batches, calls):
         with torch.no_grad():
-            scores = [reward_model(part.tokens, torch.full((len(part.tokens),), t + 1)) for t in range(mask.shape[1])]
+            scores = [reward_model(batch.tokens, torch.full((len(batch.tokens),), t + 1)) for t in range(mask.shape[1])]
         close(values[mask], ((torch.stack(scores, dim=1) - mean) / std)[mask])
 
 
@@ -233,8 +233,8 @@ def test_every_token_pays_for_its_kl_and_the_last_one_has_the_score(folder, run,
     splits, calls = spy(monkeypatch, train_ppo, "split_rollout"), spy(monkeypatch, train_ppo, "gae")
 
     def kl(logprobs, ref_logprobs):  # 0.5, 0 and -0.25 on the three tokens of each answer, 0 elsewhere
-        part = splits[0][1][len(calls) // 2].micro_batches[len(calls) % 2]
-        return torch.zeros_like(logprobs).masked_scatter(part.mask, torch.tensor([0.5, 0.0, -0.25] * len(logprobs)))
+        batch = splits[0][1][len(calls) // 2].micro_batches[len(calls) % 2]
+        return torch.zeros_like(logprobs).masked_scatter(batch.mask, torch.tensor([0.5, 0.0, -0.25] * len(logprobs)))
 
     def evaluation(*args):
         return {"sampled_reward": 1.0, "sampled_reward_std": 0.5}
@@ -297,10 +297,10 @@ def test_advantages_are_whitened_over_the_rollout(run, monkeypatch):
     """Over all four micro-batches together: mean 0 and variance 1. No single micro-batch has them."""
     calls = spy(monkeypatch, train_ppo, "ppo_policy_loss")
     run("ppo", "--max_steps", 1, "--update_epochs", 1, "--num_minibatches", 2, "--grad_accum", 2)
-    parts = [args[2][args[3]] for args, _ in calls]
-    assert len(parts) == 4 and all(part.mean().abs() > 1e-3 for part in parts)
-    close(torch.cat(parts).mean(), 0.0)
-    close(torch.cat(parts).var(), 1.0)
+    micro_batches = [args[2][args[3]] for args, _ in calls]
+    assert len(micro_batches) == 4 and all(batch.mean().abs() > 1e-3 for batch in micro_batches)
+    close(torch.cat(micro_batches).mean(), 0.0)
+    close(torch.cat(micro_batches).var(), 1.0)
 
 
 def test_micro_batches_add_up(folder, run, monkeypatch, float32):  # noqa: F811
@@ -315,8 +315,8 @@ def test_micro_batches_add_up(folder, run, monkeypatch, float32):  # noqa: F811
         update(model, *args)
 
     monkeypatch.setattr(train_ppo, "update", keep_gradient)
-    for out, parts in (("whole", 1), ("parts", 3)):
-        run(out, "--max_steps", 1, "--num_minibatches", 1, "--update_epochs", 1, "--grad_accum", parts)
+    for out, micro_batches in (("whole", 1), ("micro_batches", 3)):
+        run(out, "--max_steps", 1, "--num_minibatches", 1, "--update_epochs", 1, "--grad_accum", micro_batches)
         logs.append(training_steps(folder / out)[0])
     assert logs[0].keys() == logs[1].keys()
     for name in logs[0].keys() - {"tokens_per_s"}:

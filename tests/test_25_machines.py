@@ -614,6 +614,7 @@ def test_memory_is_what_the_system_says(tmp_path, gpu, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:    4194304 kB\n",
                                       encoding="utf-8")
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert close(list(machine.memory_gib(CPU)), [4.0, 16.0])
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "none")
     assert machine.memory_gib(CPU) == (0.0, 0.0)
