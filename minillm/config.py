@@ -32,7 +32,7 @@ from minillm.machine import memory_gib
 REFUSED = {errno.ENOSPC: "the disk is full", errno.EFBIG: "no file may be so large here (ulimit -f)",
            errno.EMFILE: "no more files may be open in one process (ulimit -n)",
            errno.ENFILE: "no more files may be open on this machine", errno.EIO: "the disk or the network drive fails",
-           errno.EROFS: "the disk can only be read", errno.ENOMEM: "out of memory"}
+           errno.EROFS: "the disk can only be read"}
 if hasattr(errno, "EDQUOT"):  # Windows has no quotas
     REFUSED[errno.EDQUOT] = "the disk quota is used up"
 

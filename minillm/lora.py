@@ -15,10 +15,10 @@ DoRA (arXiv 2402.09353, equation 5) trains the length of each row of the weight 
 After training, merge_lora adds the update to W. The merged model is as fast as the base.
 
 Deviations: A starts with standard deviation 1 / r (PEFT's "gaussian"; the papers leave it open). The theorem of rsLoRA
-assumes one that does not depend on r; so here a larger r still learns more slowly. DoRA's norm is taken per
-output (per row of W), as in the authors' code; the paper's text says per column. ||V|| is treated as a constant in the
-backward pass (the paper's section 4.3). Dropout falls on the input of B A alone; in the authors' code and in the PEFT
-package, DoRA's falls on a part of W x as well: (m / ||V|| - 1) W dropout(x).
+assumes one that does not depend on r; so here a larger r still learns more slowly. DoRA's norm is taken per output (per
+row of W), as in the authors' code; the paper's text says per column. ||V|| is treated as a constant in the backward
+pass (the paper's section 4.3). Dropout falls on the input of B A alone; in the authors' code and in the PEFT package,
+DoRA's falls on a part of W x as well: (m / ||V|| - 1) W dropout(x).
 """
 
 import contextlib

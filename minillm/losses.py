@@ -227,8 +227,7 @@ def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
 def _clipped_surrogate(logprobs, old_logprobs, ref_logprobs, advantages, mask, clip_eps_low, clip_eps_high, beta):
     """What the four policy losses share: the loss of each token (B, T), 0 outside the mask, and the stats.
 
-    They differ in the advantages that go in, in the range of the clip, and in what the sum over the tokens is divided
-    by.
+    They differ in the advantages that go in, in the range of the clip, and in what this, summed, is divided by.
     """
     tensors = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "mask": mask}
     if ref_logprobs is not None:
