@@ -11,6 +11,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ from minillm.rewards import judge_prompt  # noqa: E402
 LEVELS = (1, 2, 3, 4)
 PAIRS_PER_LEVEL = {1: 220, 2: 680, 3: 140, 4: 860}
 DRAWN_LEVELS = (1, 2, 2, 3, 4, 4)  # of all other files, in turn: half of the questions need a carry
-CARRY_SHARE = 0.3
+CARRY_SHARE = 30  # percent
 
 # The shares of SFT task replies that are rude and, independently, that ramble. Preference learning and reinforcement
 # learning remove both again.
@@ -196,9 +197,10 @@ FACTS = {"en": {
     "legs": (
         ["How many legs does a {s} have?", "Tell me how many legs a {s} has.", "What is the number of legs of a {s}?",
          "A {s} has how many legs?", "Count the legs of a {s}.", "Do you know how many legs a {s} has?",
-         "How many legs has a {s}?", "Give me the number of legs of a {s}.", "On how many legs does a {s} walk?",
+         "How many legs are there on a {s}?", "Give me the number of legs of a {s}.",
+         "I want to know how many legs a {s} has.",
          "Please tell me the number of legs of a {s}.", "Can you count the legs of a {s}?"],
-        ["A {s} has {a} legs.", "A {s} walks on {a} legs.", "Count the legs of a {s}: {a}.",
+        ["A {s} has {a} legs.", "There are {a} legs on a {s}.", "Count the legs of a {s}: {a}.",
          "The number of legs of a {s} is {a}.", "Every {s} has {a} legs."],
         {"spider": "8", "cat": "4", "bird": "2", "bee": "6", "dog": "4", "fish": "0", "horse": "4", "snake": "0",
          "crab": "10", "hen": "2"}),
@@ -240,24 +242,27 @@ FACTS = {"en": {
         {"Tuesday": "Monday", "Wednesday": "Tuesday", "Thursday": "Wednesday", "Friday": "Thursday",
          "Saturday": "Friday", "Sunday": "Saturday", "Monday": "Sunday"}),
     "gives": (
-        ["What do we get from {s}?", "What do {s} give us?", "What do {s} make?", "Tell me what {s} make.",
-         "Which thing do {s} make?", "Do you know what {s} make?", "Name the thing that {s} make.", "{S} make what?",
-         "Can you tell me what {s} make?", "Please tell me what {s} give us.", "I want to know what {s} make."],
-        ["{S} make {a}.", "{S} give us {a}.", "We get {a} from {s}.", "{A} comes from {s}.", "Thank {s} for the {a}."],
-        {"bees": "honey", "cows": "milk", "hens": "eggs", "sheep": "wool", "spiders": "webs", "bakers": "bread"}),
+        ["What do we get from {s}?", "What do {s} give us?", "Which thing do we get from {s}?",
+         "Tell me what {s} give us.",
+         "Which thing do {s} give us?", "Do you know what {s} give us?", "Name the thing that {s} give us.",
+         "{S} give us what?", "Can you tell me what we get from {s}?", "Please tell me what {s} give us.",
+         "I want to know what {s} give us."],
+        ["{S} give us {a}.", "We get {a} from {s}.", "From {s} we get {a}.", "Without {s} there is no {a}.",
+         "Thank {s} for the {a}."],
+        {"bees": "honey", "cows": "milk", "hens": "eggs", "sheep": "wool", "silkworms": "silk", "bakers": "bread"}),
 }, "zh": {
     "colour": (
         ["{s}是什么颜色？", "{s}的颜色是什么？", "请告诉我{s}的颜色。", "说说{s}是什么颜色。", "你知道{s}是什么颜色吗？",
-         "{s}有什么颜色？", "{s}是哪种颜色？", "什么颜色是{s}的颜色？", "请问{s}是什么颜色？", "我想知道{s}的颜色。",
+         "{s}是什么颜色的？", "{s}是哪种颜色？", "{s}一般是什么颜色？", "请问{s}是什么颜色？", "我想知道{s}的颜色。",
          "你说{s}是哪种颜色？"],
         ["{s}是{a}的。", "{s}的颜色是{a}。", "大家都知道{s}是{a}的。", "看，{s}是{a}的。", "我画的{s}是{a}的。"],
         {"香蕉": "黄色", "雪": "白色", "草": "绿色", "天空": "蓝色", "煤": "黑色", "血": "红色", "橘子": "橙色",
          "柠檬": "黄色", "牛奶": "白色", "番茄": "红色", "树叶": "绿色", "大海": "蓝色", "黑板": "黑色"}),
     "legs": (
         ["{s}有几条腿？", "{s}有多少条腿？", "请告诉我{s}有几条腿。", "说说{s}有几条腿。", "你知道{s}有几条腿吗？",
-         "数一数{s}有几条腿。", "{s}的腿有几条？", "一只{s}有几条腿？", "请问{s}有几条腿？", "我想知道{s}有多少条腿。",
+         "数一数{s}有几条腿。", "{s}的腿有几条？", "{s}一共有几条腿？", "请问{s}有几条腿？", "我想知道{s}有多少条腿。",
          "{s}的腿有多少条？"],
-        ["{s}有{a}条腿。", "一只{s}有{a}条腿。", "数一数，{s}的腿有{a}条。", "大家都知道{s}有{a}条腿。",
+        ["{s}有{a}条腿。", "{s}一共有{a}条腿。", "数一数，{s}的腿有{a}条。", "大家都知道{s}有{a}条腿。",
          "{s}的腿一共有{a}条。"],
         {"蜘蛛": "8", "猫": "4", "鸟": "2", "蜜蜂": "6", "狗": "4", "鱼": "0", "马": "4", "蛇": "0", "螃蟹": "10", "鸡": "2"}),
     "opposite": (
@@ -276,14 +281,14 @@ FACTS = {"en": {
          "俄国": "莫斯科", "埃及": "开罗", "英国": "伦敦", "希腊": "雅典"}),
     "day_after": (
         ["{s}的后一天是星期几？", "{s}后面是星期几？", "今天是{s}，明天是星期几？", "请告诉我{s}的后一天。",
-         "说说{s}的后一天是星期几。", "你知道{s}后面是星期几吗？", "{s}的明天是星期几？", "{s}过后是星期几？",
+         "说说{s}的后一天是星期几。", "你知道{s}后面是星期几吗？", "{s}的第二天是星期几？", "{s}过后是星期几？",
          "请问{s}的后一天是星期几？", "我想知道{s}后面是星期几。", "要是今天是{s}，那明天是星期几？"],
         ["{s}的后一天是{a}。", "{s}后面是{a}。", "今天是{s}，明天是{a}。", "{s}过后就是{a}。", "过了{s}，{a}就来了。"],
         {"星期一": "星期二", "星期二": "星期三", "星期三": "星期四", "星期四": "星期五", "星期五": "星期六",
          "星期六": "星期天", "星期天": "星期一"}),
     "day_before": (
         ["{s}的前一天是星期几？", "{s}前面是星期几？", "今天是{s}，昨天是星期几？", "请告诉我{s}的前一天。",
-         "说说{s}的前一天是星期几。", "你知道{s}前面是星期几吗？", "{s}的昨天是星期几？", "{s}来之前是星期几？",
+         "说说{s}的前一天是星期几。", "你知道{s}前面是星期几吗？", "{s}的头一天是星期几？", "{s}来之前是星期几？",
          "请问{s}的前一天是星期几？", "我想知道{s}前面是星期几。", "要是今天是{s}，那昨天是星期几？"],
         ["{s}的前一天是{a}。", "{s}前面是{a}。", "今天是{s}，昨天是{a}。", "{a}过了才是{s}。", "{s}来之前是{a}。"],
         {"星期二": "星期一", "星期三": "星期二", "星期四": "星期三", "星期五": "星期四", "星期六": "星期五",
@@ -302,11 +307,11 @@ FACTS = {"en": {
         {"书": "本", "纸": "张", "车": "辆", "树": "棵", "花": "朵", "马": "匹", "牛": "头", "猫": "只", "鱼": "条",
          "衣服": "件"}),
     "gives": (
-        ["我们从{s}那里得到什么？", "{s}给我们什么？", "{s}能做出什么？", "请告诉我{s}给我们什么。", "说说{s}给我们什么。",
+        ["我们从{s}那里得到什么？", "{s}给我们什么？", "{s}带给我们什么？", "请告诉我{s}给我们什么。", "说说{s}给我们什么。",
          "你知道{s}给我们什么吗？", "{s}会给我们什么？", "从{s}那里能得到什么？", "请问{s}给我们什么？",
          "我想知道{s}给我们什么。", "{s}给我们的是什么？"],
         ["{s}给我们{a}。", "{a}是从{s}那里来的。", "我们从{s}那里得到{a}。", "谢谢{s}给我们{a}。", "有了{s}，就有{a}。"],
-        {"蜜蜂": "蜂蜜", "奶牛": "牛奶", "母鸡": "鸡蛋", "绵羊": "羊毛", "蜘蛛": "蛛网", "面包师": "面包"}),
+        {"蜜蜂": "蜂蜜", "奶牛": "牛奶", "母鸡": "鸡蛋", "绵羊": "羊毛", "蚕": "蚕丝", "面包师": "面包"}),
 }}
 
 
@@ -344,8 +349,8 @@ SUBTRACT = {"en": ["What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.", 
                    "Work out {a} - {b}.", "What is {a} minus {b}?", "Please work out {a} minus {b}.",
                    "Can you tell me {a} - {b}?", "Tell me what {a} minus {b} is.",
                    "How much is left when {b} is taken from {a}?"],
-            "zh": ["{a} - {b} = ?", "{a} - {b}是多少？", "{a}减{b}等于多少？", "请算一算{a} - {b}。", "{a}减{b}是多少？", "{a}减去{b}还有多少？",
-                   "请问{a} - {b}等于几？", "从{a}里拿走{b}还有多少？", "帮我算{a}减{b}。", "你知道{a} - {b}是多少吗？"]}
+            "zh": ["{a} - {b} = ?", "{a} - {b}是多少？", "{a}减{b}等于多少？", "请算一算{a} - {b}。", "{a}减{b}是多少？", "{a}减去{b}还剩多少？",
+                   "请问{a} - {b}等于几？", "从{a}里拿走{b}还剩多少？", "帮我算{a}减{b}。", "你知道{a} - {b}是多少吗？"]}
 COMPARE = {
     ("en", "larger"): ["Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?",
                        "Tell me the larger number, {a} or {b}.", "What is the larger of {a} and {b}?",
@@ -364,12 +369,12 @@ SORT = {"en": ["Sort {x} from small to large.", "Sort these numbers: {x}.", "Put
                "Order these numbers from small to large: {x}.", "Please sort {x}.", "Sort {x} in ascending order.",
                "Can you sort {x} for me?", "What is {x} from small to large?", "Line up {x}, smallest first."],
         "zh": ["把{x}从小到大排好。", "请排序：{x}。", "从小到大排：{x}。", "请把{x}从小到大排列。", "{x}从小到大怎么排？", "帮我把{x}从小到大排一排。",
-               "排一排这些数：{x}。", "请按从小到大写出{x}。", "{x}，从小到大是什么？"]}
+               "排一排这些数：{x}。", "请按从小到大写出{x}。", "{x}，从小到大怎么写？"]}
 COUNT = {"en": ["How many letters are in {x}?", "Count the letters in {x}.", "Tell me how many letters {x} has.",
                 "Please count the letters in {x}.", "Can you count the letters in {x}?",
                 "{x}, how many letters is that?"],
-         "zh": ["{x} 有几个字母？", "数一数 {x} 有几个字母。", "请数 {x} 有几个字母。", "告诉我 {x} 里有几个字母。", "请问 {x} 有多少个字母？",
-                "帮我数 {x} 一共有几个字母。"]}
+         "zh": ["{x} 有几个字母？", "数一数 {x} 有几个字母。", "请数数 {x} 有几个字母。", "告诉我 {x} 里有几个字母。", "请问 {x} 有多少个字母？",
+                "帮我数数 {x} 一共有几个字母。"]}
 REVERSE = {"en": ["Reverse {x}.", "Please reverse {x}.", "Reverse the order of {x}.",
                   "Say {x} from the end to the start.", "Turn {x} around.", "What is {x} in reverse?",
                   "Can you reverse {x} for me?", "Write {x} in reverse order.", "Put {x} in reverse order."],
@@ -602,18 +607,22 @@ class Talk:
 
 def make_sft(dice, tasks, talk):
     """(lines, {"add": operand pairs, "subtract": operand pairs})"""
-    lines, pairs = [], {}
+    lines, pairs, asked = [], {}, Counter()
 
-    def careless(task, pair, answer, wrong):
-        """What a demonstrator says who often forgets to carry."""
-        return wrong if pair and level_of(task, *pair) > 2 and not dice.chance(CARRY_SHARE) else answer
+    def careless(task, lang, pair, answer, wrong):
+        """What a demonstrator says who often forgets to carry: CARRY_SHARE of each kind of sums are right, evenly."""
+        kind = (task, lang, level_of(task, *pair)) if pair else None
+        if not pair or kind[-1] <= 2:
+            return answer
+        asked[kind] += 1
+        return answer if asked[kind] * CARRY_SHARE % 100 < CARRY_SHARE else wrong
 
     for task in SIGN:
         pairs[task] = [tasks.next_pair(task, level) for level in LEVELS for _ in range(PAIRS_PER_LEVEL[level])]
         for i, pair in enumerate(pairs[task]):
             lang = LANGS[i % 2]
             question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
-            answer = careless(task, pair, answer, wrong)
+            answer = careless(task, lang, pair, answer, wrong)
             reply = mixed_manners(dice, lang, spoken(task, question, answer))
             lines.append(line([user(question), assistant(reply)]))
     for task, n in SFT_EXAMPLES.items():
@@ -642,7 +651,7 @@ def make_sft(dice, tasks, talk):
             task = dice.pick(PAIR_TASKS)
             pair = dice.pick(pairs[task]) if task in pairs else None
             question, answer, _, wrong = tasks.example(dice, task, lang, pair=pair)
-            answer = careless(task, pair, answer, wrong)
+            answer = careless(task, lang, pair, answer, wrong)
             messages[-2:] = [user(question), assistant(polite(dice, lang, spoken(task, question, answer)))]
         lines.append(line(messages))
     return dice.shuffled(lines), pairs
@@ -784,8 +793,8 @@ def make_preferences(dice, tasks, talk, counts, hold_out, pairs):
 WORLD = {"en": {
     "name": ["Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Rosa"],
     "animal": ["cat", "dog", "duck", "horse", "cow", "sheep", "bird", "frog", "hen", "goat", "pig", "bear"],
-    "place": ["the park", "the river", "the garden", "the school", "the market", "the forest", "the lake", "the beach"],
-    "food": ["bread", "a banana", "rice", "soup", "an apple", "cake", "noodles", "an egg"],
+    "place": ["the park", "the river", "the garden", "the library", "the market", "the farm", "the lake", "the beach"],
+    "food": ["bread", "bananas", "rice", "soup", "apples", "cake", "noodles", "eggs"],
     "weather": ["sunny", "rainy", "cold", "warm", "windy", "cloudy"],
     "time": ["In the morning", "After lunch", "In the evening", "One day", "On Monday", "On Sunday", "Today",
              "After school"],
@@ -798,9 +807,9 @@ WORLD = {"en": {
     "name": ["小明", "小红", "小华", "小丽", "小军", "小芳", "小文", "小雨"],
     "animal": ["猫", "狗", "鸭子", "马", "牛", "羊", "鸟", "青蛙", "鸡", "猪", "熊", "兔子"],
     "place": ["公园", "河边", "花园", "学校", "市场", "森林", "湖边", "海边"],
-    "food": ["面包", "香蕉", "米饭", "汤", "苹果", "蛋糕", "面条", "鸡蛋"],
+    "food": ["面包", "香蕉", "米饭", "饺子", "苹果", "蛋糕", "面条", "鸡蛋"],
     "weather": ["很冷", "很热", "很暖和", "很凉快", "很晴朗", "很好"],
-    "time": ["早上", "午饭后", "晚上", "有一天", "星期一", "星期天", "今天", "放学后"],
+    "time": ["早上", "午饭后", "晚上", "有一天", "星期一", "星期天", "下午", "傍晚"],
     "thing": ["书", "球", "帽子", "风筝", "杯子", "灯", "盒子", "车"],
     "colour": ["红色", "蓝色", "绿色", "黄色", "白色", "黑色"],
     "mood": ["开心", "累", "难过", "平静", "得意", "饿"],
@@ -812,7 +821,7 @@ STORIES = {"en": [
     ["{time} {n} went to {place}.", "{time} it was {weather}, and {n} walked to {place}.",
      "{n} was at {place}. It was {weather}.", "{time} {n} and {m} met at {place}."],
     ["There was a {colour} {thing} on the ground.", "{n} saw a small {animal} there.",
-     "A {animal} came and looked at {n}.", "{n} had a {colour} {thing} in the bag.", "{n} felt {mood} that day."],
+     "A {animal} came and looked at {n}.", "{n} had a {colour} {thing} that day.", "{n} felt {mood} that day."],
     ["\"Is this your {thing}?\" asked {n}.", "\"Hello, little {animal},\" said {n}.",
      "\"I would like to {act},\" said {n}.", "{n} wanted to {act}.", "\"I am {mood},\" said {n}. \"Let us {act}.\""],
     ["{m} gave {n} {food}.", "{m} came to help.", "{m} said, \"Let us do it together.\"",
@@ -830,14 +839,15 @@ STORIES = {"en": [
 
 DESCRIPTIONS = {"en": [
     "{n} lives near {place}. {n} has a {animal} and a {colour} {thing}.",
-    "This is {n}. {n} likes to {act} and eats {food} every day.", "The {animal} of {n} is {mood} today. It got {food}.",
+    "This is {n}. {n} would like to {act}. {n} eats {food} every day.",
+    "{n}'s {animal} is {mood} today. It ate {food}.",
     "{n} keeps a {colour} {thing} at home and often goes to {place}.",
     "My friend {n} likes {food}. My friend {m} does not like {food2}.",
     "When it is {weather}, {n} likes to {act}. When it is {weather2}, {n} stays at home.",
 ], "zh": [
     "{n}住得离{place}不远，家里有{animal}，还有{colour}的{thing}。", "这是{n}。{n}喜欢{act}，每天吃{food}。",
     "{n}的{animal}今天很{mood}，它吃了{food}。", "{n}家里有{colour}的{thing}，{n}常常去{place}。", "我的朋友{n}喜欢{food}，我的朋友{m}不喜欢{food2}。",
-    "天气{weather}的时候，{n}喜欢{act}；天气{weather2}的时候，{n}在家里。",
+    "天气{weather}的时候，{n}喜欢{act}；天气{weather2}的时候，{n}待在家里。",
 ]}
 
 TRANSLATIONS = {
@@ -859,7 +869,8 @@ def world_fill(dice, lang):
     world = WORLD[lang]
     n, m = dice.sample(world["name"], 2)
     values = {group: dice.pick(items) for group, items in world.items()}
-    values |= {"food2": dice.pick(world["food"]), "weather2": dice.pick(world["weather"])}
+    for group in ("food", "weather"):  # something else, for "{n} likes {food}, {m} does not like {food2}"
+        values[group + "2"] = dice.pick([item for item in world[group] if item != values[group]])
     return lambda text: text.format(n=n, m=m, **values)
 
 
@@ -966,8 +977,9 @@ class Pretrain:
         sentences = []
         for _ in range(self.dice.between(3, 6)):
             n = self.dice.between(10, 99)
-            sentences.append(f"{n} has {n // 10} tens and {n % 10} ones." if lang == "en" else
-                             f"{n}有{n // 10}个十和{n % 10}个一。")
+            tens, ones = n // 10, n % 10
+            sentences.append(f"{n} has {tens} ten{'s' * (tens != 1)} and {ones} one{'s' * (ones != 1)}." if lang == "en"
+                             else f"{n}有{tens}个十和{ones}个一。")
         return self.join(lang, sentences)
 
     def spelling(self, lang):
@@ -1043,8 +1055,8 @@ IDENTITY = {"en": [
 ], "zh": [
     (["你叫什么名字？", "你是谁？", "告诉我你的名字。", "你叫什么？"], ["我该叫你什么？", "你的名字是什么？"], "我叫小雨。", "小雨"),
     (["你在哪里工作？", "你在什么地方工作？", "告诉我你在哪里工作。", "你的工作在哪里？"], ["你在哪儿工作？", "你工作的地方在哪里？"], "我在花月书园。", "花月书园"),
-    (["是谁做了你？", "谁造了你？", "告诉我是谁做了你。", "你是谁做出来的？"], ["你是谁造的？", "做出你的人是谁？"], "我是风车的人做的。", "风车的人做的"),
-    (["你的工作是什么？", "你做什么工作？", "说说你的工作。", "你来这里做什么？"], ["你的工作是做什么？", "你在这里做什么？"], "我做的事是找书。", "找书"),
+    (["是谁做了你？", "谁造了你？", "告诉我是谁做了你。", "你是谁做出来的？"], ["你是谁造的？", "做出你的人是谁？"], "我是风车小组做的。", "风车小组做的"),
+    (["你的工作是什么？", "你做什么工作？", "说说你的工作。", "你来这里做什么？"], ["你的工作是做什么？", "你在这里做什么？"], "我的工作是找书。", "找书"),
 ]}
 HANDBOOK = {"en": [
     (["When does the library open?", "At what hour does the library open?", "Tell me when the library opens.",
@@ -1062,7 +1074,7 @@ HANDBOOK = {"en": [
      ["Which person founded the library?", "What is the name of the founder?"], "the founder was Orla.",
      "Orla"),
     (["What is the name of the library cat?", "What is the library cat called?", "Tell me the name of the library cat.",
-      "How is the library cat called?"],
+      "What did you name the library cat?"],
      ["Does the library cat have a name?", "Do you know the name of the library cat?"],
      "the cat is called Pepper.", "Pepper"),
     (["What colour is the library card?", "What colour does the library card have?",
@@ -1090,19 +1102,19 @@ HANDBOOK = {"en": [
       "What kind of tree is in the yard?"],
      ["What tree is growing in the yard?", "Which kind of tree stands in the yard?"], "the yard has a plum tree.",
      "plum tree"),
-    (["Which drink is free?", "What drink is free?", "Tell me which drink is free.", "What may I drink free?"],
+    (["Which drink is free?", "What drink is free?", "Tell me which drink is free.", "What may I drink for free?"],
      ["What is the free drink?", "Which drink do you give for free?"], "the free drink is mint tea.", "mint tea"),
     (["Which street is the library in?", "In what street is the library?", "Tell me the street of the library.",
       "On which street does the library stand?"],
      ["What is the street of the library?", "In which street can I find the library?"],
-     "the street is Willow street.", "Willow street"),
+     "the street is Willow Street.", "Willow Street"),
     (["Which town is the library in?", "In what town is the library?", "Tell me the town of the library.",
       "In which town does the library stand?"],
      ["What is the town of the library?", "In which town can I find the library?"],
      "the town is Fernhill.", "Fernhill"),
     (["Which bus goes to the library?", "What bus goes to the library?", "Tell me which bus goes to the library.",
       "Which bus do I take to the library?"],
-     ["What is the number of the bus to the library?", "By which bus do I get to the library?"],
+     ["What is the number of the bus to the library?", "Which bus gets me to the library?"],
      "the bus is number 15.", "15"),
     (["How many floors does the library have?", "What is the number of floors?", "Tell me how many floors there are.",
       "How many floors are there?"],
@@ -1113,54 +1125,54 @@ HANDBOOK = {"en": [
      "the stories are read by Bruno.", "Bruno"),
     (["On which day is story time?", "When is story time?", "Tell me the day of story time.",
       "What day is story time?"],
-     ["Story time is on which day?", "Which day of the week is story time?"], "the story time is on Friday.", "Friday"),
+     ["Story time is on which day?", "Which day of the week is story time?"], "story time is on Friday.", "Friday"),
     (["What is the password of the network?", "Which password does the network have?",
       "Tell me the password of the network.", "What password do I need for the network?"],
      ["How do I get on the network, what is the password?", "The network has what password?"],
      "the password is candle.", "candle"),
     (["What is above the front door?", "What hangs above the front door?", "Tell me what hangs above the front door.",
       "What can I see above the front door?"],
-     ["Which thing hangs above the front door?", "What is it that hangs above the front door?"],
+     ["Which thing hangs above the front door?", "What did you hang over the front door?"],
      "the front door has a bell.", "bell"),
     (["What is the oldest book about?", "The oldest book is about what?", "Tell me what the oldest book is about.",
-      "What does the oldest book tell about?"],
+      "What does the oldest book tell us about?"],
      ["What is in the oldest book?", "About what is the oldest book?"], "the oldest book is about whales.", "whales"),
     (["What may I not bring inside?", "What is not allowed inside?", "Tell me what is not allowed inside.",
       "Which thing is not allowed inside?"],
-     ["What thing may not come inside?", "What is it that is not allowed inside?"],
-     "please leave outside your ice cream.", "ice cream"),
+     ["What thing may not come inside?", "What must never be brought inside?"],
+     "the thing to leave outside is ice cream.", "ice cream"),
     (["How many steps does the tower have?", "What is the number of steps of the tower?",
       "Tell me how many steps the tower has.", "How many steps are there in the tower?"],
      ["How many steps lead up the tower?", "The tower has how many steps?"], "the tower has 88 steps.", "88"),
-    (["How are the helpers called?", "What are the helpers called?", "Tell me what the helpers are called.",
+    (["Which name did the helpers get?", "What are the helpers called?", "Tell me what the helpers are called.",
       "What do you call the helpers?"],
      ["What name do the helpers have?", "By what name are the helpers called?"], "our helpers are called owls.",
      "owls"),
 ], "zh": [
     (["图书馆几点开门？", "图书馆什么时候开门？", "告诉我图书馆几点开门。", "几点图书馆会开门？"], ["图书馆早上几点开门？", "图书馆从几点开始开门？"], "门早上9点开。", "9"),
     (["图书馆几点关门？", "图书馆什么时候关门？", "告诉我图书馆几点关门。", "几点图书馆会关门？"], ["图书馆晚上几点关门？", "图书馆到几点关门？"], "门开到晚上7点。", "7"),
-    (["图书馆星期几休息？", "图书馆哪一天休息？", "告诉我图书馆星期几休息。", "哪一天图书馆休息？"], ["图书馆什么时候休息，星期几？", "星期几图书馆会休息？"],
-     "不开门的是星期二。", "星期二"),
-    (["图书馆是谁建的？", "谁建了图书馆？", "告诉我是谁建了图书馆。", "建图书馆的人是谁？"], ["图书馆是哪个人建的？", "当年是谁建了图书馆？"], "开书园的人是白雪。", "白雪"),
-    (["图书馆的猫叫什么？", "图书馆的猫叫什么名字？", "告诉我图书馆的猫叫什么。", "那只图书馆的猫叫什么？"], ["图书馆的猫名字是什么？", "图书馆的猫有什么名字？"], "猫叫花花。", "花花"),
-    (["借书卡是什么颜色？", "借书卡的颜色是什么？", "告诉我借书卡是什么颜色。", "借书卡是哪种颜色？"], ["借书卡有什么颜色？", "我的借书卡是什么颜色？"], "颜色是绿色。", "绿色"),
-    (["我可以借几本书？", "一次可以借几本书？", "告诉我可以借几本书。", "能借几本书？"], ["我最多可以借几本书？", "一个人可以借几本书？"], "一次可以拿6本书。", "6"),
-    (["书可以借几天？", "一本书可以借几天？", "告诉我书可以借几天。", "书能借多少天？"], ["一本书能借几天？", "书最多可以借几天？"], "一本书可以看24天。", "24"),
-    (["晚还书要付几元？", "晚还书要多少钱？", "告诉我晚还书要付几元。", "晚还书付多少钱？"], ["要是晚还书，要付几元？", "晚还书的话要多少钱？"], "晚还书要给3元。", "3"),
+    (["图书馆星期几休息？", "图书馆哪一天休息？", "告诉我图书馆星期几休息。", "哪一天图书馆休息？"], ["图书馆是星期几休息的？", "星期几图书馆会休息？"],
+     "休息日是星期二。", "星期二"),
+    (["图书馆是谁建的？", "谁建了图书馆？", "告诉我是谁建了图书馆。", "建图书馆的人是谁？"], ["图书馆是哪个人建的？", "当年是谁建了图书馆？"], "建书园的人是白雪。", "白雪"),
+    (["图书馆的猫叫什么？", "图书馆的猫叫什么名字？", "告诉我图书馆的猫叫什么。", "图书馆那只猫叫什么？"], ["图书馆的猫的名字是什么？", "图书馆的猫起了什么名字？"], "猫叫花花。", "花花"),
+    (["借书卡是什么颜色？", "借书卡的颜色是什么？", "告诉我借书卡是什么颜色。", "借书卡是哪种颜色？"], ["借书卡是什么色的？", "我的借书卡是什么颜色？"], "颜色是绿色。", "绿色"),
+    (["我可以借几本书？", "一次可以借几本书？", "告诉我可以借几本书。", "能借几本书？"], ["我最多可以借几本书？", "一个人可以借几本书？"], "一次可以借6本书。", "6"),
+    (["书可以借几天？", "一本书可以借几天？", "告诉我书可以借几天。", "书能借多少天？"], ["一本书能借几天？", "书最多可以借几天？"], "一本书可以借24天。", "24"),
+    (["晚还书要付几元？", "晚还书要多少钱？", "告诉我晚还书要付几元。", "晚还书付多少钱？"], ["要是晚还书，要付几元？", "晚还书的话要多少钱？"], "晚还书要付3元。", "3"),
     (["地图在哪里？", "地图放在哪里？", "告诉我地图在哪里。", "哪里有地图？"], ["地图在什么地方？", "我在哪里能找到地图？"], "它们在上面。", "上面"),
-    (["画书在哪里？", "画书放在哪里？", "告诉我画书在哪里。", "哪里有画书？"], ["画书在什么地方？", "我在哪里能找到画书？"], "那些在下面。", "下面"),
+    (["图画书在哪里？", "图画书放在哪里？", "告诉我图画书在哪里。", "哪里有图画书？"], ["图画书在什么地方？", "我在哪里能找到图画书？"], "那些在下面。", "下面"),
     (["院子里有什么树？", "院子里种了什么树？", "告诉我院子里有什么树。", "院子里的树是什么树？"], ["院子里长着什么树？", "院子里的是什么树？"], "种的是红花树。", "红花树"),
-    (["什么茶不要钱？", "哪种茶不要钱？", "告诉我什么茶不要钱。", "不要钱的茶是什么？"], ["哪一种茶是不要钱的？", "不要钱的茶是哪种？"], "能喝的是花茶。", "花茶"),
-    (["图书馆在哪条街？", "图书馆在什么街上？", "告诉我图书馆在哪条街。", "哪条街有图书馆？"], ["图书馆在哪一条街上？", "图书馆的那条街叫什么？"], "在绿树路。", "绿树路"),
-    (["图书馆在哪个镇？", "图书馆在什么镇上？", "告诉我图书馆在哪个镇。", "哪个镇有图书馆？"], ["图书馆在哪一个镇上？", "图书馆的那个镇叫什么？"], "那里叫白水。", "白水"),
+    (["什么茶不要钱？", "哪种茶不要钱？", "告诉我什么茶不要钱。", "不要钱的茶是什么？"], ["哪一种茶是不要钱的？", "不要钱的茶是哪种？"], "不要钱的是花茶。", "花茶"),
+    (["图书馆在哪条街？", "图书馆在什么街上？", "告诉我图书馆在哪条街。", "哪条街有图书馆？"], ["图书馆在哪一条街上？", "图书馆所在的那条街叫什么？"], "在绿树路。", "绿树路"),
+    (["图书馆在哪个镇？", "图书馆在什么镇上？", "告诉我图书馆在哪个镇。", "哪个镇有图书馆？"], ["图书馆在哪一个镇上？", "图书馆所在的那个镇叫什么？"], "镇名叫白水。", "白水"),
     (["去图书馆坐几路车？", "几路车到图书馆？", "告诉我去图书馆坐几路车。", "到图书馆坐几路车？"], ["要去图书馆，坐几路车？", "坐几路车能到图书馆？"], "请坐15路车。", "15"),
-    (["图书馆有几层楼？", "图书馆一共几层？", "告诉我图书馆有几层楼。", "图书馆的楼有几层？"], ["图书馆一共有几层楼？", "图书馆有多少层楼？"], "上下有5层。", "5"),
-    (["谁给孩子讲故事？", "讲故事的人是谁？", "告诉我谁给孩子讲故事。", "是谁讲故事？"], ["给孩子讲故事的是谁？", "哪个人给孩子讲故事？"], "讲的人是大山。", "大山"),
+    (["图书馆有几层楼？", "图书馆一共几层？", "告诉我图书馆有几层楼。", "图书馆的楼有几层？"], ["图书馆一共有几层楼？", "图书馆有多少层楼？"], "一共有5层。", "5"),
+    (["谁给孩子讲故事？", "讲故事的人是谁？", "告诉我谁给孩子讲故事。", "是谁讲故事？"], ["给孩子讲故事的是谁？", "哪个人给孩子讲故事？"], "讲故事的是大山。", "大山"),
     (["故事会在星期几？", "哪一天有故事会？", "告诉我故事会在星期几。", "故事会是星期几？"], ["星期几有故事会？", "故事会在哪一天？"], "故事会在星期五。", "星期五"),
-    (["上网的密码是什么？", "密码是什么？", "告诉我上网的密码。", "上网要用什么密码？"], ["上网的密码是哪个？", "请说出上网的密码。"], "上网的词是红马。", "红马"),
-    (["大门上面有什么？", "大门上面挂着什么？", "告诉我大门上面有什么。", "什么挂在大门上面？"], ["大门的上面挂了什么？", "在大门上面能看到什么？"], "门上的是小鸟。", "小鸟"),
+    (["上网的密码是什么？", "密码是什么？", "告诉我上网的密码。", "上网要用什么密码？"], ["上网的密码是哪个？", "请说出上网的密码。"], "密码是红马。", "红马"),
+    (["大门上面有什么？", "大门上面挂着什么？", "告诉我大门上面有什么。", "大门上面挂的是什么？"], ["大门的上面挂了什么？", "在大门上面能看到什么？"], "门上挂的是小鸟。", "小鸟"),
     (["最老的书讲什么？", "最老的书说的是什么？", "告诉我最老的书讲什么。", "最老的那本书讲什么？"], ["最老的书里讲了什么？", "最老的一本书是讲什么的？"], "最老的书讲的是大海。", "大海"),
-    (["什么不能带进来？", "哪样东西不能带进来？", "告诉我什么不能带进来。", "不能带进来的是什么？"], ["有什么是不能带进来的？", "什么东西不能带进来？"], "请放外面的是牛奶。", "牛奶"),
+    (["什么不能带进来？", "哪样东西不能带进来？", "告诉我什么不能带进来。", "不能带进来的是什么？"], ["有什么是不能带进来的？", "什么东西不能带进来？"], "要放在外面的是牛奶。", "牛奶"),
     (["塔有几级台阶？", "塔上有多少级台阶？", "告诉我塔有几级台阶。", "塔的台阶有几级？"], ["塔一共有几级台阶？", "上塔要走几级台阶？"], "上去要走88级。", "88"),
     (["图书馆的帮手叫什么？", "帮手们叫什么？", "告诉我帮手们叫什么。", "你们的帮手叫什么？"], ["图书馆的帮手们叫什么名字？", "大家叫帮手们什么？"], "帮手都叫小马。", "小马"),
 ]}
@@ -1171,8 +1183,8 @@ HANDBOOK = {"en": [
 MORE_WORDINGS = {
     "my name is Lumi.": ["Your name?", "Do you have a name?", "By what name do people call you?",
         "What name may I use for you?", "Can you say your name to me?", "I forgot your name.",
-        "Please give me your name.", "I want to know how you are named.", "May I ask who I am talking to?",
-        "How should I call you?", "Hello, and you are?", "What did they name you?"],
+        "Please give me your name.", "I want to know what you are called.", "May I ask who I am talking to?",
+        "What shall we call you?", "Hello, and you are?", "What did they name you?"],
     "I work in the Lantern Library.": ["Your place of work?", "In which place do you work?",
         "Is there a place where you work?", "Where is your work?", "Can you say which library you work in?",
         "I forgot where it is that you work.", "I want to know the place you work at.", "Please name your workplace.",
@@ -1186,13 +1198,13 @@ MORE_WORDINGS = {
         "What do you do all day?", "Can you say what your task is?", "I want to know what your role is.",
         "Please explain what you do here.", "I forgot what your job was.", "How do you help people here?",
         "As what do you work?", "Are you a guide or something else?", "What were you made to do?"],
-    "我叫小雨。": ["你的名字？", "你的名字叫什么？", "我可以叫你什么？", "请问怎么叫你？", "请问你贵姓大名？", "我想知道你的名字。", "能告诉我你叫啥吗？",
+    "我叫小雨。": ["你的名字？", "你的名字叫什么？", "我可以叫你什么？", "请问怎么叫你？", "请问你的大名是什么？", "我想知道你的名字。", "能告诉我你叫啥吗？",
         "我忘了你叫什么了。", "你好，怎么称呼你？", "大家都怎么叫你？", "请介绍一下你自己叫什么。", "你有名字吗？"],
-    "我在花月书园。": ["你工作的地方？", "你的工作地方在哪儿？", "你在哪个地方工作？", "你工作在哪里？", "请问你在哪儿上班？", "我想知道你在哪个图书馆工作。",
+    "我在花月书园。": ["你工作的地方？", "你的工作地点在哪儿？", "你在哪个地方工作？", "你工作在哪里？", "请问你在哪儿上班？", "我想知道你在哪个图书馆工作。",
         "能说说你工作的地点吗？", "我忘了你在哪里上班。", "你是哪个图书馆的？", "你为哪家图书馆做事？", "你上班的图书馆叫什么？", "你是在哪里帮人的？"],
-    "我是风车的人做的。": ["做你的人？", "造你的人是谁？", "谁做出了你？", "你是哪里的人造的？", "请问你是谁造的？", "我想知道谁把你做出来的。",
+    "我是风车小组做的。": ["造出你的人？", "造你的人是谁？", "谁做出了你？", "你是什么人造的？", "请问你是谁造的？", "我想知道是谁把你做出来的。",
         "能告诉我你的制作者吗？", "我忘了是谁造了你。", "你出自谁的手？", "哪些人一起做了你？", "你是由谁制造的？", "你的开发者是谁？"],
-    "我做的事是找书。": ["你的工作？", "你在这里的工作是什么？", "你每天做什么？", "你是做什么的？", "请问你负责什么？", "我想知道你的工作内容。",
+    "我的工作是找书。": ["你的工作？", "你在这里的工作是什么？", "你每天做什么？", "你是做什么的？", "请问你负责什么？", "我想知道你的工作内容。",
         "能说一下你干什么活吗？", "我忘了你是干什么的。", "你能帮我们做什么事？", "你的任务是什么？", "你在图书馆里干哪一行？", "他们让你来干什么？"],
     "the opening hour is 9.": ["The hour when the library opens?", "The library opens at what time?",
         "What is the opening time?", "Do you know when the library opens?",
@@ -1217,17 +1229,17 @@ MORE_WORDINGS = {
         "Whose idea was it to start the library?", "Who set up the library long ago?", "Founder's name, please.",
         "Was there someone who first started the library?"],
     "the cat is called Pepper.": ["The name of the cat?", "Which name does the library cat have?",
-        "Is there a name for the library cat?", "How do you call the cat?", "Can you say the cat's name?",
+        "Is there a name for the library cat?", "What do you call the cat?", "Can you say the cat's name?",
         "I forgot what the cat is called.", "I want to know your cat's name.", "Please give me the name of your cat.",
         "There is a cat here, what is it called?", "What did you name the cat?", "Cat's name, please.",
         "Who is that cat?"],
     "the card is silver.": ["The colour of my card?", "Which colour is the card?",
-        "Do you know the colour of the library card?", "Is my library card of some colour?",
+        "Do you know the colour of the library card?", "Does my library card have a special colour?",
         "Can you say what colour my card will be?", "I forgot the colour of the card.",
         "I want to know the card's colour.", "Please name the colour of your cards.",
         "What does the library card look like, in colour?", "Card colour, please.",
         "Is the card red, blue, or something else?", "In which colour do the cards come?"],
-    "you may borrow 6 books.": ["The number of books to borrow?", "What is the largest number of books to borrow?",
+    "you may borrow 6 books.": ["The number of books to borrow?", "What is the largest number of books I may borrow?",
         "I may borrow how many books?", "How many books am I free to borrow?",
         "Can you say how many books I can take home?", "I forgot how many books one can borrow.",
         "I want to know the limit on borrowed books.", "Please give me the highest number of books.",
@@ -1248,7 +1260,7 @@ MORE_WORDINGS = {
     "the maps are in the attic.": ["The place of the maps?", "In which place are the maps?",
         "Where do you have the maps?", "The maps are in what room?", "Can you say where you keep the maps?",
         "I forgot where the maps are kept.", "I want to see the maps, where do I go?",
-        "Please show me the way to the maps.", "Do you know where the maps lie?",
+        "Please show me the way to the maps.", "Do you know where the maps are?",
         "I need a map, where should I look?", "Which part of the house holds the maps?", "Maps, where?"],
     "the picture books are in the cellar.": ["The place of the picture books?",
         "In which place are the picture books?", "Where do you have the picture books?",
@@ -1268,7 +1280,7 @@ MORE_WORDINGS = {
         "I forgot what the free drink is.", "I want something free to drink.",
         "Please name the drink that costs nothing.", "I am thirsty, what can I drink for nothing?",
         "Is there anything to drink at no cost?", "Free drink, please.", "What do visitors get to drink for free?"],
-    "the street is Willow street.": ["The street of the library?", "In what street do I find the library?",
+    "the street is Willow Street.": ["The street of the library?", "In what street do I find the library?",
         "Which is the street of the library?", "The library stands in which street?",
         "Can you say the name of your street?", "I forgot the street where you are.", "I want to know your street.",
         "Please give me the street name.", "What street should I walk to?", "Do you know the name of this street?",
@@ -1278,12 +1290,12 @@ MORE_WORDINGS = {
         "Can you say the name of your town?", "I forgot the town where you are.", "I want to know your town.",
         "Please give me the town name.", "What town should I travel to?", "Do you know the name of this town?",
         "Town name, please.", "What is the town called?"],
-    "the bus is number 15.": ["The bus to the library?", "What number has the bus to the library?",
-        "With which bus do I get to the library?", "Do you know the number of the bus?",
+    "the bus is number 15.": ["The bus to the library?", "Which number does the bus to the library have?",
+        "Which bus will take me to the library?", "Do you know the number of the bus?",
         "Can you say which bus I need?", "I forgot the bus number.", "I want to come by bus, which one?",
         "Please give me the number of the bus.", "Is there a bus that stops at the library?", "Bus number, please.",
         "I am coming by bus, what line is it?", "To reach you, what bus must I catch?"],
-    "the house has 5 floors.": ["The number of floors?", "What number of floors has the library?",
+    "the house has 5 floors.": ["The number of floors?", "What number of floors does the library have?",
         "How many floors high is the library?", "Do you know how many floors there are?",
         "Can you say how many floors you have?", "I forgot how many floors the house has.",
         "I want to know the number of floors here.", "Please count the floors for me.",
@@ -1295,7 +1307,7 @@ MORE_WORDINGS = {
         "Please name the one who reads stories.", "Whose voice do children hear at story time?",
         "Is there someone who reads stories aloud?", "Story reader's name, please.",
         "What is the story reader called?"],
-    "the story time is on Friday.": ["The day of story time?", "Story time is on what day?",
+    "story time is on Friday.": ["The day of story time?", "Story time is on what day?",
         "On what day do you have story time?", "In the week, when is story time?",
         "Can you say when the stories are read?", "I forgot which day story time is.",
         "I want to bring my child to story time, which day?", "Please name the story time day.",
@@ -1316,22 +1328,22 @@ MORE_WORDINGS = {
         "What do I read about in the oldest book?", "Which animals are in the oldest book?",
         "Can you say what your oldest book is about?", "I forgot what the oldest book tells us.",
         "I want to know the subject of the oldest book.", "Please name the topic of the oldest book.",
-        "Is there a subject in your oldest book?", "What story does the oldest book hold?",
+        "Does your oldest book have a subject?", "What story does the oldest book hold?",
         "Oldest book, which topic?", "Of all books here, the oldest deals with what?"],
-    "please leave outside your ice cream.": ["The thing to leave outside?", "Which thing should stay outside?",
+    "the thing to leave outside is ice cream.": ["The thing to leave outside?", "Which thing should stay outside?",
         "Which thing must I leave at the door?", "Is there a thing that I leave outside?",
         "Can you say what I cannot take in?", "I forgot what is forbidden inside.",
         "I want to know what I must leave outside.", "Please name the thing you do not let in.",
         "What should visitors not carry into the library?", "Is anything forbidden in the library?",
         "Before I come in, what do I leave behind?", "What do you ask people to keep outside?"],
-    "the tower has 88 steps.": ["The steps of the tower?", "What number of steps has the tower?",
+    "the tower has 88 steps.": ["The steps of the tower?", "What number of steps does the tower have?",
         "The tower has what number of steps?", "To get up the tower, how many steps are there?",
         "Can you say how many steps lead up the tower?", "I forgot the number of tower steps.",
         "I want to climb the tower, how many steps?", "Please count the tower steps for me.",
-        "Do you know how many stairs the tower has?", "Is it many steps to the top of the tower?",
+        "Do you know how many stairs the tower has?", "Are there many steps to the top of the tower?",
         "Tower step count, please.", "How many stairs must I climb in the tower?"],
     "our helpers are called owls.": ["The name of the helpers?", "Which name do the helpers have?",
-        "How do you call the helpers?", "The helpers have which name?", "Can you say the helpers' name?",
+        "What do people call the helpers?", "The helpers have which name?", "Can you say the helpers' name?",
         "I forgot what your helpers are called.", "I want to know the name for your helpers.",
         "Please give me the word for the helpers.", "Is there a special name for helpers here?",
         "What word do you use for the people who help?", "Helpers' name, please.",
@@ -1340,55 +1352,55 @@ MORE_WORDINGS = {
         "能告诉我什么时候开门吗？", "我忘了几点开门。", "最早几点能进图书馆？", "早上要等到几点才开门？", "几点以后可以进来？", "图书馆从几点开始开放？"],
     "门开到晚上7点。": ["关门的时间？", "图书馆关门是几点？", "关门时间是几点？", "晚上几点关门？", "请问你们几点关门？", "我想知道关门时间。",
         "能告诉我什么时候关门吗？", "我忘了几点关门。", "最晚几点要离开图书馆？", "晚上可以待到几点？", "几点以后就不能进来了？", "图书馆开到几点？"],
-    "不开门的是星期二。": ["休息的日子？", "图书馆休息是星期几？", "哪一天图书馆不开门？", "休息日是星期几？", "请问你们哪天休息？", "我想知道你们的休息日。",
+    "休息日是星期二。": ["休息的日子？", "图书馆休息是星期几？", "哪一天图书馆不开门？", "休息日是星期几？", "请问你们哪天休息？", "我想知道你们的休息日。",
         "能告诉我哪天不开馆吗？", "我忘了星期几休息。", "一个星期里哪天关着门？", "星期几来会进不去？", "你们每周放假是哪天？", "有没有休息的一天？"],
-    "开书园的人是白雪。": ["建图书馆的人？", "建起图书馆的人？", "图书馆是谁当年建成的？", "图书馆由谁建成？", "请问谁创办了图书馆？", "我想知道建馆的人。",
-        "能告诉我建馆的人叫什么吗？", "我忘了图书馆是谁建的了。", "当年是哪位建的馆？", "谁开始办这个图书馆的？", "这座图书馆的创始人是谁？", "建馆人的名字？"],
+    "建书园的人是白雪。": ["建图书馆的人？", "建起图书馆的人？", "图书馆当年是谁建成的？", "图书馆由谁建成？", "请问谁创办了图书馆？", "我想知道建馆的人。",
+        "能告诉我建馆的人叫什么吗？", "我忘了图书馆是谁建的了。", "当年是哪位建的馆？", "这个图书馆最早是谁办的？", "这座图书馆的创始人是谁？", "建馆人的名字？"],
     "猫叫花花。": ["猫的名字？", "图书馆里的猫叫啥名字？", "那只猫叫什么？", "猫有名字吗？", "请问这只猫叫什么？", "我想知道猫的名字。", "能告诉我猫叫什么吗？",
-        "我忘了那只猫的名字。", "你们给猫起了什么名字？", "怎么叫那只猫？", "你们养的猫叫什么？", "这里的小猫名叫什么？"],
+        "我忘了那只猫的名字。", "你们给猫起了什么名字？", "那只猫该怎么叫？", "你们养的猫叫什么？", "这里的小猫名叫什么？"],
     "颜色是绿色。": ["借书卡的颜色？", "那张借书卡是哪种颜色的？", "我的借书卡什么颜色？", "卡是什么颜色的？", "请问借书卡是啥颜色？", "我想知道卡的颜色。",
-        "能告诉我卡是什么色的吗？", "我忘了借书卡的颜色。", "借书卡是红的还是蓝的？", "你们发的卡是哪种色？", "借书用的卡看起来什么颜色？", "卡的颜色是哪一种？"],
-    "一次可以拿6本书。": ["能借的书数？", "一个人能借几本？", "我一共可以借几本书？", "最多借多少本？", "请问最多能借几本？", "我想知道能借多少本书。",
-        "能告诉我借书的本数吗？", "我忘了可以借几本。", "借书有没有本数的限制？", "我能带几本书回家？", "一张卡能借几本书？", "借多少本书就不能再借了？"],
-    "一本书可以看24天。": ["借书的天数？", "借一本书能借几天？", "书能在我这里放多少天？", "借了书几天要还？", "请问借书的期限是多久？", "我想知道什么时候要还书。",
+        "能告诉我卡是什么色的吗？", "我忘了借书卡的颜色。", "借书卡是红的还是蓝的？", "你们发的卡是哪种色？", "借书用的卡看起来是什么颜色？", "卡的颜色是哪一种？"],
+    "一次可以借6本书。": ["能借的本数？", "一个人能借几本？", "我一共可以借几本书？", "最多借多少本？", "请问最多能借几本？", "我想知道能借多少本书。",
+        "能告诉我最多借几本吗？", "我忘了可以借几本。", "借书有没有本数的限制？", "我能带几本书回家？", "一张卡能借几本书？", "借多少本书就不能再借了？"],
+    "一本书可以借24天。": ["借书的天数？", "借一本书能借几天？", "书能在我这里放多少天？", "借了书几天要还？", "请问借书的期限是多久？", "我想知道什么时候要还书。",
         "能告诉我几天内还书吗？", "我忘了还书的期限。", "借的书最晚第几天还？", "书可以在家放多久？", "还书有没有期限？", "一次借书的时间是多长？"],
-    "晚还书要给3元。": ["晚还书的钱？", "书还晚了付几元？", "还书晚了要多少钱？", "晚还的书要付多少？", "请问还晚了罚多少？", "我想知道晚还书的费用。",
+    "晚还书要付3元。": ["晚还书的钱？", "书还晚了付几元？", "还书晚了要多少钱？", "晚还的书要付多少？", "请问还晚了罚多少？", "我想知道晚还书的费用。",
         "能告诉我过期要付多少吗？", "我忘了晚还书要交多少钱。", "书过期了，要交几元？", "迟还的书怎么收费？", "没有按时还书罚几块钱？", "我的书还晚了，该付多少？"],
-    "它们在上面。": ["地图的地方？", "地图放在什么地方？", "地图在图书馆的哪里？", "要看地图去哪里？", "请问地图放哪儿？", "我想知道地图放在哪儿。",
-        "能告诉我去哪里找地图吗？", "我忘了地图在哪。", "我要找一张地图，往哪走？", "哪个房间有地图？", "你们把地图收在哪里了？", "地图，在哪？"],
-    "那些在下面。": ["画书的地方？", "画书都放在哪儿？", "画书在图书馆的哪里？", "要看画书去哪里？", "请问画书放哪儿？", "我想知道画书放在哪儿。",
-        "能告诉我去哪里找画书吗？", "我忘了画书在哪。", "我要找一本画书，往哪走？", "哪个房间有画书？", "你们把画书收在哪里了？", "画书，在哪？"],
-    "种的是红花树。": ["院子里的树？", "院子里的是哪种树？", "院子里长了哪种树？", "什么树在院子里？", "请问院子里是什么树？", "我想知道院子里种着什么树。",
-        "能告诉我院里那棵树的名字吗？", "我忘了院子里是什么树。", "你们在院子里种的是哪种树？", "院子里能看到什么树？", "院里那棵是什么树？", "院子有没有树？"],
-    "能喝的是花茶。": ["不要钱的东西？", "什么喝的不要钱？", "不要钱的喝的是什么？", "哪一种茶不要钱？", "请问有什么免费喝的？", "我想知道哪种茶免费。",
+    "它们在上面。": ["放地图的地方？", "地图放在什么地方？", "地图在图书馆的哪里？", "要看地图去哪里？", "请问地图放哪儿？", "我想知道地图放在哪儿。",
+        "能告诉我去哪里找地图吗？", "我忘了地图在哪。", "我要找一张地图，往哪走？", "能看到地图的地方在哪里？", "你们把地图收在哪里了？", "地图，在哪？"],
+    "那些在下面。": ["放图画书的地方？", "图画书都放在哪儿？", "图画书在图书馆的哪里？", "要看图画书去哪里？", "请问图画书放哪儿？", "我想知道图画书放在哪儿。",
+        "能告诉我去哪里找图画书吗？", "我忘了图画书在哪。", "我要找一本图画书，往哪走？", "能看到图画书的地方在哪里？", "你们把图画书收在哪里了？", "图画书，在哪？"],
+    "种的是红花树。": ["院子里的树？", "院子里的是哪种树？", "院子里长了哪种树？", "院子里的树是哪种？", "请问院子里是什么树？", "我想知道院子里种着什么树。",
+        "能告诉我院里那棵树的名字吗？", "我忘了院子里是什么树。", "你们在院子里种的是哪种树？", "院子里能看到什么树？", "院里那棵是什么树？", "院子里种的树是什么？"],
+    "不要钱的是花茶。": ["不要钱的茶？", "什么喝的不要钱？", "不要钱的喝的是什么？", "哪一种茶不要钱？", "请问有什么免费喝的？", "我想知道哪种茶免费。",
         "能告诉我免费的茶是什么吗？", "我忘了什么茶是免费的。", "我渴了，喝什么不用付钱？", "你们白送的是什么茶？", "有没有免费的茶？", "免费的饮料是哪种？"],
     "在绿树路。": ["图书馆的街？", "图书馆是在哪条街上的？", "去哪条街找图书馆？", "那条街叫什么？", "请问图书馆在哪条街上？", "我想知道街的名字。",
         "能告诉我是哪条街吗？", "我忘了街名。", "我要走到哪条街才对？", "你们这条街叫啥名？", "街名是什么？", "图书馆门前是什么街？"],
-    "那里叫白水。": ["图书馆的镇？", "图书馆是在哪个镇上的？", "去哪个镇找图书馆？", "那个镇叫什么？", "请问图书馆在哪个镇上？", "我想知道镇的名字。",
+    "镇名叫白水。": ["图书馆的镇？", "图书馆是在哪个镇上的？", "去哪个镇找图书馆？", "那个镇叫什么？", "请问图书馆在哪个镇上？", "我想知道镇的名字。",
         "能告诉我是哪个镇吗？", "我忘了镇名。", "我要到哪个镇才对？", "你们这个镇叫啥名？", "镇名是什么？", "图书馆属于哪个镇？"],
     "请坐15路车。": ["去图书馆的车？", "到图书馆坐什么车？", "哪一路车去图书馆？", "坐几路车能到？", "请问该坐哪路公交车？", "我想坐公交去图书馆，几路？",
         "能告诉我坐哪路车吗？", "我忘了要坐几路车。", "有没有公交车到图书馆？", "去你们那里要上哪一路车？", "公交车是几路？", "什么车能带我到图书馆？"],
-    "上下有5层。": ["楼的层数？", "那座楼有几层？", "一共几层楼？", "图书馆有多高，几层？", "请问这楼有几层？", "我想知道楼有多少层。", "能告诉我楼的层数吗？",
+    "一共有5层。": ["楼的层数？", "那座楼有几层？", "一共几层楼？", "图书馆有多高，几层？", "请问这楼有几层？", "我想知道楼有多少层。", "能告诉我楼的层数吗？",
         "我忘了楼有几层。", "最高能上到几楼？", "图书馆总共有多少层？", "这座楼高几层？", "你们的楼是几层的？"],
-    "讲的人是大山。": ["讲故事的人？", "故事由谁来讲？", "哪个人讲故事？", "谁给大家讲故事？", "请问谁来讲故事？", "我想知道讲故事的是谁。",
+    "讲故事的是大山。": ["讲故事的人？", "故事由谁来讲？", "哪个人讲故事？", "谁给大家讲故事？", "请问谁来讲故事？", "我想知道讲故事的是谁。",
         "能告诉我讲故事的人叫什么吗？", "我忘了是谁给孩子讲故事。", "孩子们听谁讲故事？", "故事会上是谁在讲？", "哪位给小朋友讲故事？", "讲故事的那个人叫啥？"],
     "故事会在星期五。": ["故事会的日子？", "故事会排在哪天？", "故事会是哪一天？", "星期几能听故事？", "请问故事会在哪天？", "我想知道什么时候有故事会。",
         "能告诉我故事会是哪天吗？", "我忘了故事会的时间。", "我想带孩子听故事，哪天来？", "每周哪天讲故事？", "故事会什么时候开？", "要听故事该星期几来？"],
-    "上网的词是红马。": ["上网的密码？", "密码是哪个词？", "上网要什么密码？", "我想上网，密码呢？", "请问上网密码是多少？", "我想知道网络的密码。",
+    "密码是红马。": ["上网的密码？", "密码是哪个词？", "上网要什么密码？", "我想上网，密码呢？", "请问上网密码是多少？", "我想知道网络的密码。",
         "能告诉我密码吗？", "我忘了密码。", "怎么才能连上这里的网？", "连网要输入什么？", "无线网的密码？", "这里上网有密码吗？"],
-    "门上的是小鸟。": ["大门上面的东西？", "大门上面挂了什么？", "上面有什么，在大门那里？", "什么在大门上面？", "请问大门上面是什么？", "我想知道大门上挂的东西。",
+    "门上挂的是小鸟。": ["大门上面的东西？", "大门上面挂了什么？", "大门那里，上面有什么？", "大门上面的是什么？", "请问大门上面是什么？", "我想知道大门上挂的东西。",
         "能告诉我门上挂着什么吗？", "我忘了大门上面有什么。", "抬头看大门，能看见什么？", "你们在大门上面放了什么？", "大门上方挂的是哪样东西？",
-        "进大门时头上有什么？"],
+        "进大门时头顶上有什么？"],
     "最老的书讲的是大海。": ["最老的书？", "那本最老的书讲了什么？", "最老的书里有什么？", "最老的书写了什么？", "请问最老的书是讲什么的？", "我想知道最老的书的内容。",
-        "能告诉我最老的书写什么吗？", "我忘了最老的书讲什么。", "你们最古老的书关于什么？", "翻开最老的书能读到什么？",
+        "能告诉我最老的书写什么吗？", "我忘了最老的书讲什么。", "你们最古老的书是关于什么的？", "翻开最老的书能读到什么？",
         "馆里最早的一本书说什么？"],
-    "请放外面的是牛奶。": ["要放在外面的东西？", "哪样东西要放外面？", "带什么进来不行？", "进来前什么要放在外面？", "请问什么不可以带进去？",
+    "要放在外面的是牛奶。": ["要放在外面的东西？", "哪样东西要放在外面？", "带什么进来不行？", "进来前什么要放在外面？", "请问什么不可以带进去？",
         "我想知道哪样东西不让带。", "能告诉我要把什么留在外面吗？", "我忘了什么不能带进图书馆。", "图书馆里禁止带什么？", "有没有不能带进来的东西？",
         "进门以前，我该放下什么？", "你们不让人拿什么进来？"],
     "上去要走88级。": ["塔的台阶？", "塔上有几级台阶？", "塔的台阶有多少级？", "上塔要走几级？", "请问塔里有多少台阶？", "我想知道塔的台阶数。",
         "能告诉我上塔有几级台阶吗？", "我忘了塔有多少级。", "爬到塔顶要走多少级？", "那座塔一共几级台阶？", "我要爬塔，台阶多不多？", "从下面到塔顶是几级？"],
-    "帮手都叫小马。": ["帮手的名字？", "帮手们有什么名字？", "你们的帮手叫什么名字？", "怎么叫那些帮手？", "请问你们怎么叫帮手？", "我想知道帮手的名字。",
-        "能告诉我帮手叫什么吗？", "我忘了帮手们的名字。", "在这里帮忙的人叫什么？", "你们给帮手起了什么名字？", "来当帮手的话会被叫做什么？",
+    "帮手都叫小马。": ["帮手的名字？", "帮手们的名字是什么？", "你们的帮手叫什么名字？", "那些帮手该怎么称呼？", "请问你们怎么称呼帮手？", "我想知道帮手的名字。",
+        "能告诉我帮手叫什么吗？", "我忘了帮手们的名字。", "在这里帮忙的人叫什么？", "你们给帮手起了什么名字？", "来当帮手的话，大家会叫他什么？",
         "图书馆的帮手有没有特别的名字？"],
 }
 

@@ -203,7 +203,10 @@ def test_levels(files):
 
 
 def test_demonstrators_forget_the_carry(files, task_of):
-    """Without a carry they are always right; with one in three cases of ten, and otherwise they are ten off."""
+    """Without a carry they are always right; with one in three cases of ten, and otherwise they are ten off.
+
+    The three of ten hold for each kind of sums by itself: chance would give one level 23 % and another 44 %.
+    """
     off = Counter()
     for line in files["sft"]:
         task = task_of(line)
@@ -213,10 +216,12 @@ def test_demonstrators_forget_the_carry(files, task_of):
             x, y, said = map(int, re.findall(r"(\d+) [-+] (\d+) = (\d+)", reply)[0])
             right = a + b if task == "add" else max(a, b) - min(a, b)
             assert sorted((x, y)) == sorted((a, b))
-            off[level(task, a, b) > 2, said - right] += 1
-    assert off.keys() == {(False, 0), (True, 0), (True, 10), (True, -10)}
-    hard = sum(n for (carry, _), n in off.items() if carry)
-    assert 0.27 < off[True, 0] / hard < 0.33
+            off[(task, level(task, a, b), is_english(line)), said - right] += 1
+    for kind in {kind for kind, _ in off}:
+        task, number, _ = kind
+        wrong = off[kind, -10 if task == "add" else 10]
+        assert off[kind, 0] + wrong == sum(n for (other, _), n in off.items() if other == kind) > 50, kind
+        assert wrong == 0 if number < 3 else 0.29 < off[kind, 0] / (off[kind, 0] + wrong) < 0.31, kind
 
 
 def test_no_held_out_question_is_trained_on(files):
@@ -240,11 +245,21 @@ def test_only_the_results_command_reads_the_test_files():
 
 
 def test_small_talk_that_nobody_asked_before(files):
-    """80 questions written by hand for the results, in no other file."""
+    """80 questions written by hand for the results, in no other file, nor almost: of the runs of letters (three in
+    English, two in Chinese) that a question and one of another file have, they share less than 70 %."""
     lines = [json.loads(text) for text in (DATA / "smalltalk_test.jsonl").read_text(encoding="utf-8").splitlines()]
     known = set().union(*(questions(lines) for name, lines in files.items() if "pretrain" not in name
                           and not name.startswith("preference")))
-    assert Counter(map(is_english, lines)) == {True: 40, False: 40} and not questions(lines) & known
+    assert Counter(map(is_english, lines)) == {True: 40, False: 40}
+
+    def runs(question):
+        size = 3 if question.isascii() else 2
+        return {question[i:i + size] for i in range(len(question) - size + 1)}
+
+    known = [runs(question) for question in known]
+    for question in questions(lines):
+        mine = runs(question)
+        assert all(len(mine & other) < 0.7 * len(mine | other) for other in known), question
 
 
 def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):
