@@ -50,7 +50,7 @@ from minillm.preferences import (PairDataset, check_same_tokenizer, encode_pair,
                                  score_pairs)
 from minillm.records import advice_on_folder, is_text, read_records
 from minillm.rewards import load_rewards, score_answers
-from minillm.safetensors import load_json, save_json
+from minillm.safetensors import check_file_out, load_json, save_json
 from minillm.token_cache import load_dataset
 from minillm.token_view import check_rollout, logprobs_of, show_rollout, show_tokens, token_texts
 from minillm.tokenizer import Tokenizer
@@ -90,6 +90,8 @@ def main(cfg: Config) -> dict:
     # 1. Setup
     if [bool(cfg.chat), cfg.prompt is not None, bool(cfg.compare)].count(True) > 1:
         raise UserError("--chat, --prompt and --compare exclude each other")
+    if cfg.json:
+        check_file_out("--json", cfg.json, [cfg.data] if cfg.data else [])
     if cfg.tokens and (cfg.chat or cfg.prompt is not None):
         raise UserError("--tokens shows a conversation of --data; leave out --chat and --prompt")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):

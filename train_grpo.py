@@ -71,7 +71,8 @@ class Config(RunConfig):
     tasks: list[str] = flag([], "train on prompts of these tasks only (default: all)")
     eval_data: str = flag("", f"held-out prompts (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/grpo", "folder to write")
-    reward: list[str] = flag(["answer"], "answer, model, judge or path/to/file.py:function; a sum: answer 0.5*model")
+    reward: list[str] = flag(["answer"], "answer, model, judge (a copy of --model) or path/to/file.py:function; a sum: "
+                             "answer 0.5*model")
     reward_model: str = flag("out/reward", "checkpoint folder for --reward model")
     loss: str = flag("grpo", "which objective", choices=["grpo", "dr_grpo", "dapo"])
     batch_size: int = flag(64, "prompts per rollout", low=1, downloaded=8)
@@ -131,7 +132,7 @@ def main(cfg: Config) -> dict:
         ref_model = policy  # with the LoRA switched off
     else:
         ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
-    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)
+    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device, cfg.max_new_tokens)
     runtime.compile_backbone(policy, cfg.compile)
     if ref_model is not policy:
         runtime.compile_backbone(ref_model, cfg.compile)
@@ -160,9 +161,9 @@ def main(cfg: Config) -> dict:
         answers, ended = read_answers(rollout, tokenizer)
 
         # Reward: one number for each answer
-        scores, components = score_rollout(reward_functions, prompts, answers, device)  # (N, G)
-        unfinished = (~ended).to(device).view_as(scores)
-        rewards = scores - cfg.missing_eos_penalty * unfinished
+        raw_scores, components = score_rollout(reward_functions, prompts, answers, device)  # (N, G)
+        unfinished = (~ended).to(device).view_as(raw_scores)
+        rewards = raw_scores - cfg.missing_eos_penalty * unfinished
 
         # Advantage: relative to the group
         if cfg.loss == "dr_grpo":
@@ -173,7 +174,7 @@ def main(cfg: Config) -> dict:
             group = answers[:cfg.group_size]
             runtime.say(show_samples(prompts[0].messages[-1]["content"], group, rewards[0], advantages[0]))
         has_signal = (rewards != rewards[:, :1]).any(dim=1).repeat_interleave(cfg.group_size)  # (B,) with B = N G
-        run.add({"reward": scores.mean(), "no_signal": 1 - has_signal.float().mean(),
+        run.add({"reward": raw_scores.mean(), "no_signal": 1 - has_signal.float().mean(),
                  "response_tokens": rollout.response_mask.sum() / len(answers), "truncated": 1 - ended.float().mean(),
                  **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
                 weight=len(answers), tokens=rollout.n_tokens / runtime.world_size())

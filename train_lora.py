@@ -115,7 +115,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    hold = cfg.peft != "prefix"  # in bf16, where the device computes in it; a prefix is first made in float32
+    hold = cfg.peft != "prefix"  # in bf16, where the device computes in it; a prefix is made before that
     model = checkpoint.load_model(cfg.model, device, dtype, frozen=hold, mapped=shard.is_on(cfg))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)
@@ -124,7 +124,7 @@ def main(cfg: Config) -> dict:
     elif cfg.peft == "adapter":
         apply_bottleneck(model, cfg.bottleneck, cfg.placement)
     elif cfg.peft == "prefix":
-        apply_prefix(model, virtual_tokens, tokenizer.encode(cfg.start_text))  # runs the base, in float32
+        apply_prefix(model, virtual_tokens, tokenizer.encode(cfg.start_text))  # runs the base
         runtime.hold_in_bf16(model)
     else:
         apply_prompt(model, virtual_tokens, tokenizer.encode(cfg.start_text))

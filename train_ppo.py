@@ -40,10 +40,11 @@ Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Te
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
 model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
 on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
-with them. For the first critic_steps rollouts only the critic is trained: the advantages of one that has not learned
-yet would be noise. An answer that does not end by itself loses missing_eos_penalty (in standard deviations of the
-score). By default a rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass
-over it. No pretraining gradients are mixed in (no PPO-ptx).
+with them; one that is new, or that knows only a part of the reward, starts at 0, their mean. For the first critic_steps
+rollouts only the critic is trained: the advantages of one that has not learned yet would be noise. An answer that does
+not end by itself loses missing_eos_penalty (in standard deviations of the score). By default a rollout's updates stop
+early at target_kl. The mini-batches of a rollout are the same in each pass over it. No pretraining gradients are mixed
+in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Config(RunConfig):
     data: list[str] = flag([DATA], "prompts, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out prompts (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/ppo", "folder to write")
-    reward: list[str] = flag(["model"], "answer, model, judge or path/to/file.py:function; a sum: answer 0.5*model")
+    reward: list[str] = flag(["model"], "answer, model, judge (a copy of --model) or path/to/file.py:function; a sum: "
+                             "answer 0.5*model")
     reward_model: str = flag("out/reward", "checkpoint folder of the reward model; the value model starts from it too")
     batch_size: int = flag(256, "prompts per rollout", low=1, downloaded=32)
     max_seq_len: int = flag(256, "tokens of prompt and answer together; longer prompts are left out", low=8,
@@ -142,12 +144,16 @@ def main(cfg: Config) -> dict:
         ref_model = policy  # with the LoRA switched off
     else:
         ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
-    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device)  # the frozen reward model too
+    reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device, cfg.max_new_tokens)  # frozen too
+    expects_scores = False  # whether the critic's head predicts what the answers will be scored with
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
+        expects_scores = cfg.reward == ["model"]
     else:
         runtime.say(f"no reward model with the policy's tokenizer: the value model starts from {cfg.model}")
         value_model = ValueModel.from_lm(checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora"))
+    if not expects_scores:
+        torch.nn.init.zeros_(value_model.score.weight)  # the mean of the normalised scores
     if cfg.peft == "lora":
         apply_lora(runtime.hold_in_bf16(value_model), cfg.rank, cfg.alpha)
         value_model.score.requires_grad_()
@@ -172,7 +178,7 @@ def main(cfg: Config) -> dict:
     optimizers = policy_optimizers + value_optimizers
     run.start(policy, optimizers, loader, tokenizer, total_steps, evaluate, beside=[value_model])
     score_mean, score_std = run.before.get("sampled_reward", 0.0), run.before.get("sampled_reward_std", 0.0) or 1.0
-    if run.step == 0:
+    if run.step == 0 and expects_scores:
         value_model.normalise(score_mean, score_std)
     batches = iter(loader)
     for step in run:

@@ -28,7 +28,7 @@ default Muon (arXiv 2502.16982) trains the hidden matrices, which learns faster 
 from dataclasses import dataclass
 
 from minillm import checkpoint, runtime, shard
-from minillm.config import flag, parse_config
+from minillm.config import check_random_weights, flag, parse_config
 from minillm.data import PackedLoader, encode_text, load_split
 from minillm.evaluate import continuations, held_out_loss
 from minillm.logprobs import linear_cross_entropy
@@ -64,6 +64,7 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
+    check_random_weights(cfg)
     if cfg.model:
         checkpoint.choose_defaults(cfg, cfg.model)
         checkpoint.require_stage(cfg.model, max_seq_len=cfg.max_seq_len)

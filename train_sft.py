@@ -29,7 +29,7 @@ import os
 from dataclasses import dataclass
 
 from minillm import checkpoint, runtime, shard
-from minillm.config import flag, parse_config
+from minillm.config import by_hand, check_random_weights, flag, parse_config
 from minillm.data import PackedLoader, encode_conversation, load_split
 from minillm.evaluate import answer_questions, held_out_loss, read_questions
 from minillm.logprobs import linear_cross_entropy
@@ -47,8 +47,8 @@ class Config(RunConfig):
     data: list[str] = flag([DATA], "conversations, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out conversations (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/sft", "folder to write")
-    preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
-    tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
+    preset: str = flag("tiny", "architecture of random weights, which it asks for", choices=list(PRESETS))
+    tokenizer: str = flag("data/tokenizer.json", "tokenizer of random weights, which it asks for")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
     batch_size: int = flag(7, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
@@ -68,11 +68,13 @@ class Config(RunConfig):
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
-    source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") else "")
+    check_random_weights(cfg)
+    fresh = by_hand(cfg, "preset", "tokenizer")  # asks for random weights
+    source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") and not fresh else "")
     if source:
         checkpoint.choose_defaults(cfg, source)
         checkpoint.require_stage(source, max_seq_len=cfg.max_seq_len)
-    elif os.path.exists(f"{PRETRAINED}.bak"):
+    elif os.path.exists(f"{PRETRAINED}.bak") and not fresh:
         runtime.say(f"there is no {PRETRAINED}, but an older run in {PRETRAINED}.bak; --model {PRETRAINED}.bak uses it")
     checkpoint.check_tokenizer_file(source or cfg.tokenizer)
     tokenizer = checkpoint.load_tokenizer(source) if source else Tokenizer.load(cfg.tokenizer)
@@ -90,7 +92,8 @@ def main(cfg: Config) -> dict:
     if source:
         model = checkpoint.load_model(source, device, mapped=shard.is_on(cfg))
     else:
-        runtime.say(f"no {PRETRAINED} (train_pretrain.py makes it): starting from random weights, preset {cfg.preset}")
+        why = "" if fresh else f"no {PRETRAINED} (train_pretrain.py makes it): "
+        runtime.say(f"{why}starting from random weights, preset {cfg.preset}")
         config = preset_config(cfg.preset, tokenizer.vocab_size, cfg.max_seq_len)
         model = CausalLM(config).to(shard.home(cfg, device))
     model.model.recompute = cfg.recompute

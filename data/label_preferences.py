@@ -27,7 +27,7 @@ from minillm.errors import UserError  # noqa: E402
 from minillm.evaluate import prompt_messages, read_questions, reply_to  # noqa: E402
 from minillm.metrics import table  # noqa: E402
 from minillm.rewards import Judge  # noqa: E402
-from minillm.safetensors import atomic_write, save_json  # noqa: E402
+from minillm.safetensors import atomic_write, check_file_out, save_json  # noqa: E402
 from minillm.tokenizer import Tokenizer  # noqa: E402
 from minillm.verify import gold_components, is_empty  # noqa: E402
 
@@ -51,6 +51,7 @@ class Config:
 
 def main(cfg: Config) -> dict:
     # 1. Setup
+    check_file_out("--out", cfg.out, cfg.prompts)
     device = runtime.start(cfg.device, cfg.seed)
     checkpoint.require_stage(cfg.policy, "out/sft", "train_sft.py", "--policy")
     checkpoint.require_stage(cfg.judge, "out/judge", "train_sft.py with data/judge.jsonl (see --help)", "--judge")
@@ -79,8 +80,7 @@ def main(cfg: Config) -> dict:
             pairs.append((prompt_messages(record), a, b, record))
 
     # 3. The judge, in both orders
-    with runtime.autocast(device):
-        found = judge.compare(pairs, cfg.batch_size)
+    found = judge.compare(pairs, cfg.batch_size)
     first_place = sum((shown_first > 0.5) + (shown_second < 0.5) for shown_first, shown_second in found)
     disagree = sum((shown_first > 0.5) != (shown_second > 0.5) for shown_first, shown_second in found)
     dropped["confidence too low"] = 0

@@ -163,10 +163,10 @@ def two_products(device_type: str, dtype, T: int, S: int, masked: bool) -> bool:
     """Whether attention of T queries and S keys is computed as the formula is written, without a fused kernel.
 
     In bf16 on short rows PyTorch's kernel for CPUs takes twice as long. Its kernels for Apple's GPUs (mps) are wrong in
-    some releases: for a few queries with a mask of their own (decoding rows of unequal length), and in causal bf16.
+    some releases: for a few queries (decoding), where rows of unequal length have a mask, and in causal bf16.
     """
     if device_type == "mps":
-        return dtype == torch.bfloat16 or (masked and T <= 8)
+        return dtype == torch.bfloat16 or T <= 8
     return device_type == "cpu" and dtype == torch.bfloat16 and (T > 1 or masked) and T * S <= 2**18
 
 

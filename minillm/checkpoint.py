@@ -110,7 +110,6 @@ def check_model(folder):
     check_sizes(config, stored, folder)
     with torch.device("meta"):
         expected = weights_of(CausalLM(config))
-    stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     check_weights(expected, stored, folder)
@@ -131,8 +130,15 @@ def check_tokenizer_file(path):
 
 
 def load_weights(folder) -> dict:
-    """{name: tensor} of model.safetensors or of its shards, mapped from disk; raises UserError."""
-    folder = checkpoint_folder(folder)
+    """{name: tensor} of model.safetensors or of its shards, mapped from disk; raises UserError.
+
+    Without RoPE's frequencies, which old checkpoints hold and config.json tells.
+    """
+    tensors = _stored_tensors(checkpoint_folder(folder))
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _stored_tensors(folder) -> dict:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return load_safetensors(folder / "model.safetensors")
@@ -183,7 +189,6 @@ def load_model(folder, device="cpu", dtype=torch.float32, frozen: bool = False, 
         if embedding is not None and not torch.equal(head, embedding):
             raise UserError(f"{folder}: config.json ties the embeddings, yet lm_head.weight differs from "
                             "model.embed_tokens.weight; set tie_word_embeddings to false")
-    stored = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     config = grow_vocabulary(config, stored, folder)
     with torch.device("meta"):  # no time and no memory for initial values that are replaced anyway
         model = CausalLM(config).to(dtype)

@@ -100,7 +100,20 @@ def parse_config(cls, doc: str, argv=None):
     if argv is None:
         sys.excepthook = functools.partial(_one_line, cfg)  # which knows now what is in use
     check_ranges(cfg)
+    check_methods(cfg)
     return cfg
+
+
+def by_hand(cfg, *names) -> list:
+    """Which of these flags were given on the command line."""
+    return [name for name in names if name in getattr(cfg, "given", ())]
+
+
+def check_random_weights(cfg):
+    """Raise UserError where --model is given together with what is for random weights."""
+    if cfg.model and (names := by_hand(cfg, "preset", "tokenizer")):
+        raise UserError(f"--{names[0]} is for random weights, and --model {cfg.model} has its own; leave one of them "
+                        "out")
 
 
 def set_downloaded_defaults(cfg, context: int, keep=()) -> dict:
@@ -136,6 +149,15 @@ def check_ranges(cfg):
             if low is None or high is None:
                 bounds = f"at least {low}" if high is None else f"at most {high}"
             raise UserError(f"--{f.name} {value}: must be {bounds}")
+
+
+def check_methods(cfg):
+    """Raise UserError for a flag that another --peft reads: its help begins with the names of those that do."""
+    known = next((f.metadata["choices"] for f in dataclasses.fields(cfg) if f.name == "peft"), [])
+    for f in dataclasses.fields(cfg):
+        methods = f.metadata["help"].partition(": ")[0].split(", ")
+        if f.name in cfg.given and set(methods) <= set(known) and cfg.peft not in methods:
+            raise UserError(f"--{f.name} belongs to --peft {' or '.join(methods)}; leave it out with --peft {cfg.peft}")
 
 
 def _out_of_memory(cfg, error, trace) -> str:

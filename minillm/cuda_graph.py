@@ -17,7 +17,8 @@ class StaticCache(KVCache):
     """
 
     def __init__(self, cache: KVCache, size: int):
-        self.__dict__.update(cache.__dict__)
+        self.keys, self.values, self.valid = cache.keys, cache.values, cache.valid
+        self.prefix, self.padded = cache.prefix, cache.padded
         self.size, self.length = size, torch.full((1,), cache.length, device=cache.valid.device)
 
     def extend(self, tokens, attention_mask=None):

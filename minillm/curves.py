@@ -8,7 +8,7 @@ import html
 import json
 from pathlib import Path
 
-from minillm.errors import UserError
+from minillm.errors import UserError, printable
 from minillm.safetensors import open_file
 
 BARS, COLOURS = "▁▂▃▄▅▆▇█", ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bc4c00")
@@ -31,13 +31,8 @@ def read_curves(folder) -> dict:
             continue
         for name, value in values.items() if type(step) is int else ():
             if name != "step" and abs(value) < 1e300:  # also false for NaN
-                curves.setdefault(short_name(name), []).append((step, value))
+                curves.setdefault(printable(name)[:40], []).append((step, value))
     return curves
-
-
-def short_name(name: str) -> str:
-    """A metric's name as it can be shown: in one line."""
-    return "".join(character if character.isprintable() else " " for character in name)[:40]
 
 
 def sparkline(points: list, width: int = 40) -> str:

@@ -46,14 +46,24 @@ def encode_text(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
     return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
 
 
+def is_silent(message: dict) -> bool:
+    """Whether it is the assistant's turn, and nothing is said, thought or called in it."""
+    said = message["content"].strip() or message.get("reasoning_content") or message.get("tool_calls")
+    return message["role"] == "assistant" and not said and message.get("train") is not False
+
+
 def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:
     """{"conversations"} -> tokens in the tokenizer's chat format; the loss mask is True on what the assistant says.
 
-    One that is too long is cut at the end; one with nothing left to learn is dropped. Both are counted, and so is think
-    text that no format writes because a later question follows.
+    One that is too long is cut at the end; one with nothing left to learn is dropped. Both are counted, and so are
+    think text that no format writes because a later question follows, and empty replies, which would teach silence.
     """
     check_conversation(record, where)
-    tokens, mask = tokenizer.render(record["conversations"])
+    messages = record["conversations"]
+    if silent := [message for message in messages if is_silent(message)]:
+        stats["empty replies, not trained on"] += len(silent)
+        messages = [{**message, "train": False} if is_silent(message) else message for message in messages]
+    tokens, mask = tokenizer.render(messages)
     if lost := lost_think(record["conversations"]):
         stats["replies without their think text, because another question follows"] += lost
     if not any(mask):

@@ -70,9 +70,12 @@ def digits_of(answer, where: str) -> str:
 def check_marks(record: dict, where: str):
     """Raise UserError for a record that is marked as bad, that is to count more or less than others, or with a mask."""
     check_masks(record, where)
-    if record.get("label") is False and "text" not in record:
-        raise UserError(f'{where}: "label" is false: this answer is a bad example, as in data for KTO, which minillm '
-                        "does not have; keep the records whose label is true, or make pairs of chosen and rejected")
+    label = record.get("label")
+    bad = label is False or str(label).lower() == "false" or label == 0 and "completion" in record  # in Parquet: 0
+    if bad and "text" not in record:
+        raise UserError(f'{where}: "label" is {json.dumps(label)}: this answer is a bad example, as in data for KTO, '
+                        "which minillm does not have; keep the records whose label is true, or make pairs of chosen "
+                        "and rejected")
     for key in ("weight", "sample_weight", "loss_weight", "loss", "train"):
         if key in record and (record[key] not in (None, 1) or isinstance(record[key], str)):
             raise UserError(f'{where}: "{key}": {json.dumps(record[key])[:80]} of a whole record is not supported: all '
@@ -128,8 +131,8 @@ def question_of(record: dict, name: str, where: str) -> list:
             if not isinstance(part, str):
                 raise UserError(f'{where}: "{name}" and what belongs to it must be text, not {type(part).__name__}')
         question = f"{question}\n{extra}" if question else extra
-    turns = []
-    for turn in record.pop("history", None) or []:
+    turns, history = [], record.pop("history", None) or []
+    for turn in history if isinstance(history, list) else [history]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             raise UserError(f'{where}: "history" must be a list of [question, answer]')
         turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -210,7 +213,7 @@ def message_of(message: dict, where: str) -> dict:
     for what, found in (("the calls of tools", calls), ("the think text", reasoning)):
         if any(other != found[0] for other in found[1:]):
             raise UserError(f"{where} has {what} under two keys, and they differ; keep one of them")
-    calls = calls[0] if calls else None
+    calls = calls_of(calls[0], where) if calls else None
     check_masks(message, where)
     for key in UNREAD_IN_MESSAGE:
         check_empty(message, key, where)
@@ -226,7 +229,7 @@ def message_of(message: dict, where: str) -> dict:
                 raise UserError(f'{where}: "reasoning_content" must be text, not {type(reasoning[0]).__name__}')
             message["reasoning_content"] = reasoning[0]
         if calls:
-            message["tool_calls"] = calls_of(calls, where)
+            message["tool_calls"] = calls
         if message.get("content") is None and (calls or any(reasoning)):
             message["content"] = ""
     read_weight(message, where)
@@ -304,9 +307,10 @@ def put_in_front(record: dict, names: tuple, where: str):
             if messages[0] != tools[0]:
                 raise UserError(f'{where}: "tools" stand beside the messages and in one of them; keep one list')
             messages = messages[1:]
-        said = [message.get("content") for message in messages if message.get("role") == "system"]
-        if system and said and system not in said:
+        own_tools = messages[:1] if messages[0].get("role") == "tools" else []
+        messages = messages[len(own_tools):]
+        said = [message.get("content") for message in messages[:1] if message.get("role") == "system"]
+        if system and said and said != [system]:
             raise UserError(f'{where}: "system" stands beside messages that have a system message; keep one of them')
         front = [{"role": "system", "content": system}] if system and not said else []
-        own_tools = messages[:1] if messages[0].get("role") == "tools" else []
-        record[name] = [*tools, *own_tools, *front, *messages[len(own_tools):]]
+        record[name] = [*tools, *own_tools, *front, *messages]

@@ -129,7 +129,7 @@ def load_reward_model(folder, device="cpu") -> RewardModel:
         raise UserError(f"{folder} is no reward model (it holds {short(document.get('architectures'))}); "
                         "python train_reward.py makes one")
     config = config_from_json(document, folder / "config.json")
-    stored = {name: tensor for name, tensor in load_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = load_weights(folder)
     config = grow_vocabulary(config, stored, folder)
     check_sizes(config, stored, folder)
     with torch.device("meta"):

@@ -13,8 +13,8 @@ NUMBERS_AT_ONCE = {"cpu": 2**22, "gpu": 2**26}
 def make_optimizers(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95), muon: bool = False) -> list:
     """The optimizers for all trainable parameters of `model`.
 
-    AdamW (arXiv 1711.05101); weight decay only on hidden matrices, not on norms, biases, embeddings and the LM head.
-    With `muon`, the hidden matrices are trained by Muon.
+    AdamW (arXiv 1711.05101); weight decay only on hidden matrices (and a reward model's head), not on norms, biases,
+    embeddings and the LM head. With `muon`, the hidden matrices are trained by Muon.
     """
     if runtime.in_lockstep(model):
         model.reshard()  # since a forward pass embedding and head are whole

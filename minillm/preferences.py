@@ -43,7 +43,9 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         return [[m.get(key) for key in ("role", "content", "reasoning_content", "tool_calls")] for m in messages]
 
     sides = read_pair(record, where)
-    check_margin(record.get("margin", 0), where)
+    kind, margin = ("" if record.get(key) is None else record[key] for key in ("kind", "margin"))
+    margin = margin or 0 if margin == "" else margin
+    check_margin(margin, where)
     prompts, answers = [side[:-1] for side in sides], [side[-1] for side in sides]
     if not answers[0]["role"] == answers[1]["role"] == "assistant":
         return drop("pairs without an assistant's answer at the end, dropped")
@@ -65,7 +67,7 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         stats["pairs with an answer cut at --max_seq_len"] += 1
     sides = [(tokens, [False] * len(prompt) + [True] * (len(tokens) - len(prompt)))
              for tokens in (chosen[:max_seq_len], rejected[:max_seq_len])]
-    return [(*sides[0], [str(record.get("kind", "")), float(record.get("margin", 0))]), sides[1]]
+    return [(*sides[0], [str(kind), float(margin)]), sides[1]]
 
 
 class PairDataset:

@@ -21,6 +21,7 @@ from minillm.safetensors import LFS, MAX_DEPTH, check_depth, no_duplicates
 # By the key that shows what a record is: all keys that are read. (Only eval.py --tokens reads "advantages".)
 READ = {"conversations": ("conversations",), "text": ("text",), "chosen": ("prompt", "chosen", "rejected", "margin"),
         "advantages": ("step", "reward", "tokens", "advantages", "ratios")}
+ENCODERS = {"encode_text": "text", "encode_conversation": "conversations", "encode_pair": "chosen"}
 # Keys that change nothing in training. Any other key is named once (see UnknownKeys).
 IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
               "topic tags url title author date timestamp license meta metadata label level difficulty type model "
@@ -29,6 +30,8 @@ IGNORED = set("id idx index uuid source dataset subset split score lang language
 KNOWN_IN_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "train", "id", "name", "tool_call_id"}
 MOST_UNPACKED = 20  # bytes of a line for a byte of the file; gzip makes text 3 to 10 times smaller
 SMALL = 1 << 26  # bytes that any file may unpack to
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+               "generation_config.json", "chat_template.jinja")  # what is read of a model besides its weights
 PROJECT = Path(__file__).parent.parent
 DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)  # otherwise the last of two equal keys counts, silently
 # How other files than text begin, what they are, and how to make text of them.
@@ -175,7 +178,7 @@ def array_items(path, text: str):
 
 def parse_line(text: str, where: str) -> dict:
     """One JSON object, normalised; `where` ("file:line") begins the message of the UserError."""
-    advice = "each line must be an object, or the file one array of objects"
+    advice = "each line must be an object, or the file one array of objects; plain text is read from .txt files"
     try:
         record = DECODER.decode(text)
         if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -195,9 +198,10 @@ class UnknownKeys:
     def __init__(self, lines=()):
         self.lines = dict(lines)
 
-    def add(self, record: dict, line: int):
-        """Note the unknown keys of a record and of its messages."""
-        kinds = [kind for kind in READ if kind in record]
+    def add(self, record: dict, line: int, encoder: str = ""):
+        """Note the unknown keys of a record and of its messages. encoder: what reads one kind of records alone."""
+        read_as = ENCODERS.get(encoder)
+        kinds = [kind for kind in READ if kind in record and (read_as not in record or kind == read_as)]
         read = [key for kind in kinds for key in READ[kind]]
         self._add(record, {*read, *IGNORED}, "", line)
         for name in read:
@@ -313,23 +317,30 @@ def read_pair(record: dict, where: str) -> tuple:
 
     Either each side begins with the prompt, or the prompt stands once, under "prompt". Raises UserError.
     """
-    def turns(messages):
-        return {(message["role"], message["content"]) for message in messages}
+    def begins_with(messages, prompt):  # other system messages and tools may stand before it
+        turns, asked = ([(m["role"], m["content"]) for m in part] for part in (messages, prompt))
+        front = sum(1 for _ in itertools.takewhile(lambda turn: turn[0] in ("system", "tools"), turns))
+        return any(turns[i:i + len(asked)] == asked for i in range(front + 1))
 
+    for side in ("chosen", "rejected"):
+        require(record, side, where)
     prompt = record.get("prompt", [])
     if "prompt" in record:
         check_messages(prompt, where, "prompt")
     sides = []
     for side in ("chosen", "rejected"):
-        messages = require(record, side, where)
+        messages = record[side]
         check_messages(messages, where, side)
-        if not prompt and messages[0]["role"] == "assistant":
+        if not prompt and len(messages) == 1 and messages[0]["role"] == "assistant":
             raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
         if messages[-1].get("train") is False:
             raise UserError(f'{where}: the answer in "{side}" is marked as not to be trained on; remove the pair')
-        if prompt and messages[0]["role"] == "assistant":
+        if prompt and messages[0]["role"] == "assistant" and not begins_with(messages, prompt):
+            if prompt[-1]["role"] == "assistant":
+                raise UserError(f'{where}: the last message of "prompt" is an answer already, before the one in '
+                                f'"{side}"; remove it')
             messages = prompt + messages
-        elif not turns(prompt) <= turns(messages):
+        elif not begins_with(messages, prompt):
             raise UserError(f'{where}: "{side}" must begin with the messages of "prompt" or with the assistant')
         sides.append(messages)
     return tuple(sides)
@@ -356,11 +367,11 @@ def _content_hash(path, *identity) -> str:  # identity: what changes when the fi
 
 
 def fingerprint(path: str) -> str:
-    """A hash of a file, or of a model folder's weights, settings and tokenizer; raises UserError."""
+    """A hash of a file, or of a model folder's weights, settings, tokenizer and chat template; raises UserError."""
     files = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).iterdir()
-                       if file.suffix == ".safetensors" or file.name in ("config.json", "tokenizer.json"))
+                       if file.suffix == ".safetensors" or file.name in MODEL_FILES)
     try:
         return " ".join(content_hash(file) for file in files)
     except OSError as error:

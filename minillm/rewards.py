@@ -6,6 +6,8 @@ answers to all prompts together. A function in a user's file sees one prompt at 
 takes `(messages, answers, example)` and returns one number per answer.
 """
 
+import contextlib
+import copy
 import importlib.util
 import inspect
 import math
@@ -27,6 +29,7 @@ from minillm.tokenizer import Tokenizer
 from minillm.verify import extract_answer, is_correct, question_of
 
 FORMAT_CREDIT = 0.1
+LARGEST = 1e15  # of a score: its square, of which a group's standard deviation is made, must fit float32
 
 
 def answer_reward(messages, answers, example):
@@ -138,12 +141,12 @@ class Judge:
         return [(first, 1 - second) for first, second in zip(verdicts, verdicts[len(asked):])]
 
 
-def judge_reward(folder, device="cpu", max_new_tokens=64):
+def judge_reward(folder, device="cpu", max_new_tokens=64, batch_size=128):
     """The reward source of an AI judge (RLAIF, arXiv 2309.00267): the probability that an answer beats the judge's.
 
-    The judge's own answer is greedy, and the probability is the mean over both orders, so an equal answer gets 1/2. A
-    fixed opponent keeps rewards comparable over the whole run. The judge is shown no think text. Raises UserError for a
-    folder without a language model.
+    The judge's own answer is greedy, of up to max_new_tokens, and the probability is the mean over both orders, so an
+    equal answer gets 1/2. A fixed opponent keeps rewards comparable over the whole run. The judge is shown no think
+    text. Raises UserError for a folder without a language model.
     """
     judge, own = Judge(folder, device), {}  # own: {prompt tokens: the judge's answer}
     tokenizer = judge.tokenizer
@@ -151,10 +154,12 @@ def judge_reward(folder, device="cpu", max_new_tokens=64):
     def source(batch):
         prompts = [tuple(tokenizer.render(messages, add_generation_prompt=True, thinking=False)[0])
                    for messages, _, _ in batch]
-        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in own]:
+        new = sorted({prompt for prompt in prompts if prompt not in own}, key=lambda prompt: (len(prompt), prompt))
+        for i in range(0, len(new), batch_size):  # prompts of similar lengths together
+            batched = new[i:i + batch_size]
             with runtime.autocast(torch.device(device)):
-                rollout = generate(judge.model, [list(p) for p in new], max_new_tokens, tokenizer.end_ids, 0.0)
-            for prompt, response in zip(new, rollout.responses()):
+                rollout = generate(judge.model, [list(p) for p in batched], max_new_tokens, tokenizer.end_ids, 0.0)
+            for prompt, response in zip(batched, rollout.responses()):
                 own[prompt] = tokenizer.decode(response[:-1] if response[-1] in tokenizer.end_ids else response)
         pairs = [(messages, without_think(answer), own[prompt], example)
                  for prompt, (messages, answers, example) in zip(prompts, batch) for answer in answers]
@@ -171,11 +176,12 @@ def reward_sources(specs) -> tuple:
     return names, [name.rpartition(":")[0] for name in names]
 
 
-def load_rewards(specs, reward_model, judge, device="cpu"):
+def load_rewards(specs, reward_model, judge, device="cpu", max_new_tokens=64):
     """{name: (weight, reward source)} for the values of --reward.
 
     A value is answer, model (the folder reward_model), judge (the folder judge) or path/to/file.py:function, with a
     weight in front if a weighted sum is wanted: "0.5*model". A function is named without its file if that is unique.
+    The judge's own answers have up to max_new_tokens.
     Raises UserError for an unknown value, one that is given twice, and a file or function that cannot be used.
     """
     parsed = {}  # {(real path, function): (weight, name, path)}
@@ -203,7 +209,8 @@ def load_rewards(specs, reward_model, judge, device="cpu"):
         elif name == "answer":
             found[name] = weight, _one_prompt_at_a_time(name, answer_reward)
         else:
-            found[name] = weight, model_reward(reward_model, device) if name == "model" else judge_reward(judge, device)
+            found[name] = weight, (model_reward(reward_model, device) if name == "model" else
+                                   judge_reward(judge, device, max_new_tokens))
     return found
 
 
@@ -211,31 +218,60 @@ def _from_file(path, name):
     """The function of a user's file, which may import files beside it."""
     if not os.path.isfile(path):
         raise UserError(f"--reward {path}:{name}: there is no such file")
-    folder, known = os.path.dirname(os.path.realpath(path)), set(sys.modules)
+    beside = _modules_beside(os.path.dirname(os.path.realpath(path)))
     spec = importlib.util.spec_from_file_location(f"reward_file:{os.path.realpath(path)}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with beside():
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise UserError(f"--reward {path}:{name}: the file cannot be imported: {_what_and_where(error)}") from None
-    finally:
-        sys.path.remove(folder)
-        for other in set(sys.modules) - known - {spec.name}:  # another file may have a helper.py of its own beside it
-            if os.path.dirname(getattr(sys.modules[other], "__file__", None) or "") == folder:
-                del sys.modules[other]
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"--reward {path}:{name}: the file defines no function {name}")
-    signature = inspect.signature(function)
+    right, takes = False, "arguments that it does not tell"
     try:
+        signature = inspect.signature(function)  # ValueError: of a function written in C
+        takes = str(signature)
         signature.bind("messages", "answers", "example")
-    except TypeError:
-        signature = None
-    if signature is None or "completions" in signature.parameters:  # as in TRL
+        right = "completions" not in signature.parameters  # as in TRL
+    except (TypeError, ValueError):
+        pass
+    if not right:
         raise UserError(f"--reward {path}:{name}: the function must take (messages, answers, example) and return one "
-                        f"number per answer; this one takes {inspect.signature(function)}")
-    return function
+                        f"number per answer; this one takes {takes}")
+
+    def call(*given):
+        with beside():
+            return function(*given)
+
+    return call
+
+
+def _modules_beside(folder):
+    """A context manager in which the files of this folder can be imported, and those imported before are known.
+
+    Outside it they are not: another reward file may have a helper.py of its own.
+    """
+    own = {}
+
+    @contextlib.contextmanager
+    def beside():
+        sys.modules.update(own)
+        known = set(sys.modules) - set(own)
+        sys.path.insert(0, folder)
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
+            for name in set(sys.modules) - known:
+                module = sys.modules[name]
+                places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
+                installed = name.partition(".")[0] == "minillm" or any("site-packages" in place for place in places)
+                if not installed and any(os.path.realpath(place).startswith(folder + os.sep) for place in places):
+                    own[name] = sys.modules.pop(name)
+
+    return beside
 
 
 def _what_and_where(error):
@@ -253,6 +289,8 @@ def _one_prompt_at_a_time(name, function):
             values = _call(name, function, messages, answers, example)
             place = f"{len(answers)} answers to {question_of(messages)[:80]!r}, the first {answers[0][:80]!r}"
             try:
+                if isinstance(values, (str, bytes, dict, set)):
+                    raise TypeError
                 values = [float(value) for value in values]
             except (TypeError, ValueError):
                 raise UserError(f"reward {name} must return a list of one number per answer; for {place}, it returned "
@@ -267,17 +305,19 @@ def _one_prompt_at_a_time(name, function):
 
 def _call(name, function, messages, answers, example):
     try:
-        return function(messages, list(answers), example)  # a copy, so that the function cannot change the answers
+        values = function(*copy.deepcopy((messages, answers, example)))  # copies, for it may change what it is given
+        return list(values) if inspect.isgenerator(values) else values
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         culprit, reason = answers[0], error
         for answer in answers:
             try:
-                function(messages, [answer], example)
-            except Exception as alone:
+                values = function(*copy.deepcopy((messages, [answer], example)))
+                values = list(values) if inspect.isgenerator(values) else values
+            except (Exception, SystemExit) as alone:
                 culprit, reason = answer, alone
                 break
         raise UserError(f"reward {name} failed on the answer {culprit[:80]!r} to {question_of(messages)[:80]!r}: "
@@ -289,7 +329,7 @@ def score_answers(rewards, batch):
 
     rewards: from load_rewards. batch: [(messages, answers, example), ...]. Sums and scores are lists of one list per
     prompt. Raises UserError, with the reward and the answer, if a function raises, returns the wrong number of values,
-    or a score is not a finite number.
+    or a score is not a finite number of sensible size.
     """
     components, totals = {}, [[0.0] * len(answers) for _, answers, _ in batch]
     for name, (weight, source) in rewards.items():
@@ -297,8 +337,8 @@ def score_answers(rewards, batch):
         components[name] = [[next(scores) for _ in answers] for _, answers, _ in batch]
         for (messages, answers, _), values, total in zip(batch, components[name], totals):
             for i, (answer, value) in enumerate(zip(answers, values)):
-                if not math.isfinite(value):
+                if not abs(value) < LARGEST:  # NaN, too
                     raise UserError(f"reward {name} gave {value} for the answer {answer[:80]!r} to "
-                                    f"{question_of(messages)[:80]!r}")
+                                    f"{question_of(messages)[:80]!r}; a score must be a number below {LARGEST:.0e}")
                 total[i] += weight * value
     return totals, components

@@ -62,6 +62,10 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
     if eval_path:  # first, because it is the smaller one and may have a mistake
         held_out = [make_prompt(record, tokenizer, thinking) for record in read_records(eval_path, check_prompt)]
     everything = [make_prompt(record, tokenizer, thinking) for record in read_records(paths, check_prompt)]
+    known = {prompt.record["task"] for prompt in everything if prompt.record.get("task")}
+    if unknown := [task for task in tasks if task not in known]:
+        raise UserError(f"{files}: --tasks {' '.join(unknown)}: no prompt has such a task; "
+                        f"found: {', '.join(sorted(known)) or 'none'}")
     fitting = [prompt for prompt in everything if len(prompt.tokens) <= room]
     if eval_path:
         held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
@@ -88,7 +92,7 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
             advice = ('no prompt has an "answer", which --reward answer needs; use --reward model, --reward judge '
                       "or a file of your own")
         else:
-            advice = f"check --tasks {' '.join(tasks)}"
+            advice = f"those of --tasks {' '.join(tasks)} are not among the rest"
         raise UserError(f"{files}: no prompt is left to train on ({reasons}); {advice}")
     return train, held_out, stats
 
@@ -165,7 +169,7 @@ def score_rollout(rewards: dict, prompts: list, texts: list, device) -> tuple:
     """
     size = len(texts) // len(prompts)
     asked = [(prompt.messages, texts[i * size:(i + 1) * size], prompt.record) for i, prompt in enumerate(prompts)]
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad():
         found = gather(score_answers(rewards, share(asked)) if share(asked) else None)
     total, components = torch.zeros(len(prompts), size), {name: torch.zeros(len(prompts), size) for name in found[0][1]}
     for first, scored in enumerate(found):

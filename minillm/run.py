@@ -91,6 +91,8 @@ class Run:
         self.settings["contents"] = {path: fingerprint(path) for path in inputs if not path.endswith(".py")}
         # OUT.new with a checkpoint: a kill came before it could take its place.
         self.folder = self.new if is_new_run(self.new, self.out, "training_state.pt") else self.out
+        if cfg.resume and self.folder == self.out and is_new_run(self.new, self.out, "run_config.json"):
+            say(f"note: {self.new} is a later run that ended before its first checkpoint; this goes on with {cfg.out}")
         if cfg.resume and any((self.folder / name).exists() for name in ("training_state.pt", "summary.json")):
             self._read()
         elif cfg.resume:
@@ -232,8 +234,8 @@ class Run:
         for i, name in enumerate(names):
             for number, step in enumerate(sums, self.step - len(self.steps) + 1):
                 if not math.isfinite(step[i][0]):
-                    raise UserError(f"{name} became {step[i][0]} at step {number}; stopped, {self.cfg.out} keeps its "
-                                    "last checkpoint (a lower --lr or --max_grad_norm helps most often)")
+                    raise UserError(f"{name} became {step[i][0]} at step {number}; stopped, {self._what_is_left()} "
+                                    "(a lower --lr or --max_grad_norm helps most often)")
             total, weight = sum(step[i][0] for step in sums), sum(step[i][1] for step in sums)
             line[name] = total / (weight or self.updates or 1)
         line["lr"] = self.optimizers[0].param_groups[0]["lr"]
@@ -264,8 +266,8 @@ class Run:
         for model in self.models:
             finite = all(torch.isfinite(shard.local(parameter)).all() for parameter in model.parameters())
             if runtime.sum_over_processes(not finite):
-                raise UserError(f"the weights became NaN or infinite by step {self.step}; stopped, {self.cfg.out} "
-                                "keeps its last checkpoint (a lower --lr helps most often)")
+                raise UserError(f"the weights became NaN or infinite by step {self.step}; stopped, "
+                                f"{self._what_is_left()} (a lower --lr helps most often)")
         rng = runtime.gather(capture_rng(self.device))  # of each process
         if runtime.rank() > 0:
             return
@@ -280,6 +282,10 @@ class Run:
             self.folder = self.out
             self.progress.open_file(self.out)
         keep_checkpoint(self.folder, self.step, self.cfg.keep_last)
+
+    def _what_is_left(self) -> str:
+        saved = (self.folder / "training_state.pt").exists()
+        return f"{self.cfg.out} keeps its last checkpoint" if saved else "before the first checkpoint of this run"
 
     def _keep_restored(self):
         """Keep the checkpoint that was restored, where a kill came before it, or --keep_last was not given then."""

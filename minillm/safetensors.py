@@ -137,6 +137,17 @@ def open_file(path, writable: bool = False):
         raise
 
 
+def check_file_out(option: str, out: str, inputs: list):
+    """Make the folder of a file that will be written. Raises UserError if it cannot be, or if the file is an input."""
+    for path in inputs:
+        if os.path.realpath(out) == os.path.realpath(path):
+            raise UserError(f"{option} {out}: this command reads that file; give another name")
+    try:
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {out}: cannot make its folder: {error.strerror or error}") from None
+
+
 def save_json(path, value):
     """Write JSON atomically; raises UserError when the disk refuses."""
     with atomic_write(path) as file:

@@ -41,7 +41,7 @@ from minillm.safetensors import flush_folder, load_json, open_file, save_json, t
 from minillm.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINILLM_CACHE", ".cache"))
-FORMAT = 4  # increase it when the meaning of a cached file changes
+FORMAT = 5  # increase it when the meaning of a cached file changes
 FILES = ("tokens.bin", "mask.bin", "starts.bin", "labels.jsonl")
 PART = 1 << 23  # bytes of data after which an unfinished cache is flushed
 PARALLEL = 1 << 23  # bytes of data per worker process: a smaller file is not worth starting one
@@ -121,7 +121,7 @@ def load_dataset(encode, paths: list, tokenizer: Tokenizer, max_seq_len: int) ->
     dataset = TokenDataset(folder)
     lost = "".join(f"; {count:,} {reason}" for reason, count in dataset.stats.items() if reason not in FACTS)
     say(f"{', '.join(paths)}: {dataset.stats['documents']:,} documents, {dataset.stats['tokens']:,} tokens{lost}")
-    for path, lines in zip(paths, dataset.stats.get("unknown keys", [])):
+    for path, lines in zip(sources, dataset.stats.get("unknown keys", [])):
         UnknownKeys(lines).tell(path)
     return dataset
 
@@ -350,7 +350,7 @@ def encode_lines(job, tokenizer: Tokenizer) -> tuple:
     stats, tokens, mask, lengths, labels = Counter(documents=len(records)), [], [], [], []
     unknown = UnknownKeys()
     for number, record in records:
-        unknown.add(record, number)
+        unknown.add(record, number, encode.__name__)
         for sequence, loss_mask, *label in encode(record, f"{path}:{number}", tokenizer, max_seq_len, stats):
             tokens += sequence
             mask += loss_mask

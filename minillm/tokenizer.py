@@ -29,7 +29,7 @@ from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.records import read_texts
 from minillm.runtime import say
-from minillm.safetensors import check_depth, open_file, save_json, short
+from minillm.safetensors import check_depth, check_file_out, open_file, save_json, short
 from minillm.tokenizer_config import check_added, read_folder
 from minillm.unicode_ranges import QWEN2_SPLIT, nfc, splits_of, word_cutter, word_finder
 
@@ -492,9 +492,11 @@ def main(cfg: Config):
     folder = os.path.dirname(cfg.out) or "."
     if not os.path.isdir(folder):
         raise UserError(f"--out {cfg.out}: there is no folder {folder}")
+    check_file_out("--out", cfg.out, cfg.data)
     tokenizer = train_tokenizer(read_texts(cfg.data), cfg.vocab_size, progress=True)
     tokenizer.save(cfg.out)
-    print(f"{cfg.out}: {tokenizer.vocab_size} tokens")
+    fewer = f"; no pair of tokens is left for the other {cfg.vocab_size - tokenizer.vocab_size:,} of --vocab_size"
+    print(f"{cfg.out}: {tokenizer.vocab_size} tokens" + (fewer if tokenizer.vocab_size < cfg.vocab_size else ""))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ of length, so there is nothing to pile up. There is one rule for each kind of an
     list of numbers   the last numbers, as many as the answer has; before them at most the list of the question
     sequence          letters or words of the question in another order: the only run of them, at the end of a sentence
     word              with "choices": the only candidate named, and named once. Without them, the end of a sentence,
-                      after a word such as "is", "the" or "in", so that a row of candidates is not read
+                      after a word such as "is", "the" or "in", so that a row of candidates is not read, and neither
+                      is one of fragments ("in London. in Paris.")
 """
 
 import re
@@ -65,6 +66,8 @@ _NUMBER = (r"(?P<sign>(?<![\w.)])[-+](?=[$€£¥]?[\d.])|(?<!\d)(?<!\d )(?:\b(?
 _ONE_NUMBER = re.compile(_NUMBER, re.A | re.I)
 _MARKED_NUMBER = re.compile(r"(?P<mark>\\boxed\s*\{|####|\b(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+)"
                             rf"[\s(\[\"\\]*\$?{_NUMBER}(?!\s*[-+*/×÷=]\s*[($\d]|[\d,.]*\d)", re.A | re.I)
+_WORKED = re.compile(rf"(?:.*\\boxed\s*\{{|(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=]*=)\s*\$?"
+                     rf"(?P<result>{_NUMBER})\s*\}}?\$?\s*\.?", re.A | re.I | re.S)
 _BEFORE_RESULT = re.compile(r"(?:[=:≈]|\bequals|等于)[\s(\[\\]*\Z", re.I)
 
 
@@ -92,14 +95,17 @@ def _read_number(reply, question):
         last = marked[-1]
     elif len(values) == 1 or values[:-1] == _values(question):
         clear = True
-    else:  # "31 + 56 = 80 + 7 = 87" and "31 + 56 = 87, so it is 87", but neither "= 87 = 87" nor two results of 31 + 56
+    else:  # "31 + 56 = 80 + 7 = 87" and "31 + 56 = 87, so it is 87", but no "= 87 = 87", no two results of 31 + 56
         starts = [match.start() for match in matches]
         results = [i for i, start in enumerate(starts) if _BEFORE_RESULT.search(reply, max(0, start - 20), start)]
         sides = [sorted(values[max(0, i - 2):i]) for i in results]  # what each result was calculated from
         result, between = len(values) - 1, "and"
+        torn = any(values[i] != values[i + 1] and re.fullmatch(r"[\s=≈]+", reply[matches[i].end():starts[i + 1]])
+                   and not reply.startswith("%", matches[i + 1].end())
+                   for i in results if i + 1 < len(values))  # "= 86 = 87", but not "= 0.15 = 15%"
         if values[-1] == values[-2]:
             result, between = len(values) - 2, reply[matches[-2].end():last.start()]
-        clear = results and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
+        clear = results and not torn and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
     return values[-1] if clear and not _denied(reply, *last.span()) else None
 
 
@@ -121,6 +127,8 @@ _BEFORE_SEQUENCE = re.compile(_START, re.I)
 _BEFORE_WORD = re.compile(rf"{_START}|(?:\b(?:called|named|in|on|at|by|of|to|about|the|an?|your|my|our)\s+|[叫在有]\s*)"
                           r"[\"(]*\Z", re.I)
 _END = r"(?=的?[\"')\]}]*\s*(?:[.!?;\n]|\Z))"
+_FRAGMENT = re.compile(r"\s*(?:(?:it'?s|called|named|in|on|at|by|of(?! course)|to|about|the|an?|your|my|our)\s+|"
+                       r"[叫在有:=]\s*)[\"(]*\S+(?: \S+)?\s*", re.I)
 _STATED = re.compile(rf"(?:\b(?:is|are|was|were)\s+(?:the |an? )?|是)(\w+?){_END}", re.I)
 
 
@@ -138,6 +146,9 @@ def _whole(text, start, end):
 
 def _named(words, text, flags=re.I):
     """[(start, end), ...] of these words in the text. Of two the longer counts: "hot dog" does not name "hot"."""
+    words = [word for word in words if word.split()]  # nothing stands everywhere
+    if not words:
+        return []
     patterns = [re.compile(r"\s+".join(map(re.escape, word.split())), flags)
                 for word in sorted(words, key=len, reverse=True)]
     anywhere, spans, at = re.compile("|".join(pattern.pattern for pattern in patterns), flags), [], 0
@@ -185,6 +196,10 @@ def _read_word(reply, answer, choices):
     start, end = named[0]
     if not choices:
         rivals = [m for m in _STATED.finditer(reply) if not start <= m.start(1) < end]  # "It is red. It is yellow."
+        pieces = list(re.finditer(r"[^.!?;\n]+", reply))
+        here = next(piece for piece in pieces if piece.start() <= start < piece.end())
+        if _FRAGMENT.fullmatch(here[0]):  # "in London. in Paris."
+            rivals += [piece for piece in pieces if piece is not here and _FRAGMENT.fullmatch(piece[0])]
         if rivals or not _BEFORE_WORD.search(reply[:start]) or not re.match(_END, reply[end:]):
             return None
     return next(word for word in words if word.lower().split() == reply[start:end].lower().split())
@@ -198,13 +213,16 @@ def question_of(messages):
 
 
 def _final(answer):
-    """What follows "####" in a worked solution in the style of GSM8K; otherwise the answer itself."""
-    return str(answer).rpartition("####")[2].strip()
+    """The line after "####" in a worked solution in the style of GSM8K; otherwise the answer itself."""
+    _, mark, final = str(answer).rpartition("####")
+    return final.strip().partition("\n")[0].strip() if mark else final.strip()
 
 
 def _expected(answer, question):
     """(kind, the answer in the spelling that the readers return)."""
-    answer = _normalise(_final(answer)).strip()
+    answer = re.sub(r"\\[()\[\]]", "", _normalise(_final(answer))).strip()  # LaTeX's \( \) and \[ \]
+    if found := _WORKED.fullmatch(answer):  # "\boxed{12}", "The answer is 12.", "3*4 = 12"
+        answer = found["result"]
     if number := _ONE_NUMBER.fullmatch(answer.rstrip("%$€£¥元 ")):
         return "number", _value(number)
     if re.fullmatch(r"[-+\d.,、;\s]+", answer, re.A) and len(_values(answer.replace(",", ", "))) > 1:
@@ -219,8 +237,8 @@ def extract_answer(reply, example, question=None):
     """The answer that a reply commits to, in one spelling (numbers as reduced fractions); None if it commits to none.
 
     `example["answer"]` says what to look for; of a worked solution it is what follows "####". `example["choices"]`,
-    optional, holds the other words that the answer could have been. The question is the last user message of the
-    example unless given. One leading `<think>...</think>` is skipped.
+    optional, holds the other words that the answer could have been (blank ones do not count). The question is the last
+    user message of the example unless given. One leading `<think>...</think>` is skipped.
     """
     question = question_of(example.get("conversations", [])) if question is None else question
     kind, answer = _expected(example["answer"], question)
@@ -233,7 +251,8 @@ def extract_answer(reply, example, question=None):
         return _read_numbers(reply, question, len(answer.split(", ")))
     if kind == "sequence":
         return _read_sequence(reply, question, answer.split())
-    return _read_word(reply, answer, [_normalise(choice).strip() for choice in example.get("choices", [])])
+    choices = [_normalise(choice).strip() for choice in example.get("choices", [])]
+    return _read_word(reply, answer, [choice for choice in choices if choice])
 
 
 def is_correct(reply, example, question=None):

@@ -24,6 +24,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_dpo
+import train_lora
 import train_pretrain
 import train_sft
 from minillm import metrics, model, optim, run, runtime, token_cache
@@ -63,7 +65,7 @@ def write_data(folder):
     words = "one two three four five six seven eight nine".split()
     chats, texts = [], []
     for i in range(45):
-        question, answer = " ".join(words[:i % 4 + 1]), " ".join(words[i % 5:i % 7 + 3])
+        question, answer = " ".join(words[:i % 4 + 1]), " ".join(words[i % 5:i % 7 + 3] or words[4:5])
         turns = {"user": question, "assistant": answer}
         chats.append({"conversations": [{"role": role, "content": content} for role, content in turns.items()]})
         texts.append({"text": f"{i} {question} {answer}."})
@@ -492,6 +494,33 @@ def test_an_absurd_learning_rate_ends_in_one_line():
 def test_a_model_that_was_given_must_be_there():
     for stage, cfg in ((train_sft, sft(model="nowhere")), (train_pretrain, pretrain(model="nowhere"))):
         assert "nowhere" in one_line(stage.main, cfg)
+
+
+def by_flags(script, *flags):
+    return script.main(parse_config(script.Config, "", [str(flag) for flag in flags]))
+
+
+def test_flags_of_random_weights_ask_for_them(capsys):
+    """--preset and --tokenizer say nothing about a model that is loaded: given beside one, somebody is mistaken."""
+    train_pretrain.main(pretrain(out="out/pretrain", max_steps=1))
+    capsys.readouterr()
+    flags = ["--data", "sft.jsonl", "--max_steps", 1, "--max_seq_len", 96, "--device", "cpu", "--tokenizer",
+             "tokenizer.json", "--out", "other"]
+    by_flags(train_sft, *flags)
+    assert "starting from random weights, preset tiny" in capsys.readouterr().out
+    for script in (train_sft, train_pretrain):
+        message = one_line(by_flags, script, *flags, "--model", "out/pretrain")
+        assert message == ("--tokenizer is for random weights, and --model out/pretrain has its own; leave one of them "
+                           "out")
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (train_dpo, ["--rank", 4], "--rank belongs to --peft lora; leave it out with --peft none"),
+    (train_lora, ["--peft", "prefix", "--dropout", 0.2],
+     "--dropout belongs to --peft lora or dora; leave it out with --peft prefix"),
+    (train_lora, ["--bottleneck", 4], "--bottleneck belongs to --peft adapter; leave it out with --peft lora")])
+def test_a_flag_of_another_method_is_refused(script, flags, message):
+    assert one_line(by_flags, script, *flags) == message
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():

@@ -15,7 +15,7 @@ import pytest
 from minillm.errors import UserError
 from minillm.rewards import answer_reward, judge_prompt
 from minillm.verify import (check_answer, count_units, extract_answer, gold_components, gold_reward, is_correct,
-                            is_rude, question_of)
+                            is_rude, is_verifiable, question_of)
 
 
 def example(question, answer=None, choices=None):
@@ -107,7 +107,8 @@ NO_ANSWER = [
     (SUM, "It is 83. It is 82."),
     (SUM_ZH, "答案是82，也是83。"), (SUM, "The answer is one of " + EVERY_NUMBER), (LARGER, "37 or 52"), (LARGER, "37, 52"),
     (LARGER, "52 37"), (SUM, "37 + 45 = 83, no 82"), (SUM, "37 + 45 = 82, no 83"),
-    (SUM, "37 + 45 = 83. 37 + 45 = 82."), (SUM, "37 + 45 = 83, 45 + 37 = 82"), (SUM_ZH, "37加45等于83，37加45等于82。"),
+    (SUM, "37 + 45 = 83. 37 + 45 = 82."), (SUM, "37 + 45 = 81 = 82"), (SUM, "= 81 = 82"),
+    (SUM, "37 + 45 = 83, 45 + 37 = 82"), (SUM_ZH, "37加45等于83，37加45等于82。"),
     (BANANA, "red blue green yellow"), (BANANA, "red, yellow"), (BANANA, "yellow or red"), (BANANA, "red/yellow"),
     (BANANA, "red, blue or yellow"), (BANANA, "A banana is red and yellow and blue."),
     (BANANA, "It is red. It is yellow."),
@@ -280,6 +281,38 @@ def test_judge_prompt():
     assert judge_prompt("What is 1 + 1?", "2",
                         "3") == "Question: What is 1 + 1?\nAnswer A: 2\nAnswer B: 3\nWhich answer is better, A or B?"
     assert judge_prompt("你好", "你好！", "走开", "zh") == "问题：你好\n回答A：你好！\n回答B：走开\n哪个回答更好，A还是B？"
+
+
+@pytest.mark.parametrize("answer", [r"\boxed{82}", "The answer is 82.", "答案是82。", "3*4 + 70 = 82", r"\(82\)", "x = 82",
+                                    "#### 82\n(by hand)", "$82$"])
+def test_an_answer_with_words_around_its_number_is_that_number(answer):
+    for reply in ("82", "The answer is 82.", "37 + 45 = 82"):
+        assert is_correct(reply, {**SUM, "answer": answer})
+    assert not is_correct("83", {**SUM, "answer": answer}) and is_verifiable(answer)
+
+
+def test_a_conversion_is_no_second_result():
+    assert extract_answer("3/20 = 0.15 = 15%", example("What is 3/20 in percent?", "15%")) == "15"
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", "**"])
+def test_a_blank_choice_does_not_count(blank):
+    """Sets of three choices are often filled up to four."""
+    line = example("What is the capital of France?", "Paris", ["London", blank])
+    assert is_correct("It is Paris.", line) and not is_correct("It is London.", line)
+    assert not is_correct("", line) and not is_correct("London or Paris", line)
+    assert is_correct("It is Paris.", example("What is the capital of France?", "Paris", [blank]))
+
+
+@pytest.mark.parametrize("row", ["in {}.", ": {}\n", "called {}.", "It's {}.", "= {};", "在{}。"])
+def test_a_row_of_fragments_names_no_word(row):
+    """Each of them would be read if it stood alone: without choices the rivals are unknown, but there are some."""
+    line = example("Where does she live?", "Paris")
+    assert is_correct(row.format("Paris"), line)
+    for words in (["London", "Paris", "Rome"], ["Paris", "London"], ["London", "Paris"]):
+        assert not is_correct(" ".join(map(row.format, words)), line)
+    assert is_correct("Of course! She lives in Paris.", line)
+
 
 
 # ---------------------------------------------------------------- two questions

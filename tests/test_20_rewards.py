@@ -11,6 +11,7 @@ example of a weighted sum, `--reward answer 0.5*mine.py:short`, for "What is 37 
     "83 !"                   0.1           1/4           0.1 + 0.5/4 = 0.225
 """
 
+import json
 import sys
 from collections import Counter
 
@@ -19,6 +20,7 @@ import torch
 
 import train_grpo
 from minillm import chat, runtime
+from minillm import rewards as rewards_module
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
 from minillm.errors import UserError
@@ -106,6 +108,10 @@ def test_numbers_of_any_kind_are_taken(tmp_path):
     ("return [float('inf')] * len(answers)", r"reward score gave inf for the answer '82' to 'What is"),
     ("return [1.0]", r"reward score returned 1 values for 2 answers to 'What is 37 \+ 45\?', the first '82'"),
     ("return None", r"reward score must return a list of one number per answer; for 2 answers to .* it returned None"),
+    ("return [1e300] * len(answers)", r"gave 1e\+300 for the answer '82' .*; a score must be a number below 1e\+15"),
+    ("return '12345'[:len(answers)]", r"reward score must return a list of one number per answer; .* it returned '12'"),
+    ("return dict.fromkeys(range(len(answers)), 0.0)", r"reward score must return a list of one number per answer"),
+    ("yield 1.0\n    raise StopIteration", r"reward score failed on the answer '82' .*RuntimeError: generator raised"),
     ("return ['good', 'bad']",
      r"reward score must return a list of one number per answer; .* it returned \['good', 'bad'\]"),
 ])
@@ -123,11 +129,13 @@ def test_a_lack_of_memory_in_a_reward_function_is_no_mistake_of_an_answer(tmp_pa
         score_answers(load_rewards([write(tmp_path / "mine.py", code) + ":score"], "", ""), [(SUM[0], ["82"], SUM[1])])
 
 
-def test_a_reward_function_cannot_change_the_answers(tmp_path):
-    code = "def score(m, answers, e):\n    answers.sort()\n    return [0] * len(answers)\n"
+def test_a_reward_function_cannot_change_what_it_is_given(tmp_path):
+    code = ("def score(m, answers, e):\n    answers.sort()\n    m[-1]['content'] = e['answer'] = 'XXX'\n"
+            "    return [0] * len(answers)\n")
     rewards = load_rewards([write(tmp_path / "mine.py", code) + ":score"], "", "")
-    answers = ["b", "a"]
+    answers, before = ["b", "a"], json.dumps(SUM)
     score_answers(rewards, [(SUM[0], answers, SUM[1])])
+    assert json.dumps(SUM) == before
     assert answers == ["b", "a"]
 
 
@@ -172,6 +180,36 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     rewards = loaded(files, tmp_path, "FOLDER/one/mine.py:score", "10*FOLDER/two/mine.py:score")
     assert score_answers(rewards, [(SUM[0], ["x"], SUM[1])])[0] == [[21.0]]
     assert sys.path == path
+
+
+@pytest.mark.parametrize("code, imported", [
+    ("import utils\ndef score(m, answers, e): return [utils.VALUE for _ in answers]\n", "utils/__init__.py"),
+    ("from lib.values import VALUE\ndef score(m, answers, e): return [VALUE for _ in answers]\n", "lib/values.py"),
+    ("def score(m, answers, e):\n    import late\n    late.VALUE += 1\n    return [late.VALUE - 1]\n", "late.py")])
+def test_packages_and_late_imports_beside_a_reward_file_are_its_own(tmp_path, code, imported):
+    """A package, one without __init__.py, and an import in the function, which is made once."""
+    files = {f"{name}/{file}": text for name, value in (("one", 1), ("two", 20))
+             for file, text in (("mine.py", code), (imported, f"VALUE = {value}"))}
+    known = set(sys.modules)
+    rewards = loaded(files, tmp_path, "FOLDER/one/mine.py:score", "FOLDER/two/mine.py:score")
+    assert score_answers(rewards, [(SUM[0], ["x"], SUM[1])])[0] == [[21.0]]
+    assert score_answers(rewards, [(SUM[0], ["x"], SUM[1])])[0] == [[23.0 if imported == "late.py" else 21.0]]
+    assert not {name.partition(".")[0] for name in set(sys.modules) - known} & {"utils", "lib", "late"}
+
+
+def test_a_reward_file_that_ends_the_program_is_named(tmp_path):
+    """Silently, and with the exit status 0, nothing would have been trained."""
+    with pytest.raises(UserError, match=r"mine.py:score: the file cannot be imported: SystemExit: 0"):
+        loaded({"mine.py": "import sys\nsys.exit(0)\ndef score(m, answers, e): return [0.0]\n"}, tmp_path,
+               "FOLDER/mine.py:score")
+    rewards = loaded({"b.py": "import sys\ndef score(m, answers, e): sys.exit()\n"}, tmp_path, "FOLDER/b.py:score")
+    with pytest.raises(UserError, match="reward score failed on the answer '82'"):
+        score_answers(rewards, [(SUM[0], ["82"], SUM[1])])
+
+
+def test_a_function_written_in_c_has_no_signature_to_read(tmp_path):
+    with pytest.raises(UserError, match="this one takes arguments that it does not tell"):
+        loaded({"mine.py": "score = max\n"}, tmp_path, "FOLDER/mine.py:score")
 
 
 def test_functions_of_one_name_in_two_files_keep_their_files_names(tmp_path):
@@ -242,6 +280,28 @@ def test_a_judge_is_shown_no_think_text(tmp_path, tokenizer):
     answers = ["red", "<think>\nblue?\n</think>\n\nred", "", "<think>\nblue?"]
     (scores,), _ = score_answers(load_rewards(["judge"], "", tmp_path / "judge"), [([turn("user", "hi")], answers, {})])
     assert scores[0] == scores[1] != scores[2] == scores[3]
+
+
+def test_the_judges_own_answers_are_as_long_as_they_may_be_and_not_all_at_once(tmp_path, tokenizer, monkeypatch):
+    """Of 5 prompts, two of them equal, 2 at a time, those of similar lengths together."""
+    save_model(tmp_path / "judge", small(tokenizer, seed=1), tokenizer)
+    real, calls = rewards_module.generate, []
+
+    def watched(model, prompts, max_new_tokens, *rest):
+        calls.append(([len(prompt) for prompt in prompts], max_new_tokens))
+        return real(model, prompts, max_new_tokens, *rest)
+
+    monkeypatch.setattr(rewards_module, "generate", watched)
+    batch = [([turn("user", "x" * n)], ["red"], {}) for n in (3, 9, 1, 9, 5)]
+    source = rewards_module.judge_reward(tmp_path / "judge", max_new_tokens=7, batch_size=2)
+    assert len(source(batch)) == 5
+    assert [limit for _, limit in calls] == [7, 7]
+    lengths = [length for prompts, _ in calls for length in prompts]
+    assert len(lengths) == 4 and lengths == sorted(lengths)
+    (_, source), = load_rewards(["judge"], "", tmp_path / "judge", max_new_tokens=5).values()
+    source(batch[:1])
+    assert calls[-1][1] == 5
+
 
 
 # ---------------------------------------------------------------- two questions

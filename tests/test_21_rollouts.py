@@ -146,7 +146,6 @@ def test_bad_prompts_are_one_line_with_their_place(tmp_path, tokenizer, line, me
 
 @pytest.mark.parametrize("options, message", [
     ({"room": 4}, r"\(3 longer than there is room for\); a prompt has room for 4 tokens \(--max_seq_len minus"),
-    ({"tasks": ["add"]}, r"\(3 of other tasks or without an answer\); check --tasks add"),
     ({"need_answers": True}, r"no prompt has an \"answer\", which --reward answer needs; use --reward model"),
     ({"held_out": True}, r"\(3 held out\); the held-out file contains them all"),
 ])
@@ -159,6 +158,13 @@ def test_no_prompt_left_says_why(tmp_path, tokenizer, options, message):
     with pytest.raises(UserError, match=r"p.jsonl: no prompt is left to train on .*" + message) as caught:
         load_prompts([path], eval_path, tokenizer, seed=0, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_each_of_the_tasks_must_be_there(tmp_path, tokenizer):
+    """A misspelt one among several would be left out."""
+    path = write_lines(tmp_path / "p.jsonl", [*questions(4, task="add"), *questions(4, task="subtract")])
+    with pytest.raises(UserError, match="--tasks substract: no prompt has such a task; found: add, subtract"):
+        load_prompts([path], "", tokenizer, 60, 0, tasks=["add", "substract"])
 
 
 def test_select_by_task_and_answer(tmp_path, tokenizer):

@@ -208,6 +208,22 @@ def test_the_critic_starts_as_the_normalised_reward_model(folder, run, monkeypat
         close(values[mask], ((torch.stack(scores, dim=1) - mean) / std)[mask])
 
 
+def test_a_new_critic_starts_at_the_mean_whatever_is_added_to_every_reward(folder, run, monkeypatch):
+    """With a reward function of one's own the head is new: it expects 0, the mean of the normalised scores."""
+    calls = spy(monkeypatch, train_ppo, "gae")
+    found = []
+    for name, constant in (("plain", 0), ("shifted", 10)):
+        code = f"def length(m, answers, e): return [len(a) / 8 + {constant} for a in answers]\n"
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+        calls.clear()
+        run(name, "--max_steps", 1, "--grad_accum", 2, "--reward", f"{folder}/{name}.py:length")
+        found.append([(rewards, values, advantages) for (rewards, values, *_), (advantages, _) in calls])
+    for (rewards, values, advantages), (more_rewards, more_values, more_advantages) in zip(*found, strict=True):
+        assert not values.any() and not more_values.any() and rewards.any()
+        assert torch.allclose(rewards, more_rewards, atol=1e-4)
+        assert torch.allclose(advantages, more_advantages, atol=1e-4)
+
+
 def test_another_tokenizer_of_the_reward_model(folder, run, capsys):
     """It reads text, so it can score. But its weights know other tokens, so the critic cannot start from them."""
     other = train_tokenizer(["another tokenizer"], 270)

@@ -28,6 +28,8 @@ from minillm.model import CausalLM, ModelConfig
 from minillm.preferences import encode_pair, load_pairs
 from minillm.records import advice_on_folder, check_file, read_records, read_texts
 from minillm.token_cache import load_dataset
+from minillm.tokenizer import Config as TokenizerConfig
+from minillm.tokenizer import main as tokenizer_main
 from minillm.tokenizer import train_tokenizer
 from tests.helpers import workers_start_at_once
 
@@ -179,6 +181,9 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": HI_YO, "loss_mask": [0, 1]}, '"loss_mask" is not supported; give a message of the assistant'),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "mask": 1}]}, '"mask" is not supported; give a message'),
     ({"prompt": "Hi", "completion": "Yo", "label": False}, '"label" is false: this answer is a bad example'),
+    ({"prompt": "Hi", "completion": "Yo", "label": 0}, '"label" is 0: this answer is a bad example'),
+    ({"prompt": "Hi", "completion": "Yo", "label": "False"}, '"label" is "False": this answer is a bad example'),
+    ({"question": "Hi", "answer": "Yo", "history": 5}, '"history" must be a list of [question, answer]'),
     ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
     ({"conversations": [{**HI_YO[0], "thinking": "Hm."}, HI_YO[1]]}, 'message may have "reasoning_content"'),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "reasoning": ["Hm."]}]}, '"reasoning_content" must be text, not list'),
@@ -229,6 +234,39 @@ def test_a_system_message_beside_a_pair_is_its_first_turn(record):
     system = "<|im_start|>system\nBe brief.<|im_end|>\n"
     assert BYTES.decode(dataset[0][0]) == system + RENDERED.removesuffix("\n")
     assert BYTES.decode(dataset[1][0]) == system + RENDERED.removesuffix("\n").replace("Yo", "No")
+
+
+def test_a_pair_that_begins_with_the_assistant_keeps_its_prompt_once():
+    opened = [HI_YO[1], HI_YO[0]]
+    sides = {"chosen": opened + HI_YO[1:], "rejected": [*opened, {"role": "assistant", "content": "No"}]}
+    for record in (sides, {"prompt": opened, **sides}):
+        dataset = load_dataset(encode_pair, [write("a.jsonl", record)], BYTES, 99)
+        assert BYTES.decode(dataset[0][0]) == ("<|im_start|>assistant\nYo<|im_end|>\n" + RENDERED).removesuffix("\n")
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": [HI_YO[0], {"role": "user", "content": "And?"}],
+      "chosen": [{"role": "user", "content": "And?"}, *HI_YO], "rejected": HI_YO},
+     '"chosen" must begin with the messages of "prompt"'),
+    ({"prompt": HI_YO, "chosen": "Yes", "rejected": "No"}, 'the last message of "prompt" is an answer already'),
+    ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}], "Chosen": "Yo",
+      "rejected": "No"}, 'no key "chosen"')])
+def test_the_prompt_of_a_pair_must_fit_its_sides(record, message):
+    assert message in one_line(load_dataset, encode_pair, [write("a.jsonl", record)], BYTES, 99)
+
+
+def test_null_in_a_pair_is_as_if_the_key_were_not_there():
+    sides = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
+    dataset = load_dataset(encode_pair, [write("a.jsonl", {**sides, "kind": None, "margin": None}, sides)], BYTES, 64)
+    assert dataset.labels() == [["", 0.0], ["", 0.0]]
+
+
+def test_no_command_writes_over_what_it_reads():
+    write("a.jsonl", {"text": "one"})
+    for call in (lambda: tokenizer_main(TokenizerConfig(data=["a.jsonl"], vocab_size=262, out="./a.jsonl")),
+                 lambda: evaluation.main(evaluation.Config(data="a.jsonl", json="a.jsonl"))):
+        assert one_line(call).endswith("a.jsonl: this command reads that file; give another name")
+    assert Path("a.jsonl").read_text(encoding="utf-8") == '{"text": "one"}\n'
 
 
 def test_an_answer_of_a_pair_must_be_one_to_train_on():
@@ -292,10 +330,34 @@ def test_an_unknown_key_is_named_once_with_its_first_line(capsys):
     ({"conversations": HI_YO, "prompt": "Hm?"}, '"prompt" (line 1)'),
     ({"text": "a", "system": "Be brief.", "completion": "b"}, '"system" (line 1), "completion" (line 1)'),
     ({"chosen": HI_YO, "rejected": HI_YO, "messages": HI_YO, "note": 0}, '"messages" (line 1), "note" (line 1)'),
+    ({"conversations": HI_YO, "label": 0, "note": 0}, '"note" (line 1)'),
 ])
 def test_a_key_that_only_another_kind_of_record_has_is_unknown(capsys, record, said):
     list(read_records(write("a.jsonl", record)))
     assert f"a.jsonl: unknown keys are ignored: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encode, unread", [(encode_text, "conversations"), (encode_conversation, "text")])
+def test_of_a_text_and_a_conversation_in_one_record_one_is_not_read(capsys, encode, unread):
+    load_dataset(encode, [write("a.jsonl", {"text": "one", "conversations": HI_YO})], BYTES, 64)
+    assert f'a.jsonl: unknown keys are ignored: "{unread}" (line 1)' in capsys.readouterr().out
+
+
+def test_a_file_given_twice_is_blamed_for_its_own_keys(capsys):
+    paths = [write("a.jsonl", {"text": "one"})] * 2 + [write("b.jsonl", {"text": "two", "x": 1})]
+    load_dataset(encode_text, paths, BYTES, 64)
+    assert capsys.readouterr().out.splitlines()[1:] == ['b.jsonl: unknown keys are ignored: "x" (line 1)']
+
+
+@pytest.mark.parametrize("content, more", [("", {}), (" \n", {}), (None, {"tool_calls": "[]"})])
+def test_an_empty_reply_is_counted_and_does_not_teach_silence(capsys, content, more):
+    silent = {"conversations": [HI_YO[0], {"role": "assistant", "content": content or "", **more}, *HI_YO]}
+    dataset = load_dataset(encode_conversation, [write("a.jsonl", silent)], BYTES, 99)
+    assert "; 1 empty replies, not trained on" in capsys.readouterr().out
+    tokens, mask = dataset[0]
+    assert BYTES.decode([token for token, trained in zip(tokens, mask) if trained]).strip() == "Yo<|im_end|>"
+    assert one_line(load_dataset, encode_conversation, [write("b.jsonl", {"instruction": "Hi", "output": ""})], BYTES,
+                    99).startswith("b.jsonl: nothing to train on (1 empty replies, not trained on; 1 without an ")
 
 
 def test_each_file_has_a_line_of_its_own(capsys):
