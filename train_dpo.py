@@ -131,7 +131,7 @@ def main(cfg: Config) -> dict:
     batches = iter(loader)
     for step in run:
         set_lr(optimizers, cfg.lr * schedule(step, total_steps, cfg.warmup_steps))
-        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]
+        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]  # empty ones too: shards are gathered together
         n_pairs = run.count(sum(batch.n_pairs for batch in micro_batches))
         for batch in micro_batches:
             batch, n_tokens = batch.to(device), batch.n_tokens
