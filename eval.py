@@ -38,7 +38,7 @@ import torch
 from minillm import checkpoint, runtime
 from minillm.chat import without_think
 from minillm.config import flag, parse_config
-from minillm.data import encode_conversation, encode_text
+from minillm.data import encode_conversation, encode_text, without_silence
 from minillm.errors import UserError
 from minillm.evaluate import (answer_questions, check_question, fit_context, held_out_loss, prompt_messages,
                               read_questions)
@@ -255,7 +255,7 @@ def view_tokens(model, tokenizer, cfg: Config, device) -> dict:
     path = cfg.data or EVAL_DATA
     if kind_of(path) != "conversations":
         raise UserError(f"{path} holds no conversations; --tokens shows one")
-    tokens, mask = tokenizer.render(next(read_records(path, check_question))["conversations"])
+    tokens, mask = tokenizer.render(without_silence(next(read_records(path, check_question))["conversations"]))
     context = model.config.max_position_embeddings
     if len(tokens) > context:
         note(f"the conversation has {len(tokens):,} tokens; the first {context:,}, the model's context, are shown")

@@ -148,7 +148,7 @@ def main(cfg: Config) -> dict:
     expects_scores = False  # whether the critic's head predicts what the answers will be scored with
     if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
-        expects_scores = cfg.reward == ["model"]
+        expects_scores = list(reward_functions) == ["model"] and reward_functions["model"][0] == 1  # its weight
     else:
         runtime.say(f"no reward model with the policy's tokenizer: the value model starts from {cfg.model}")
         value_model = ValueModel.from_lm(checkpoint.load_model(cfg.model, device, frozen=cfg.peft == "lora"))

@@ -156,7 +156,8 @@ def check_methods(cfg):
     known = next((f.metadata["choices"] for f in dataclasses.fields(cfg) if f.name == "peft"), [])
     for f in dataclasses.fields(cfg):
         methods = f.metadata["help"].partition(": ")[0].split(", ")
-        if f.name in cfg.given and set(methods) <= set(known) and cfg.peft not in methods:
+        asked = f.name in cfg.given and getattr(cfg, f.name) is not False  # --no-merge fits all
+        if asked and set(methods) <= set(known) and cfg.peft not in methods:
             raise UserError(f"--{f.name} belongs to --peft {' or '.join(methods)}; leave it out with --peft {cfg.peft}")
 
 

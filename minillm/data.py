@@ -15,7 +15,7 @@ import torch
 
 from minillm import runtime
 from minillm.attention import document_blocks
-from minillm.chat import lost_think
+from minillm.chat import last_question, lost_think
 from minillm.records import check_conversation, check_text, require
 from minillm.runtime import say
 from minillm.token_cache import Subset, load_dataset
@@ -46,10 +46,18 @@ def encode_text(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
     return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
 
 
-def is_silent(message: dict) -> bool:
-    """Whether it is the assistant's turn, and nothing is said, thought or called in it."""
-    said = message["content"].strip() or message.get("reasoning_content") or message.get("tool_calls")
-    return message["role"] == "assistant" and not said and message.get("train") is not False
+def without_silence(messages: list) -> list:
+    """The messages, with "train": False where the assistant says and calls nothing, and has no think text that counts:
+    that of a reply before the last question is not written.
+    """
+    last = last_question(messages)
+
+    def is_silent(i, message):
+        thought = message.get("reasoning_content", "").strip() if i > last else ""
+        said = message["content"].strip() or thought or message.get("tool_calls")
+        return message["role"] == "assistant" and not said and message.get("train") is not False
+
+    return [{**message, "train": False} if is_silent(i, message) else message for i, message in enumerate(messages)]
 
 
 def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:
@@ -59,10 +67,9 @@ def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_
     think text that no format writes because a later question follows, and empty replies, which would teach silence.
     """
     check_conversation(record, where)
-    messages = record["conversations"]
-    if silent := [message for message in messages if is_silent(message)]:
-        stats["empty replies, not trained on"] += len(silent)
-        messages = [{**message, "train": False} if is_silent(message) else message for message in messages]
+    messages = without_silence(record["conversations"])
+    if silent := sum(one is not other for one, other in zip(messages, record["conversations"])):
+        stats["empty replies, not trained on"] += silent
     tokens, mask = tokenizer.render(messages)
     if lost := lost_think(record["conversations"]):
         stats["replies without their think text, because another question follows"] += lost

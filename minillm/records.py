@@ -317,10 +317,9 @@ def read_pair(record: dict, where: str) -> tuple:
 
     Either each side begins with the prompt, or the prompt stands once, under "prompt". Raises UserError.
     """
-    def begins_with(messages, prompt):  # other system messages and tools may stand before it
+    def begins_with(messages, prompt):  # a system message, tools or earlier turns may stand before it
         turns, asked = ([(m["role"], m["content"]) for m in part] for part in (messages, prompt))
-        front = sum(1 for _ in itertools.takewhile(lambda turn: turn[0] in ("system", "tools"), turns))
-        return any(turns[i:i + len(asked)] == asked for i in range(front + 1))
+        return any(turns[i:i + len(asked)] == asked for i in range(len(turns)))
 
     for side in ("chosen", "rejected"):
         require(record, side, where)

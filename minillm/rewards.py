@@ -243,7 +243,8 @@ def _from_file(path, name):
 
     def call(*given):
         with beside():
-            return function(*given)
+            values = function(*given)
+            return list(values) if inspect.isgenerator(values) else values  # it runs here
 
     return call
 
@@ -264,12 +265,14 @@ def _modules_beside(folder):
             yield
         finally:
             sys.path.remove(folder)
-            for name in set(sys.modules) - known:
-                module = sys.modules[name]
-                places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
-                installed = name.partition(".")[0] == "minillm" or any("site-packages" in place for place in places)
-                if not installed and any(os.path.realpath(place).startswith(folder + os.sep) for place in places):
-                    own[name] = sys.modules.pop(name)
+            new = [name for name in set(sys.modules) - known if stands_here(name)]  # all, before the first one goes
+            own.update((name, sys.modules.pop(name)) for name in new)
+
+    def stands_here(name):
+        module, top = sys.modules[name], name.partition(".")[0]
+        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", [])]
+        installed = {top} & {"minillm", *sys.stdlib_module_names} or any("site-packages" in place for place in places)
+        return not installed and any(os.path.realpath(place).startswith(folder + os.sep) for place in places)
 
     return beside
 
@@ -305,8 +308,7 @@ def _one_prompt_at_a_time(name, function):
 
 def _call(name, function, messages, answers, example):
     try:
-        values = function(*copy.deepcopy((messages, answers, example)))  # copies, for it may change what it is given
-        return list(values) if inspect.isgenerator(values) else values
+        return function(*copy.deepcopy((messages, answers, example)))  # copies, for it may change what it is given
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -315,8 +317,7 @@ def _call(name, function, messages, answers, example):
         culprit, reason = answers[0], error
         for answer in answers:
             try:
-                values = function(*copy.deepcopy((messages, [answer], example)))
-                values = list(values) if inspect.isgenerator(values) else values
+                function(*copy.deepcopy((messages, [answer], example)))
             except (Exception, SystemExit) as alone:
                 culprit, reason = answer, alone
                 break

@@ -139,6 +139,8 @@ def open_file(path, writable: bool = False):
 
 def check_file_out(option: str, out: str, inputs: list):
     """Make the folder of a file that will be written. Raises UserError if it cannot be, or if the file is an input."""
+    if os.path.isdir(out) or out.endswith(("/", os.sep)):
+        raise UserError(f"{option} {out}: is a folder; give the name of a file")
     for path in inputs:
         if os.path.realpath(out) == os.path.realpath(path):
             raise UserError(f"{option} {out}: this command reads that file; give another name")

@@ -66,8 +66,9 @@ _NUMBER = (r"(?P<sign>(?<![\w.)])[-+](?=[$€£¥]?[\d.])|(?<!\d)(?<!\d )(?:\b(?
 _ONE_NUMBER = re.compile(_NUMBER, re.A | re.I)
 _MARKED_NUMBER = re.compile(r"(?P<mark>\\boxed\s*\{|####|\b(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+)"
                             rf"[\s(\[\"\\]*\$?{_NUMBER}(?!\s*[-+*/×÷=]\s*[($\d]|[\d,.]*\d)", re.A | re.I)
-_WORKED = re.compile(rf"(?:.*\\boxed\s*\{{|(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=]*=)\s*\$?"
+_WORKED = re.compile(rf"(?:.*\\boxed\s*\{{|(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=<>!]*=)\s*\$?"
                      rf"(?P<result>{_NUMBER})\s*\}}?\$?\s*\.?", re.A | re.I | re.S)
+_CHAIN = re.compile(r"(?:[\s=≈()\[\]{}$\\]|等于|\bequals\b)+", re.I)  # between two numbers: they are said to be equal
 _BEFORE_RESULT = re.compile(r"(?:[=:≈]|\bequals|等于)[\s(\[\\]*\Z", re.I)
 
 
@@ -81,6 +82,18 @@ def _value(match):
 
 def _values(text):
     return [_value(match) for match in _ONE_NUMBER.finditer(text)]
+
+
+def _contradict(reply, first, second):
+    """True for "= 86 = 87", but not for "= 0.15 = 15%", "= 3.333 ≈ 3.33" and "= 56 = 50 + 6"."""
+    between, rest = reply[first.end():second.start()], reply[second.end():]
+    if not _CHAIN.fullmatch(between) or re.match(r"\s*[-+*/×÷^]\s*[\d(]", rest):
+        return False
+    if max(len(first["size"]), len(second["size"])) > 1000:  # see _value
+        return first["size"] != second["size"]
+    a, b = Fraction(_value(first)), Fraction(_value(second))
+    rounded = abs(a - b) * 2 * 10 ** len(second["size"].partition(".")[2]) <= 1
+    return a != b and not rounded and not (rest.startswith("%") and a * 100 == b)
 
 
 def _read_number(reply, question):
@@ -100,9 +113,7 @@ def _read_number(reply, question):
         results = [i for i, start in enumerate(starts) if _BEFORE_RESULT.search(reply, max(0, start - 20), start)]
         sides = [sorted(values[max(0, i - 2):i]) for i in results]  # what each result was calculated from
         result, between = len(values) - 1, "and"
-        torn = any(values[i] != values[i + 1] and re.fullmatch(r"[\s=≈]+", reply[matches[i].end():starts[i + 1]])
-                   and not reply.startswith("%", matches[i + 1].end())
-                   for i in results if i + 1 < len(values))  # "= 86 = 87", but not "= 0.15 = 15%"
+        torn = any(_contradict(reply, *matches[i:i + 2]) for i in results if i + 1 < len(values))
         if values[-1] == values[-2]:
             result, between = len(values) - 2, reply[matches[-2].end():last.start()]
         clear = results and not torn and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
@@ -127,8 +138,8 @@ _BEFORE_SEQUENCE = re.compile(_START, re.I)
 _BEFORE_WORD = re.compile(rf"{_START}|(?:\b(?:called|named|in|on|at|by|of|to|about|the|an?|your|my|our)\s+|[叫在有]\s*)"
                           r"[\"(]*\Z", re.I)
 _END = r"(?=的?[\"')\]}]*\s*(?:[.!?;\n]|\Z))"
-_FRAGMENT = re.compile(r"\s*(?:(?:it'?s|called|named|in|on|at|by|of(?! course)|to|about|the|an?|your|my|our)\s+|"
-                       r"[叫在有:=]\s*)[\"(]*\S+(?: \S+)?\s*", re.I)
+_FRAGMENT = re.compile(r"\s*(?:(?P<how>it'?s|called|named|in|on|at|by|of|to|about|the|an?|your|my|our)\s+|"
+                       r"(?P<sign>[叫在有:=])\s*)\S+(?: \S+)?\s*", re.I)
 _STATED = re.compile(rf"(?:\b(?:is|are|was|were)\s+(?:the |an? )?|是)(\w+?){_END}", re.I)
 
 
@@ -198,8 +209,9 @@ def _read_word(reply, answer, choices):
         rivals = [m for m in _STATED.finditer(reply) if not start <= m.start(1) < end]  # "It is red. It is yellow."
         pieces = list(re.finditer(r"[^.!?;\n]+", reply))
         here = next(piece for piece in pieces if piece.start() <= start < piece.end())
-        if _FRAGMENT.fullmatch(here[0]):  # "in London. in Paris."
-            rivals += [piece for piece in pieces if piece is not here and _FRAGMENT.fullmatch(piece[0])]
+        if row := _FRAGMENT.fullmatch(here[0].lower()):  # "in London. in Paris."
+            others = [_FRAGMENT.fullmatch(piece[0].lower()) for piece in pieces if piece is not here]
+            rivals += [other for other in others if other and other.group("how", "sign") == row.group("how", "sign")]
         if rivals or not _BEFORE_WORD.search(reply[:start]) or not re.match(_END, reply[end:]):
             return None
     return next(word for word in words if word.lower().split() == reply[start:end].lower().split())
@@ -263,7 +275,7 @@ def is_correct(reply, example, question=None):
 
 def is_verifiable(answer):
     """True if a reply can be right: at least the answer itself is."""
-    return is_correct(_final(answer), {"answer": answer}, "")
+    return is_correct(_expected(answer, "")[1], {"answer": answer}, "")
 
 
 def check_answer(answer, where):

@@ -12,6 +12,7 @@ example of a weighted sum, `--reward answer 0.5*mine.py:short`, for "What is 37 
 """
 
 import json
+import os
 import sys
 from collections import Counter
 
@@ -158,7 +159,7 @@ def test_a_reward_that_cannot_be_loaded(tmp_path, specs, message):
 def loaded(text_by_name, tmp_path, *specs):
     """The rewards that `specs` name, FOLDER standing for a folder with these files."""
     for name, text in text_by_name.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, text)
     return load_rewards([spec.replace("FOLDER", str(tmp_path)) for spec in specs], "", "")
 
@@ -180,6 +181,22 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     rewards = loaded(files, tmp_path, "FOLDER/one/mine.py:score", "10*FOLDER/two/mine.py:score")
     assert score_answers(rewards, [(SUM[0], ["x"], SUM[1])])[0] == [[21.0]]
     assert sys.path == path
+
+
+def test_folders_without_init_and_the_standard_library(tmp_path):
+    """A module's parent is looked up while its path is read. What belongs to Python itself stays everybody's."""
+    code = ("import ns.deep.values\nimport wave\n"
+            "def score(m, answers, e):\n    import ns.deep.late\n    yield from [ns.deep.values.X] * len(answers)\n")
+    files = {"mine.py": code, "ns/deep/values.py": "X = 3", "ns/deep/late.py": ""}
+    assert score_answers(loaded(files, tmp_path, "FOLDER/mine.py:score"), [(SUM[0], ["x"], SUM[1])])[0] == [[3.0]]
+    beside = rewards_module._modules_beside(str(tmp_path))
+    with beside():
+        import ns.deep.late  # noqa: F401
+    assert not any(name.startswith("ns") for name in sys.modules if name.partition(".")[0] == "ns")
+    sys.modules.pop("wave", None)
+    with rewards_module._modules_beside(os.path.dirname(os.path.dirname(os.path.realpath(os.__file__))))():
+        import wave  # noqa: F401
+    assert "wave" in sys.modules
 
 
 @pytest.mark.parametrize("code, imported", [

@@ -269,6 +269,21 @@ def test_no_command_writes_over_what_it_reads():
     assert Path("a.jsonl").read_text(encoding="utf-8") == '{"text": "one"}\n'
 
 
+def test_the_last_question_alone_may_be_the_prompt_of_whole_conversations():
+    sides = {side: [{"role": "system", "content": "a"}, *HI_YO, *HI_YO[:1], {"role": "assistant", "content": side}]
+             for side in ("chosen", "rejected")}
+    dataset = load_dataset(encode_pair, [write("a.jsonl", {"prompt": "Hi", **sides}, sides)], BYTES, 199)
+    assert list(dataset[0][0]) == list(dataset[2][0])
+
+
+@pytest.mark.parametrize("out", ["folder", "new/"])
+def test_a_folder_is_no_name_of_a_file(out):
+    write("a.jsonl", {"conversations": HI_YO})
+    Path("folder").mkdir()
+    assert one_line(evaluation.main, evaluation.Config(data="a.jsonl", json=out)) == (
+        f"--json {out}: is a folder; give the name of a file")
+
+
 def test_an_answer_of_a_pair_must_be_one_to_train_on():
     record = {"prompt": "Hi", "chosen": [{**HI_YO[1], "weight": 0}], "rejected": "No"}
     assert one_line(load_dataset, encode_pair, [write("a.jsonl", record)], BYTES, 64) == (
@@ -349,7 +364,8 @@ def test_a_file_given_twice_is_blamed_for_its_own_keys(capsys):
     assert capsys.readouterr().out.splitlines()[1:] == ['b.jsonl: unknown keys are ignored: "x" (line 1)']
 
 
-@pytest.mark.parametrize("content, more", [("", {}), (" \n", {}), (None, {"tool_calls": "[]"})])
+@pytest.mark.parametrize("content, more", [("", {}), (" \n", {}), (None, {"tool_calls": "[]"}),
+                                           ("", {"reasoning_content": "why"}), ("", {"reasoning_content": " "})])
 def test_an_empty_reply_is_counted_and_does_not_teach_silence(capsys, content, more):
     silent = {"conversations": [HI_YO[0], {"role": "assistant", "content": content or "", **more}, *HI_YO]}
     dataset = load_dataset(encode_conversation, [write("a.jsonl", silent)], BYTES, 99)
