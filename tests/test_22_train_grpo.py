@@ -593,7 +593,7 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("--group_size 1: must be at least 2", "--group_size", 1)
     refused("no prompt is left to train on .*has room for 0 tokens", "--max_seq_len", 8, "--max_new_tokens", 8)
     refused("reward broken gave nan", "--reward", f"{folder}/mine.py:broken")
-    refused(r"no prompt is left to train on \(12 of other tasks .* check --tasks add", "--tasks", "add")
+    refused("--tasks add: no prompt has such a task; found: letters", "--tasks", "add")
     refused("--temperature 0.0: must be at least", "--temperature", 0)
     refused("no prompt has an \"answer\"", "--data", folder / "four.jsonl", "--reward", "answer")
     monkeypatch.chdir(folder)
