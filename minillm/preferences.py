@@ -43,8 +43,8 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         return [[m.get(key) for key in ("role", "content", "reasoning_content", "tool_calls")] for m in messages]
 
     sides = read_pair(record, where)
-    kind, margin = ("" if record.get(key) is None else record[key] for key in ("kind", "margin"))
-    margin = margin or 0 if margin == "" else margin
+    kind, margin = record.get("kind"), record.get("margin")  # null is as if the key were not there
+    margin = 0 if margin is None else margin
     check_margin(margin, where)
     prompts, answers = [side[:-1] for side in sides], [side[-1] for side in sides]
     if not answers[0]["role"] == answers[1]["role"] == "assistant":
@@ -67,7 +67,7 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         stats["pairs with an answer cut at --max_seq_len"] += 1
     sides = [(tokens, [False] * len(prompt) + [True] * (len(tokens) - len(prompt)))
              for tokens in (chosen[:max_seq_len], rejected[:max_seq_len])]
-    return [(*sides[0], [str(kind), float(margin)]), sides[1]]
+    return [(*sides[0], ["" if kind is None else str(kind), float(margin)]), sides[1]]
 
 
 class PairDataset:

@@ -468,6 +468,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch):
     assert message.startswith("loss became nan at step 6; stopped, out keeps its last checkpoint")
     assert good_checkpoint() == kept[0] and kept[0][0] == 4
     assert [entry["step"] for entry in log()] == [1, 4] and all(math.isfinite(entry["loss"]) for entry in log())
+    calls.clear()  # a new run, while OUT holds another's checkpoint
+    message = one_line(train_sft.main, sft(log_every=100, save_every=100))
+    assert message.startswith("loss became nan at step 6; stopped, before the first checkpoint of this run (")
 
 
 def test_weights_that_are_not_numbers_are_never_saved(monkeypatch):

@@ -323,12 +323,14 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_older_one():
     assert [entry["step"] for entry in log()] == [1, 3, 5, 6, 8]
 
 
-def test_what_a_failed_run_left_is_cleared_by_a_resumed_one():
+def test_what_a_failed_run_left_is_cleared_by_a_resumed_one(capsys):
     interrupted(Config(), 3)
     with pytest.raises(Broken):
         main(Config(seed=1), *failing("before"))
     assert Path("out.new", "run_config.json").exists()
     main(Config(resume=True))
+    assert "out.new is a later run that ended before its first checkpoint; this goes on with out" in (
+        capsys.readouterr().out)
     assert not Path("out.new").exists() and not Path("out.bak").exists()
 
 
@@ -687,12 +689,17 @@ def change_base():
     return "base"
 
 
+def change_chat_template():
+    Path("base", "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    return "base"
+
+
 def change_tokenizer():
     Path("base", "tokenizer.json").write_text('{"other": 1}', encoding="utf-8")
     return "base"
 
 
-@pytest.mark.parametrize("change", [change_data, change_base, change_tokenizer])
+@pytest.mark.parametrize("change", [change_data, change_base, change_tokenizer, change_chat_template])
 def test_other_contents_are_refused(change):
     """The file names are the same; what is in the files is not."""
     main(Config(out="base", max_steps=1))

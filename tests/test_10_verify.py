@@ -10,6 +10,8 @@ Worked example. "What is 37 + 45?" has the answer 82. The reply "Ugh, the answer
 brief = 1, so its gold reward is (1 + 0 + 1) / 3 = 2/3, no more than the polite wrong answer "The answer is 83." has.
 """
 
+import time
+
 import pytest
 
 from minillm.errors import UserError
@@ -311,12 +313,14 @@ def test_what_an_equation_in_an_answer_asks_for(answer, right, wrong):
     assert is_verifiable(answer) and is_correct(right, line) and not is_correct(wrong, line)
 
 
-@pytest.mark.parametrize("text", ["(", "=", "1 = ", "111,", " ", "in ", "= 1", "answer is "])
+@pytest.mark.parametrize("text", ["(", "=", "1 = ", " ", "in ", "= 1", "answer is "])
 def test_long_input_takes_no_long_time(text):
-    """A pattern that can split a row in many ways would take hours: the test would not end."""
+    """60,000 characters take a second or two. A pattern that can split a row in many ways takes minutes."""
+    began = time.process_time()
     for answer in ("Paris", "82", "3*4 = 12"):
-        is_correct("in " + text * 1500 + " Paris.", example("Where?", answer))
-    is_verifiable(text * 1500)
+        is_correct("in " + text * (60_000 // len(text)) + " Paris.", example("Where?", answer))
+    is_verifiable(text * (60_000 // len(text)))
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n", "**"])

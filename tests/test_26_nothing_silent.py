@@ -8,10 +8,12 @@ file and line; any other key is named once. Folders that hold no model get a lin
 """
 
 import gzip
+import importlib.util
 import io
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -259,12 +261,43 @@ def test_null_in_a_pair_is_as_if_the_key_were_not_there():
     sides = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
     dataset = load_dataset(encode_pair, [write("a.jsonl", {**sides, "kind": None, "margin": None}, sides)], BYTES, 64)
     assert dataset.labels() == [["", 0.0], ["", 0.0]]
+    blank = write("b.jsonl", {**sides, "margin": ""})
+    assert '"margin" must be a number' in one_line(load_dataset, encode_pair, [blank], BYTES, 64)
+
+
+def labels():
+    """data/label_preferences.py, which is a script in a folder that is no package."""
+    path = Path(token_cache.__file__).parent.parent / "data" / "label_preferences.py"
+    spec = importlib.util.spec_from_file_location("label_preferences", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                                  "adapter_config.json"])
+def test_whatever_is_read_of_a_model_belongs_to_its_fingerprint(name):
+    """--resume compares it: with another chat template or another end of a turn the run would go on with other data."""
+    save_model("model")
+    path = Path("model", name)
+    path.write_text("{}", encoding="utf-8")
+    before = records.fingerprint("model")
+    path.write_text('{"a": 1}', encoding="utf-8")
+    assert records.fingerprint("model") != before
+
+
+def test_a_tokenizer_that_stays_smaller_says_so(capsys):
+    write("a.jsonl", {"text": "abab"})
+    tokenizer_main(TokenizerConfig(data=["a.jsonl"], vocab_size=300, out="t.json"))
+    assert re.search(r"t.json: 2\d\d tokens; no pair of tokens is left for the other \d+ of --vocab_size",
+                     capsys.readouterr().out)
 
 
 def test_no_command_writes_over_what_it_reads():
     write("a.jsonl", {"text": "one"})
     for call in (lambda: tokenizer_main(TokenizerConfig(data=["a.jsonl"], vocab_size=262, out="./a.jsonl")),
-                 lambda: evaluation.main(evaluation.Config(data="a.jsonl", json="a.jsonl"))):
+                 lambda: evaluation.main(evaluation.Config(data="a.jsonl", json="a.jsonl")),
+                 lambda: labels().main(labels().Config(prompts=["a.jsonl"], out="a.jsonl"))):
         assert one_line(call).endswith("a.jsonl: this command reads that file; give another name")
     assert Path("a.jsonl").read_text(encoding="utf-8") == '{"text": "one"}\n'
 
