@@ -208,8 +208,8 @@ def _read_word(reply, answer, choices):
     if not choices:
         rivals = [m for m in _STATED.finditer(reply) if not start <= m.start(1) < end]  # "It is red. It is yellow."
         pieces = list(re.finditer(r"[^.!?;\n]+", reply))
-        here = next(piece for piece in pieces if piece.start() <= start < piece.end())
-        if row := _FRAGMENT.fullmatch(here[0].lower()):  # "in London. in Paris."
+        here = next((piece for piece in pieces if piece.start() < end <= piece.end()), None)  # None: "It is Yahoo!"
+        if here and (row := _FRAGMENT.fullmatch(here[0].lower())):  # "in London. in Paris."
             others = [_FRAGMENT.fullmatch(piece[0].lower()) for piece in pieces if piece is not here]
             rivals += [other for other in others if other and other.group("how", "sign") == row.group("how", "sign")]
         if rivals or not _BEFORE_WORD.search(reply[:start]) or not re.match(_END, reply[end:]):

@@ -313,6 +313,12 @@ def test_what_an_equation_in_an_answer_asks_for(answer, right, wrong):
     assert is_verifiable(answer) and is_correct(right, line) and not is_correct(wrong, line)
 
 
+@pytest.mark.parametrize("word", [".NET", "Yahoo!", "C++", "U.S.A", "What?"])
+def test_a_word_may_hold_what_ends_a_sentence(word):
+    line = example("Which one is it?", word)
+    assert is_correct(f"It is {word}.", line) and not is_correct("It is Java.", line)
+
+
 @pytest.mark.parametrize("text", ["(", "=", "1 = ", " ", "in ", "= 1", "answer is "])
 def test_long_input_takes_no_long_time(text):
     """60,000 characters take a second or two. A pattern that can split a row in many ways takes minutes."""
