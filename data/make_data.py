@@ -583,7 +583,7 @@ class Talk:
         self.dialogues = [(lang, entry["conversations"]) for lang in LANGS
                           for entry in read_lines(folder / f"handwritten_{lang}.jsonl")]
         dice = Dice(seed, "held-out talk")
-        asked = {normal(q) for _, intent in self.intents for q in intent["questions"]}
+        asked = {normal(q) for _, intent in self.intents for q in intent["questions"] + intent["sft_only"]}
         asked |= {normal(m["content"]) for _, d in self.dialogues for m in d if m["role"] == "user"}
         held = {}
         for lang, intent in self.intents:
@@ -597,7 +597,7 @@ class Talk:
         return None if place is None else self.held.pop(place)
 
     def pick(self, dice, lang):
-        """A (question, reply) in a training wording."""
+        """A (question, reply) in a wording of all training files: not in one of sft.jsonl alone."""
         intents = [intent for its_lang, intent in self.intents if its_lang == lang]
         if not intents:
             return None
@@ -639,14 +639,15 @@ def make_sft(dice, tasks, talk):
     for lang, messages in talk.dialogues:
         lines.append(line(messages))
     for lang, intent in talk.intents:
-        for question in intent["questions"]:
+        for question in intent["questions"] + intent["sft_only"]:
             lines.append(line([user(question), assistant(dice.pick(intent["replies"]))]))
     for i in range(TALK_CHAINS if talk.intents else 0):
         lang = LANGS[i % 2]
         intents = dice.sample([intent for its_lang, intent in talk.intents if its_lang == lang], dice.between(2, 3))
         messages = []
         for intent in intents:
-            messages += [user(dice.pick(intent["questions"])), assistant(dice.pick(intent["replies"]))]
+            question = dice.pick(intent["questions"] + intent["sft_only"])
+            messages += [user(question), assistant(dice.pick(intent["replies"]))]
         if i % 3 == 0:  # every third chain ends with a task
             task = dice.pick(PAIR_TASKS)
             pair = dice.pick(pairs[task]) if task in pairs else None
