@@ -266,6 +266,17 @@ def test_small_talk_that_nobody_asked_before(files):
         assert all(count < 0.7 * len(mine | runs(other)) for other, count in shared.items()), question
 
 
+def test_plain_small_talk_is_in_sft_alone(files):
+    """So that more of it leaves the pretrained models, the prompts and the preference pairs as they are."""
+    intents = [json.loads(text) for lang in ("en", "zh")
+               for text in (DATA / f"smalltalk_{lang}.jsonl").read_text(encoding="utf-8").splitlines()]
+    plain = {normal(question) for intent in intents for question in intent["sft_only"]}
+    assert len(plain) == sum(len(intent["sft_only"]) for intent in intents) > 1600  # none is there twice
+    assert plain <= questions(files["sft"])
+    for name in ("prompts", "preference", "judge", *HELD_OUT):
+        assert not plain & questions(files[name]), name
+
+
 def test_no_held_out_sum_is_trained_on_in_any_order(files, maker):
     """Neither as another question, nor turned around, nor inside a judging conversation or a longer chat."""
     for task in ("add", "subtract"):
