@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from minillm import runtime
 
@@ -84,7 +85,7 @@ def document_block_mask(doc_ids, counts, lists, block: int = BLOCK) -> BlockMask
 
 
 @functools.cache
-def can_flex(device, heads: int, kv_heads: int, head_dim: int) -> bool:
+def can_flex(device, heads: int, kv_heads: int, head_dim: int, recompute: bool = False) -> bool:
     """Whether compiled flex attention of this shape works there, forward and backward: it is tried, once.
 
     Its kernels are tuned for large GPUs. On those with less shared memory (RTX 3090, 4090) some head_dims fit only in
@@ -94,13 +95,13 @@ def can_flex(device, heads: int, kv_heads: int, head_dim: int) -> bool:
         return False
     try:
         try:
-            _compile_flex(device, heads, kv_heads, head_dim)
+            _compile_flex(device, heads, kv_heads, head_dim, recompute)
         except Exception as error:
             # Triton's words: "out of resource: shared memory, Required: 131074, Hardware limit: 101376"
             if not any(words in str(error).lower() for words in ("out of resource", "shared memory")):
                 raise
             KERNEL_OPTIONS.update(SMALLER)
-            _compile_flex(device, heads, kv_heads, head_dim)
+            _compile_flex(device, heads, kv_heads, head_dim, recompute)
             runtime.say(f"flex attention in smaller blocks: {runtime.in_one_line(error)}", file=sys.stderr)
     except Exception as error:  # as with torch.compile, there are many
         runtime.say(f"no flex attention, so long packed rows take longer: {runtime.in_one_line(error)}",
@@ -109,7 +110,7 @@ def can_flex(device, heads: int, kv_heads: int, head_dim: int) -> bool:
     return True
 
 
-def _compile_flex(device, heads: int, kv_heads: int, head_dim: int):
+def _compile_flex(device, heads: int, kv_heads: int, head_dim: int, recompute: bool):
     """Forward and backward of flex attention on a row of three documents, as a layer runs it. Raises if it fails."""
     doc_ids = np.arange(2 * BLOCK)[None] // 100
     blocks = [torch.from_numpy(array).to(device) for array in document_blocks(doc_ids)]
@@ -118,7 +119,9 @@ def _compile_flex(device, heads: int, kv_heads: int, head_dim: int):
                for n in (heads, kv_heads, kv_heads))
 
     # In one piece: a break would leave flex attention uncompiled, and so it holds all pairs of tokens at once.
-    torch.compile(attend, fullgraph=True)(q, k, v, mask).sum().backward()
+    compiled = torch.compile(attend, fullgraph=True)
+    out = checkpoint(compiled, q, k, v, mask, use_reentrant=False) if recompute else compiled(q, k, v, mask)
+    out.sum().backward()
     q.grad.sum().item()  # wait: a kernel may fail when it runs
 
 

@@ -34,7 +34,8 @@ _watchers, _leaving = [], threading.Event()  # the thread of this process, and t
 
 def has_several() -> bool:
     """Whether torchrun, or what is like it, has started this process together with others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    size = os.environ.get("WORLD_SIZE", "")
+    return "RANK" in os.environ and size.isdecimal() and int(size) > 1
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 import os
 import sys
 from pathlib import Path
@@ -16,14 +15,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 def allowed_threads() -> int:
     """How many cores this process may use: those of its affinity mask, and no more than the CPU quota of any control
-    group that it is in (a container's, a batch job's)."""
+    group that it is in (a container's, a batch job's). Of 2.5 cores it uses 2: with three threads, each step would
+    wait for the one that is stopped for the rest of a period.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for kind, names in (("", ["cpu.max"]), ("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
         for group in _control_groups(kind):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                 quota, period = " ".join((group / name).read_text(encoding="utf-8") for name in names).split()
                 if int(quota) > 0:  # v1 says -1 when there is no quota, v2 says "max"
-                    cores = min(cores, math.ceil(int(quota) / int(period)))
+                    cores = min(cores, max(1, int(quota) // int(period)))
     return cores
 
 
@@ -31,12 +32,13 @@ def _control_groups(kind: str) -> list:
     """The folders of the control groups that this process is in, from its own to the outermost: of cgroup v2 (kind ""),
     or those of v1 that limit "cpu" or "memory"."""
     try:  # a line is "0::/user.slice/job" (v2) or "4:cpu,cpuacct:/job" (v1)
-        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         lines = []
-    own = {name: path for _, names, path in lines for name in names.split(",")}
-    group = CGROUP / kind / own.get(kind, "").lstrip("/")
-    return [folder for folder in (group, *group.parents) if folder.is_relative_to(CGROUP)]
+    own = {name: line[1:] for line in lines if len(line) == 3 for name in line[1].split(",")}
+    names, path = own.get(kind, (kind, ""))
+    groups = [CGROUP / folder / path.lstrip("/") for folder in dict.fromkeys([kind, names])]  # "cpu" may be missing
+    return [folder for group in groups for folder in (group, *group.parents) if folder.is_relative_to(CGROUP)]
 
 
 def memory_gib(device: torch.device) -> tuple:
@@ -44,10 +46,15 @@ def memory_gib(device: torch.device) -> tuple:
     (0, 0) where that is unknown."""
     if device.type == "cuda":
         return tuple(size / 2**30 for size in torch.cuda.mem_get_info(device))
-    if not MEMINFO.exists():  # only Linux has it; a line is "MemTotal:       24684100 kB"
+    sizes = {}
+    with contextlib.suppress(OSError):  # only Linux has it; a line is "MemTotal:       24684100 kB"
+        for line in MEMINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, IndexError):
+                name, size = line.split(":")
+                sizes[name] = int(size.split()[0]) / 2**20
+    free, total = sizes.get("MemAvailable", sizes.get("MemFree")), sizes.get("MemTotal")
+    if free is None or total is None:
         return 0.0, 0.0
-    sizes = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
-    free, total = (int(sizes[name].split()[0]) / 2**20 for name in ("MemAvailable", "MemTotal"))
     for kind, names in (("", ["memory.max", "memory.current"]),
                         ("memory", ["memory.limit_in_bytes", "memory.usage_in_bytes"])):
         for group in _control_groups(kind):

@@ -357,7 +357,7 @@ def packed_forward(model: CausalLM, asked=None):
         return plain
     config = model.config
     flex = can_flex(next(model.parameters()).device, config.num_attention_heads, config.num_key_value_heads,
-                    config.head_dim)
+                    config.head_dim, model.model.recompute)
     runtime.compile_layers(model)
     most = 0
 

@@ -80,14 +80,19 @@ def start(device_name: str, seed: int) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most batches have a new one
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if {"WORLD_SIZE", "RANK"} <= os.environ.keys() and not dist.is_initialized():
         if job.has_several():
             job.watch()
         # Counts and objects are summed and gathered on the CPU, gradients where they are. Windows has no NCCL.
         nccl = device.type == "cuda" and dist.is_nccl_available()
         hook = sys.excepthook  # PyTorch puts another in its place, which holds back what is printed until it returns
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=job.PATIENCE)
-        sys.excepthook = hook
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=job.PATIENCE)
+        except ValueError as error:
+            raise UserError(f"RANK and WORLD_SIZE are set, as torchrun does, but {in_one_line(error)}; for a process "
+                            "alone unset them") from None
+        finally:
+            sys.excepthook = hook
         atexit.register(_leave)
     say(describe(device), file=sys.stderr)
     return device
@@ -311,6 +316,7 @@ def compile_backbone(model, asked):
 
 def main():
     """Print what this machine is and what is chosen on it; whether torch.compile works is tried, for some seconds."""
+    os.environ.pop("WORLD_SIZE", None)  # a report waits for no other process
     try:
         device = start("", seed=0)
         chosen = describe(device)
