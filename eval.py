@@ -255,7 +255,8 @@ def view_tokens(model, tokenizer, cfg: Config, device) -> dict:
     path = cfg.data or EVAL_DATA
     if kind_of(path) != "conversations":
         raise UserError(f"{path} holds no conversations; --tokens shows one")
-    tokens, mask = tokenizer.render(without_silence(next(read_records(path, check_question))["conversations"]))
+    [record] = read_records(path, check_question, most=1)
+    tokens, mask = tokenizer.render(without_silence(record["conversations"], tokenizer.chat_format))
     context = model.config.max_position_embeddings
     if len(tokens) > context:
         note(f"the conversation has {len(tokens):,} tokens; the first {context:,}, the model's context, are shown")

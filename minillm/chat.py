@@ -143,6 +143,12 @@ def split_think(message: dict) -> tuple:
     return reasoning or "", content
 
 
+def thought_and_said(chat: ChatFormat, message: dict) -> tuple:
+    """(think text, content) of an assistant's message as this format has them: only where it has think blocks is such
+    text within the content taken out of it."""
+    return split_think(message) if chat.think else (message.get("reasoning_content") or "", message["content"])
+
+
 def without_think(text: str) -> str:
     """A reply without the think text before it, as it stands in the history of a chat."""
     return re.sub(r"\A\s*<think>.*?(</think>\s*|\Z)", "", text, flags=re.S)
@@ -217,10 +223,10 @@ def render(chat: ChatFormat, messages: list, add_generation_prompt: bool = False
             add_end()
             continue
         trained, block, last = messages[i].get("train", True), "", i + 1 == len(checked)
-        reasoning, content = split_think(messages[i]) if chat.think else (messages[i].get("reasoning_content"), content)
+        reasoning, content = thought_and_said(chat, messages[i])
         calls = write_calls(messages[i].get("tool_calls") or [], after_content=bool(content))
         if i > question and (reasoning or chat.think and last):
-            block, content = f"<think>\n{(reasoning or '').strip(chr(10))}\n</think>\n\n", content.lstrip("\n")
+            block, content = f"<think>\n{reasoning.strip(chr(10))}\n</think>\n\n", content.lstrip("\n")
         add_header("assistant")
         if block == EMPTY_THINK:
             pieces.append(Piece(block, trained=trained and thinking))
@@ -235,10 +241,11 @@ def render(chat: ChatFormat, messages: list, add_generation_prompt: bool = False
     return pieces
 
 
-def lost_think(messages: list) -> int:
-    """How many turns of an assistant lose their "reasoning_content" in `render`: those before the last question, or all
-    of a conversation without one."""
-    return sum(bool(message.get("reasoning_content")) for message in messages[:last_question(messages) + 1])
+def lost_think(messages: list, chat: ChatFormat = CHATML) -> int:
+    """How many turns of an assistant lose their think text in `render`: those before the last question, or all of a
+    conversation without one."""
+    return sum(bool(thought_and_said(chat, message)[0]) for message in messages[:last_question(messages) + 1]
+               if message["role"] == "assistant")
 
 
 # --------------------------------------------------- the template ---------------------------------------------------

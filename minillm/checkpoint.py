@@ -147,6 +147,9 @@ def _stored_tensors(folder) -> dict:
         if pickled and pickled != ["training_state.pt"]:
             raise UserError(f"{folder} holds only pickled weights ({_some(pickled)}), which can run code when loaded "
                             "and are never opened here; convert it to safetensors with save_pretrained of transformers")
+        if shards := sorted(path.name for path in folder.glob("model-*-of-*.safetensors")):
+            raise UserError(f"{folder}: model.safetensors.index.json is missing; it tells which tensors are in "
+                            f"{_some(shards)}")
         raise UserError(f"{folder}: model.safetensors is missing")
     shard_of = load_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or any(
@@ -219,6 +222,9 @@ def check_sizes(config: ModelConfig, stored: dict, where):
     """Raise UserError if config.json describes another size than the weights: before a model of that size is built."""
     found = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in stored)
     layers = len({match[1] for match in found if match})
+    if not layers and stored:
+        raise UserError(f"{where}: no tensor's name begins with model.layers.; there are {_some(sorted(stored))}. They "
+                        "must have the names of a causal language model of transformers")
     if layers != config.num_hidden_layers:
         raise UserError(f"{where}: the weights do not fit config.json: num_hidden_layers is "
                         f"{config.num_hidden_layers:,}, the weights are those of {layers:,} layers")

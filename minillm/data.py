@@ -15,7 +15,7 @@ import torch
 
 from minillm import runtime
 from minillm.attention import document_blocks
-from minillm.chat import last_question, lost_think
+from minillm.chat import CHATML, ChatFormat, last_question, lost_think, thought_and_said
 from minillm.records import check_conversation, check_text, require
 from minillm.runtime import say
 from minillm.token_cache import Subset, load_dataset
@@ -46,16 +46,17 @@ def encode_text(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
     return [(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
 
 
-def without_silence(messages: list) -> list:
+def without_silence(messages: list, chat: ChatFormat = CHATML) -> list:
     """The messages, with "train": False where the assistant says and calls nothing, and has no think text that counts:
     that of a reply before the last question is not written.
     """
     last = last_question(messages)
 
     def is_silent(i, message):
-        thought = message.get("reasoning_content", "").strip() if i > last else ""
-        said = message["content"].strip() or thought or message.get("tool_calls")
-        return message["role"] == "assistant" and not said and message.get("train") is not False
+        if message["role"] != "assistant" or message.get("train") is False:
+            return False
+        thought, said = thought_and_said(chat, message)
+        return not (said.strip() or i > last and thought.strip() or message.get("tool_calls"))
 
     return [{**message, "train": False} if is_silent(i, message) else message for i, message in enumerate(messages)]
 
@@ -67,11 +68,12 @@ def encode_conversation(record: dict, where: str, tokenizer: Tokenizer, max_seq_
     think text that no format writes because a later question follows, and empty replies, which would teach silence.
     """
     check_conversation(record, where)
-    messages = without_silence(record["conversations"])
+    chat = tokenizer.chat_format
+    messages = without_silence(record["conversations"], chat)
     if silent := sum(one is not other for one, other in zip(messages, record["conversations"])):
         stats["empty replies, not trained on"] += silent
     tokens, mask = tokenizer.render(messages)
-    if lost := lost_think(record["conversations"]):
+    if lost := lost_think(record["conversations"], chat):
         stats["replies without their think text, because another question follows"] += lost
     if not any(mask):
         stats["without an assistant turn to train on, dropped"] += 1

@@ -25,9 +25,14 @@ ANSWERS = ("output", "completion", "response", "answer", "solution")
 # Nothing reads these; where one is filled, its content would be lost silently.
 UNREAD = ("images", "image", "videos", "audios", "history")
 UNREAD_IN_MESSAGE = ("images", "image", "audio", "videos")
+BAD = ("false", "-1", "-1.0", "undesirable", "bad")  # labels of an answer that nobody should learn
+LETTERS = list("ABCDEFGHIJ")  # of the choices of a question
 WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # of a message
 MASKS = ("loss_mask", "loss_masks", "mask", "train_on_input", "train_detail", "training_detail")  # parts of a message
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # a conversation as text, in Anthropic's HH-RLHF
+# A conversation as text, in Anthropic's HH-RLHF and in copies of it; how it begins, and where a turn does.
+HH = re.compile(r"\s*(System|Human):(?s:.*)\n\nAssistant:|\n\n(Human|Assistant):")
+HH_TURN = re.compile(r"(?:\A\s*|\n\n(?!System))(System|Human|Assistant):")
+HH_ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 
 def normalise(record: dict, where: str) -> dict:
@@ -39,6 +44,7 @@ def normalise(record: dict, where: str) -> dict:
             record[side] = record.pop(f"{side}_response")
     if type(record.get("answer")) in (int, float):
         record["answer"] = digits_of(record["answer"], where)
+    check_choice(record, where)
     if "chosen" in record or "rejected" in record:
         pair_of(record, where)
         names = ("prompt", "chosen", "rejected")
@@ -70,16 +76,33 @@ def digits_of(answer, where: str) -> str:
 def check_marks(record: dict, where: str):
     """Raise UserError for a record that is marked as bad, that is to count more or less than others, or with a mask."""
     check_masks(record, where)
-    label = record.get("label")
-    bad = label is False or str(label).lower() == "false" or label == 0 and "completion" in record  # in Parquet: 0
-    if bad and "text" not in record:
-        raise UserError(f'{where}: "label" is {json.dumps(label)}: this answer is a bad example, as in data for KTO, '
-                        "which minillm does not have; keep the records whose label is true, or make pairs of chosen "
-                        "and rejected")
+    replies = ANSWERS[:3]
+    answered = "text" not in record or any(name in record for name in (*replies, *CONVERSATIONS))
+    for key in ("label", "kto_tag"):
+        label = str(record.get(key)).lower()
+        # Beside other keys 0 can be the number of a category. In Parquet, false is 0.
+        if answered and label in BAD or label in ("0", "0.0") and any(name in record for name in replies):
+            raise UserError(f'{where}: "{key}" is {json.dumps(record[key])}: this answer is a bad example, as in data '
+                            "for KTO, which minillm does not have; keep the records whose label is true, or make pairs "
+                            "of chosen and rejected (or remove the key, if it means something else)")
     for key in ("weight", "sample_weight", "loss_weight", "loss", "train"):
         if key in record and (record[key] not in (None, 1) or isinstance(record[key], str)):
             raise UserError(f'{where}: "{key}": {json.dumps(record[key])[:80]} of a whole record is not supported: all '
                             "records count the same; remove the record, or the key")
+
+
+def check_choice(record: dict, where: str):
+    """Raise UserError for an answer that is the number or the letter of a choice: a prompt does not hold the choices.
+    """
+    answer, choices = record.get("answer"), record.get("choices") or record.get("options")
+    if not isinstance(answer, str) or not isinstance(choices, list) or not choices:
+        return
+    words = [str(choice).strip() for choice in choices]
+    number = answer.isdecimal() and int(answer) <= len(words) and not any(word.isdecimal() for word in words)
+    letter = answer.upper() in LETTERS[:len(words)] and not any(len(word) == 1 for word in words)
+    if number or letter:
+        raise UserError(f'{where}: "answer" is the {"number" if number else "letter"} of a choice; write the words of '
+                        "the right answer")
 
 
 def check_masks(found: dict, where: str):
@@ -103,34 +126,34 @@ def conversation_of(record: dict, where: str):
     question = next((name for name in QUESTIONS if name in record), None)
     # Beside a "prompt" an "answer" is what a reply is checked against.
     names = ANSWERS[:3] if question == "prompt" else ANSWERS
-    answer = next((name for name in names if record.get(name) is not None), "output" if "output" in record else None)
+    answer = next((name for name in names if record.get(name)), None) or next(
+        (name for name in names if record.get(name) is not None), "output" if "output" in record else None)
     if question is None or answer is None and (question == "input" or "text" in record):
         return
-    if answer == "answer" and "solution" in record:
+    if answer == "answer" and record.get("solution"):
         answer = "solution"
     reply = record[answer] if answer else None
     if answer == "answer":
-        if record.get("choices", record.get("options")) and str(reply).isdecimal():
-            raise UserError(f'{where}: "answer" is the number of a choice; write the words of the right answer')
         if not isinstance(reply, str) or not is_verifiable(reply):
             del record["answer"]  # prose, which no reply can be checked against
     elif answer:
         del record[answer]
     messages = question_of(record, question, where)
+    del record[question]
     if answer:
         messages = messages + as_messages(reply, "assistant", where, answer)
     record["conversations"] = messages
 
 
 def question_of(record: dict, name: str, where: str) -> list:
-    """The messages of a question, taken out of the record: earlier turns, and what belongs to it on a new line."""
-    question = record.pop(name)
-    extra = "" if name in ("prompt", "input") else record.pop("input", None) or record.pop("context", None) or ""
+    """The messages of a question: earlier turns, and what belongs to it on a new line, both taken out of the record."""
+    question = record[name]
+    extra = [part for part in (record.pop(key, None) for key in ("input", "context") if key != name) if part]
     if extra:
-        for part in (question, extra):
+        for part in (question, *extra):
             if not isinstance(part, str):
                 raise UserError(f'{where}: "{name}" and what belongs to it must be text, not {type(part).__name__}')
-        question = f"{question}\n{extra}" if question else extra
+        question = "\n".join([question, *extra] if question else extra)
     turns, history = [], record.pop("history", None) or []
     for turn in history if isinstance(history, list) else [history]:
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
@@ -142,19 +165,26 @@ def question_of(record: dict, name: str, where: str) -> list:
 def as_messages(value, role: str, where: str, name: str) -> list:
     """Text as a message of this role (as in HH-RLHF: as several); messages as they are. Raises UserError."""
     if isinstance(value, str):
-        if HH_TURN.match(value):
-            roles, texts = HH_TURN.split(value)[1::2], HH_TURN.split(value)[2::2]
-            messages = [{"role": "user" if role == "Human" else "assistant", "content": text.strip()}
-                        for role, text in zip(roles, texts)]
+        if is_hh(value):
+            _, *parts = HH_TURN.split(value.replace("\r\n", "\n"))
+            messages = [{"role": HH_ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
             if messages[-1] == {"role": "assistant", "content": ""}:  # the place of the answer
                 messages.pop()
             return messages
         return [{"role": role, "content": value}]
-    if isinstance(value, dict):
-        return [value]
-    if not isinstance(value, list):
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list):
         raise UserError(f'{where}: "{name}" must be text or a list of messages, not {type(value).__name__}')
-    return value
+    if not all(isinstance(message, dict) and ("role" in message or "from" in message) for message in messages):
+        table = isinstance(value, list) or all(key.isdecimal() for key in value)
+        raise UserError(f'{where}: "{name}" must be text or messages, not {json.dumps(value, ensure_ascii=False)[:80]}'
+                        + ("; a table must have one object per row, not per column" if table else ""))
+    return messages
+
+
+def is_hh(text) -> bool:
+    """Whether this is a conversation as HH-RLHF writes it."""
+    return isinstance(text, str) and HH.match(text.replace("\r\n", "\n")) is not None
 
 
 # Pairs of answers.
@@ -164,19 +194,22 @@ def pair_of(record: dict, where: str):
     sides = [side for side in ("chosen", "rejected") if side in record]
     named = next((name for name in (*CONVERSATIONS, *QUESTIONS) if name in record), None)
     for side in sides:
-        whole = isinstance(record[side], str) and HH_TURN.match(record[side])
+        whole = is_hh(record[side])
+        if isinstance(record[side], str) and not whole and named and is_hh(record[named]):
+            record[side] = record[side].strip()  # as in an answer that stands after its prompt in one text
         if isinstance(record[side], str) and not whole and not named:
             raise UserError(f'{where}: nothing stands before the answer in "{side}"; put the question under "prompt"')
         record[side] = as_messages(record[side], "assistant", where, side)
     first = (record.get("chosen") or [{}])[0]
     role = first.get("role", first.get("from")) if isinstance(first, dict) else None
-    if "prompt" not in record and named and not (role in ("system", "user", "human", "developer")):
+    if "prompt" in record:
+        record["prompt"] = question_of(record, "prompt", where)
+    elif named and role not in ("system", "user", "human", "developer"):
         if named in CONVERSATIONS:
-            record["prompt"] = record.pop(named)
+            record["prompt"] = as_messages(record.pop(named), "user", where, named)
         else:
             record["prompt"] = question_of(record, named, where)
-    if "prompt" in record:
-        record["prompt"] = as_messages(record["prompt"], "user", where, "prompt")
+            del record[named]
 
 
 # Messages.
@@ -219,6 +252,11 @@ def message_of(message: dict, where: str) -> dict:
         check_empty(message, key, where)
     if isinstance(message.get("content"), list):
         message["content"] = "".join(text_of(part, where) for part in message["content"])
+    if reasoning and str(message.get("content")).lstrip().startswith("<think>"):
+        before, _, after = message["content"].partition("</think>")
+        if before.replace("<think>", "", 1).strip() != str(reasoning[0]).strip():
+            raise UserError(f"{where} has think text under a key and in its content, and they differ; keep one of them")
+        message["content"] = after.lstrip("\n")
     if role != "assistant":
         for key, value in (("tool_calls", calls), ("reasoning_content", any(reasoning))):
             if value:
@@ -263,7 +301,11 @@ def calls_of(calls, where: str) -> list:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
             raise UserError(f'{where}: a call of a tool must be {{"name": ..., "arguments": ...}}, '
                             f"not {json.dumps(call, ensure_ascii=False)[:80]}")
-        result.append({"name": inner["name"], "arguments": inner["arguments"]})
+        name, arguments = inner["name"], inner["arguments"] if inner["arguments"] != "" else {}
+        parsed(arguments, f'"arguments" of the call of {name[:40]!r}', where)
+        if json.dumps(name, ensure_ascii=False) != f'"{name}"':  # it is written into JSON as it is
+            raise UserError(f"{where}: {name[:40]!r} cannot be the name of a tool")
+        result.append({"name": name, "arguments": arguments})
     return result
 
 

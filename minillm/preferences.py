@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minillm.chat import split_think
+from minillm.chat import split_think, thought_and_said
 from minillm.data import Loader, hold_out, say_overlap, to_device
 from minillm.errors import UserError
 from minillm.logprobs import head_logprobs
@@ -51,7 +51,8 @@ def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int
         return drop("pairs without an assistant's answer at the end, dropped")
     if said(prompts[0]) != said(prompts[1]):
         return drop("pairs with different prompts, dropped")
-    if not all(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+    if not all(thought_and_said(tokenizer.chat_format, answer)[1].strip() or answer.get("tool_calls")
+               for answer in answers):
         return drop("pairs with an empty answer, dropped")
     thinking = any(split_think(answer)[0] for answer in answers)
     prompt, _ = tokenizer.render(prompts[0], add_generation_prompt=True, thinking=thinking)

@@ -226,14 +226,14 @@ class UnknownKeys:
             say(f"{path}: unknown keys are ignored: {named}")
 
 
-def read_records(paths, check=None):
-    """Yield the objects of JSON Lines files, normalised, and name the keys that nothing reads.
+def read_records(paths, check=None, most: int | None = None):
+    """Yield the objects of JSON Lines files, normalised, at most so many of each, and name the keys that nothing reads.
 
     check(record, where) may raise UserError; an empty file raises it too.
     """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         number, unknown = None, UnknownKeys()
-        for number, text in read_lines(path):
+        for number, text in itertools.islice(read_lines(path), most):
             record = parse_line(text, f"{path}:{number}")
             if check:
                 check(record, f"{path}:{number}")
@@ -339,6 +339,9 @@ def read_pair(record: dict, where: str) -> tuple:
                 raise UserError(f'{where}: the last message of "prompt" is an answer already, before the one in '
                                 f'"{side}"; remove it')
             messages = prompt + messages
+        elif prompt and messages[0]["role"] == "assistant" != prompt[0]["role"]:
+            raise UserError(f'{where}: "{side}" begins with the assistant, and "prompt" stands in it later; does it '
+                            'also stand before it? Begin both sides with all messages, and leave "prompt" out')
         elif not begins_with(messages, prompt):
             raise UserError(f'{where}: "{side}" must begin with the messages of "prompt" or with the assistant')
         sides.append(messages)

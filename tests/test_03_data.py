@@ -14,6 +14,7 @@ The tokenizer of this chapter has no merges: every byte is one token. So a docum
 Drawn in tests/figures/packed_row.svg.
 """
 
+import copy
 import gzip
 import itertools
 import json
@@ -30,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm import data, token_cache
+from minillm import chat, data, token_cache
 from minillm.data import PackedLoader, encode_conversation, encode_text, hold_out, load_split, pack
 from minillm.errors import UserError
 from minillm.records import content_hash, read_records
@@ -270,6 +271,8 @@ def test_what_max_seq_len_costs_a_conversation_is_counted(max_seq_len, trained, 
 class NothingFollows:
     """A tokenizer whose conversations end with a trained token, as in Llama 3's format."""
 
+    chat_format = chat.LLAMA3
+
     def render(self, messages):
         return [7, 8, 9, 10], [False, False, True, True]
 
@@ -287,6 +290,24 @@ def test_think_text_that_no_format_writes_is_counted():
     counts = Counter()
     encode_conversation({"conversations": thinks * 2}, "", BYTES, 200, counts)
     assert counts == {"replies without their think text, because another question follows": 1}
+
+
+def test_think_text_within_the_content_counts_the_same_where_the_format_thinks():
+    """The first reply is nothing but think text, which is not written; it must not teach silence. In a format without
+    think blocks all of it is content."""
+    thinking = copy.copy(BYTES)
+    thinking.chat_format = chat.QWEN3
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>Hm.</think>"},
+                {"role": "user", "content": "c"}, {"role": "assistant", "content": "<think>So.</think>d"}]
+    counts = Counter()
+    (tokens, mask), = encode_conversation({"conversations": messages}, "", thinking, 200, counts)
+    assert counts == {"replies without their think text, because another question follows": 1,
+                      "empty replies, not trained on": 1}
+    said = BYTES.decode([token for token, trained in zip(tokens, mask) if trained])
+    assert said == "<think>\nSo.\n</think>\n\nd<|im_end|>"
+    counts = Counter()
+    encode_conversation({"conversations": messages}, "", BYTES, 200, counts)
+    assert not counts
 
 
 def test_what_was_left_out_is_reported_and_only_nothing_left_is_an_error(tmp_path, capsys):

@@ -490,12 +490,20 @@ def test_each_folder_that_is_no_checkpoint_is_told_apart(folder, tmp_path):
     with pytest.raises(UserError, match="is a reward model"):
         load_model(folder)
     edit_json(config, architectures=["Qwen3ForCausalLM"])
-    weights.write_bytes(weights.read_bytes()[:-5])
+    whole = weights.read_bytes()
+    save_safetensors(weights, {f"_orig_mod.{name}": x for name, x in load_safetensors(weights).items()})
+    with pytest.raises(UserError, match="no tensor's name begins with model.layers.; there are _orig_mod"):
+        load_model(folder)
+    weights.write_bytes(whole[:-5])
     with pytest.raises(UserError, match="model.safetensors is truncated or corrupted"):
         load_model(folder)
     weights.unlink()
     with pytest.raises(UserError, match="model.safetensors is missing"):
         load_model(folder)
+    (folder / "model-00001-of-00001.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match="model.safetensors.index.json is missing; .* model-00001-of-00001.safetensors"):
+        load_model(folder)
+    (folder / "model-00001-of-00001.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model.bin\)"):
         load_model(folder)

@@ -84,6 +84,8 @@ FORMS = {
     "parts of content": {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"},
                                                                    {"type": "text", "text": "i"}]}, HI_YO[1]]},
     "a good example of KTO": {"prompt": "Hi", "completion": "Yo", "label": True},
+    "DeepScaleR": {"problem": "Hi", "answer": "Yo", "solution": ""},
+    "two names of the answer": {"instruction": "Hi", "output": "", "response": "Yo"},
 }
 
 
@@ -99,10 +101,44 @@ def test_one_conversation_in_many_forms(capsys, record):
     assert "unknown" not in capsys.readouterr().out
 
 
+def test_think_text_that_stands_in_both_places_is_read_once():
+    reply = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYo", "reasoning_content": "Hm."}
+    read, = read_records(write("a.jsonl", {"messages": [HI_YO[0], reply]}))
+    assert read["conversations"] == [HI_YO[0], {**HI_YO[1], "reasoning_content": "Hm."}]
+
+
 def test_the_input_of_alpaca_follows_the_instruction():
     record, = read_records(write("a.jsonl", {"instruction": "Add.", "input": "1 and 2", "output": "3"}))
     assert record["conversations"] == [{"role": "user", "content": "Add.\n1 and 2"},
                                        {"role": "assistant", "content": "3"}]
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"prompt": "Hi", "input": "there", "output": "Yo"}, "Hi\nthere"),
+    ({"prompt": "Hi", "context": "there", "response": "Yo"}, "Hi\nthere"),
+    ({"question": "Hi", "input": "there", "context": "you", "answer": "Yo"}, "Hi\nthere\nyou"),
+    ({"input": "Hi", "context": "there", "output": "Yo"}, "Hi\nthere"),
+    ({"instruction": "", "input": "Hi", "output": "Yo"}, "Hi"),
+])
+def test_all_that_belongs_to_a_question_is_in_it(record, expected):
+    read, = read_records(write("a.jsonl", record))
+    assert read["conversations"] == [{"role": "user", "content": expected}, HI_YO[1]]
+    path = write("a.jsonl", {**{k: v for k, v in record.items() if k not in ("output", "response", "answer")},
+                             "chosen": "Yo", "rejected": "No"})
+    read, = read_records(path)
+    assert read["prompt"] == [{"role": "user", "content": expected}]
+
+
+@pytest.mark.parametrize("record, answer", [
+    ({"question": "How many legs has a spider?", "choices": ["6", "4"], "answer": "8"}, "8"),
+    ({"question": "2 + 2?", "choices": ["3", "4"], "answer": 4}, "4"),
+    ({"question": "Which letter is first?", "choices": ["b", "c"], "answer": "a"}, "a"),
+    ({"question": "Which?", "choices": None, "options": None, "answer": "B"}, "B"),
+    ({"question": "Who sings?", "choices": ["cat", "dog"], "answer": "bird"}, "bird"),
+])
+def test_an_answer_in_words_stands_beside_the_other_choices(record, answer):
+    read, = read_records(write("a.jsonl", record))
+    assert read["answer"] == answer
 
 
 @pytest.mark.parametrize("record", [
@@ -166,6 +202,9 @@ def test_a_prompt_alone_is_a_conversation_without_its_answer():
     {"instruction": "Hi", "chosen_response": "Yo", "rejected_response": "No"},
     {"chosen": "\n\nHuman: Hi\n\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Yo", "rejected": "No"},
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " No\n"},
+    {"prompt": "Human: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " No"},
+    {"chosen": "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
     {"prompt": "Hi", "prompt_id": "x", "chosen": HI_YO, "score_chosen": 8.0,
      "rejected": [{**HI_YO[0], "id": 7}, {"role": "assistant", "content": "No"}]},
 ])
@@ -185,6 +224,10 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"prompt": "Hi", "completion": "Yo", "label": False}, '"label" is false: this answer is a bad example'),
     ({"prompt": "Hi", "completion": "Yo", "label": 0}, '"label" is 0: this answer is a bad example'),
     ({"prompt": "Hi", "completion": "Yo", "label": "False"}, '"label" is "False": this answer is a bad example'),
+    ({"prompt": "Hi", "response": "Yo", "label": "0"}, '"label" is "0": this answer is a bad example'),
+    ({"conversations": HI_YO, "label": -1}, '"label" is -1: this answer is a bad example'),
+    ({"messages": HI_YO, "kto_tag": False}, '"kto_tag" is false: this answer is a bad example'),
+    ({"prompt": "Hi", "completion": "Yo", "text": "HiYo", "label": False}, '"label" is false: this answer is a bad'),
     ({"question": "Hi", "answer": "Yo", "history": 5}, '"history" must be a list of [question, answer]'),
     ({"conversations": [{**HI_YO[0], "loss": True}, HI_YO[1]]}, 'message 1 of "conversations" has "loss": true'),
     ({"conversations": [{**HI_YO[0], "thinking": "Hm."}, HI_YO[1]]}, 'message may have "reasoning_content"'),
@@ -193,8 +236,17 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f"}}]}, "a call of a tool must be"),
     ({"conversations": [HI_YO[0], {**HI_YO[1], "function_call": {"name": "f", "arguments": {}},
                                    "tool_calls": [{"name": "g", "arguments": {}}]}]}, "calls of tools under two keys"),
-    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": "f", "arguments": "\0"}]}]},
-     '"tool_calls" of message 2 of "conversations" holds a NUL character'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": "f\0", "arguments": {}}]}]},
+     "'f\\x00' cannot be the name of a tool"),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": "f", "arguments": "city=Paris"}]}]},
+     '"arguments" of the call of \'f\' is not JSON: \'city=Paris\''),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": 'f"x', "arguments": {}}]}]},
+     "'f\"x' cannot be the name of a tool"),
+    ({"conversations": [HI_YO[0], {"role": "assistant", "content": "<think>Hm</think>Yo", "reasoning": "Ah"}]},
+     "has think text under a key and in its content, and they differ"),
+    ({"instruction": {"0": "Hi"}, "output": {"0": "Yo"}}, '"instruction" must be text or messages, not {"0": "Hi"}; a'),
+    ({"instruction": ["Hi"], "output": ["Yo"]}, "a table must have one object per row, not per column"),
+    ({"question": "Hi", "answer": {"value": "Yo"}}, '"answer" must be text or messages, not {"value": "Yo"}'),
     ({"conversations": [{**HI_YO[0], "tools": [{"name": "f"}]}, {**HI_YO[1], "tools": [{"name": "g"}]}]},
      'message 2 of "conversations" has other "tools" than one before it; keep one list'),
     ({"prompt": "Hi", "answer": math.nan}, '"answer" is nan, which no reply can match'),
@@ -205,6 +257,9 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
     ({"conversations": HI_YO, "history": [["a", "b"]]}, '"history" is not supported'),
     ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, '"answer" is the number of a choice'),
+    ({"question": "Which?", "choices": None, "options": ["cat", "dog"], "answer": 1}, '"answer" is the number of a'),
+    ({"question": "Which?", "options": ["cat", "dog"], "answer": "B"}, '"answer" is the letter of a choice; write the'),
+    ({"conversations": HI_YO[:1], "choices": ["cat", "dog"], "answer": "a"}, '"answer" is the letter of a choice'),
     ({"conversations": [{"role": "system", "content": "a"}, *HI_YO], "system": "b"}, "keep one of them"),
     ({"conversations": HI_YO, "system": ["Be brief."]}, '"system" must be text, not list'),
     ({"instruction": "Hi", "output": None}, '"output" must be text or a list of messages, not NoneType'),
@@ -229,6 +284,7 @@ def test_a_pair_without_a_question_is_refused():
 
 @pytest.mark.parametrize("record", [
     {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "system": "Be brief."},
+    {"prompt": "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:", "chosen": "Yo", "rejected": "No"},
     {"chosen": HI_YO, "rejected": [HI_YO[0], {"role": "assistant", "content": "No"}], "system_prompt": "Be brief."},
 ])
 def test_a_system_message_beside_a_pair_is_its_first_turn(record):
@@ -251,6 +307,8 @@ def test_a_pair_that_begins_with_the_assistant_keeps_its_prompt_once():
       "chosen": [{"role": "user", "content": "And?"}, *HI_YO], "rejected": HI_YO},
      '"chosen" must begin with the messages of "prompt"'),
     ({"prompt": HI_YO, "chosen": "Yes", "rejected": "No"}, 'the last message of "prompt" is an answer already'),
+    ({"prompt": "Hi", "chosen": [HI_YO[1], *HI_YO], "rejected": [HI_YO[1], HI_YO[0], {**HI_YO[1], "content": "No"}]},
+     '"chosen" begins with the assistant, and "prompt" stands in it later'),
     ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}], "Chosen": "Yo",
       "rejected": "No"}, 'no key "chosen"')])
 def test_the_prompt_of_a_pair_must_fit_its_sides(record, message):
@@ -372,6 +430,13 @@ def test_an_unknown_key_is_named_once_with_its_first_line(capsys):
     assert dataset.stats["unknown keys"] == [{"note": 2, "quality": 3}]
     assert len(list(read_records(path))) == 3
     assert capsys.readouterr().out == said
+
+
+def test_the_keys_of_the_one_record_that_is_asked_for_are_named(capsys):
+    """eval.py --tokens shows the first conversation of a file, to see how it is read."""
+    path = write("a.jsonl", {"conversations": HI_YO, "note": 0}, {"conversations": HI_YO, "hint": 0})
+    assert len(list(read_records(path, most=1))) == 1
+    assert capsys.readouterr().out == 'a.jsonl: unknown keys are ignored: "note" (line 1)\n'
 
 
 @pytest.mark.parametrize("record, said", [
