@@ -222,7 +222,7 @@ def check_sizes(config: ModelConfig, stored: dict, where):
     """Raise UserError if config.json describes another size than the weights: before a model of that size is built."""
     found = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in stored)
     layers = len({match[1] for match in found if match})
-    if not layers and stored:
+    if not layers and stored and config.num_hidden_layers:
         raise UserError(f"{where}: no tensor's name begins with model.layers.; there are {_some(sorted(stored))}. They "
                         "must have the names of a causal language model of transformers")
     if layers != config.num_hidden_layers:

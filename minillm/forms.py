@@ -98,8 +98,9 @@ def check_choice(record: dict, where: str):
     if not isinstance(answer, str) or not isinstance(choices, list) or not choices:
         return
     words = [str(choice).strip() for choice in choices]
-    number = answer.isdecimal() and int(answer) <= len(words) and not any(word.isdecimal() for word in words)
-    letter = answer.upper() in LETTERS[:len(words)] and not any(len(word) == 1 for word in words)
+    most = len(words) + 1  # they may be the other ones alone
+    number = answer.isdecimal() and int(answer) <= most and not any(word.isdecimal() for word in words)
+    letter = answer.upper() in LETTERS[:most] and not any(len(word) == 1 for word in words)
     if number or letter:
         raise UserError(f'{where}: "answer" is the {"number" if number else "letter"} of a choice; write the words of '
                         "the right answer")
@@ -176,9 +177,9 @@ def as_messages(value, role: str, where: str, name: str) -> list:
     if not isinstance(messages, list):
         raise UserError(f'{where}: "{name}" must be text or a list of messages, not {type(value).__name__}')
     if not all(isinstance(message, dict) and ("role" in message or "from" in message) for message in messages):
-        table = isinstance(value, list) or all(key.isdecimal() for key in value)
-        raise UserError(f'{where}: "{name}" must be text or messages, not {json.dumps(value, ensure_ascii=False)[:80]}'
-                        + ("; a table must have one object per row, not per column" if table else ""))
+        shown = json.dumps(value, ensure_ascii=False)[:80]
+        raise UserError(f'{where}: "{name}" must be text or messages, not {shown}; of a table by columns make one '
+                        "object per row")
     return messages
 
 
@@ -254,9 +255,12 @@ def message_of(message: dict, where: str) -> dict:
         message["content"] = "".join(text_of(part, where) for part in message["content"])
     if reasoning and str(message.get("content")).lstrip().startswith("<think>"):
         before, _, after = message["content"].partition("</think>")
-        if before.replace("<think>", "", 1).strip() != str(reasoning[0]).strip():
-            raise UserError(f"{where} has think text under a key and in its content, and they differ; keep one of them")
-        message["content"] = after.lstrip("\n")
+        if reasoning[0] == "":  # it is in the content alone
+            reasoning = []
+        elif before.replace("<think>", "", 1).strip() != str(reasoning[0]).strip():
+            raise UserError(f"{where} has think text under a key and other think text in its content; keep one of them")
+        else:
+            message["content"] = after.lstrip("\n")
     if role != "assistant":
         for key, value in (("tool_calls", calls), ("reasoning_content", any(reasoning))):
             if value:

@@ -26,7 +26,8 @@ ENCODERS = {"encode_text": "text", "encode_conversation": "conversations", "enco
 IGNORED = set("id idx index uuid source dataset subset split score lang language kind task answer choices category "
               "topic tags url title author date timestamp license meta metadata label level difficulty type model "
               "generator num_turns prompt_id conversation_id score_chosen score_rejected chosen_score rejected_score "
-              "chosen_rating rejected_rating chosen_model rejected_model parallel_tool_calls weight loss train".split())
+              "chosen_rating rejected_rating chosen_model rejected_model parallel_tool_calls weight loss train "
+              "kto_tag".split())
 KNOWN_IN_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "train", "id", "name", "tool_call_id"}
 MOST_UNPACKED = 20  # bytes of a line for a byte of the file; gzip makes text 3 to 10 times smaller
 SMALL = 1 << 26  # bytes that any file may unpack to

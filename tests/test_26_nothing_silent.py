@@ -84,6 +84,7 @@ FORMS = {
     "parts of content": {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"},
                                                                    {"type": "text", "text": "i"}]}, HI_YO[1]]},
     "a good example of KTO": {"prompt": "Hi", "completion": "Yo", "label": True},
+    "a good example of KTO in LLaMA-Factory": {"messages": HI_YO, "kto_tag": True},
     "DeepScaleR": {"problem": "Hi", "answer": "Yo", "solution": ""},
     "two names of the answer": {"instruction": "Hi", "output": "", "response": "Yo"},
 }
@@ -105,6 +106,8 @@ def test_think_text_that_stands_in_both_places_is_read_once():
     reply = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYo", "reasoning_content": "Hm."}
     read, = read_records(write("a.jsonl", {"messages": [HI_YO[0], reply]}))
     assert read["conversations"] == [HI_YO[0], {**HI_YO[1], "reasoning_content": "Hm."}]
+    read, = read_records(write("a.jsonl", {"messages": [HI_YO[0], {**reply, "reasoning_content": ""}]}))
+    assert read["conversations"] == [HI_YO[0], {"role": "assistant", "content": reply["content"]}]
 
 
 def test_the_input_of_alpaca_follows_the_instruction():
@@ -243,9 +246,9 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": [HI_YO[0], {**HI_YO[1], "tool_calls": [{"name": 'f"x', "arguments": {}}]}]},
      "'f\"x' cannot be the name of a tool"),
     ({"conversations": [HI_YO[0], {"role": "assistant", "content": "<think>Hm</think>Yo", "reasoning": "Ah"}]},
-     "has think text under a key and in its content, and they differ"),
-    ({"instruction": {"0": "Hi"}, "output": {"0": "Yo"}}, '"instruction" must be text or messages, not {"0": "Hi"}; a'),
-    ({"instruction": ["Hi"], "output": ["Yo"]}, "a table must have one object per row, not per column"),
+     "has think text under a key and other think text in its content"),
+    ({"instruction": {"0": "Hi"}, "output": {"0": "Yo"}}, '"instruction" must be text or messages, not {"0": "Hi"};'),
+    ({"instruction": ["Hi"], "output": ["Yo"]}, "of a table by columns make one object per row"),
     ({"question": "Hi", "answer": {"value": "Yo"}}, '"answer" must be text or messages, not {"value": "Yo"}'),
     ({"conversations": [{**HI_YO[0], "tools": [{"name": "f"}]}, {**HI_YO[1], "tools": [{"name": "g"}]}]},
      'message 2 of "conversations" has other "tools" than one before it; keep one list'),
@@ -260,6 +263,7 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"question": "Which?", "choices": None, "options": ["cat", "dog"], "answer": 1}, '"answer" is the number of a'),
     ({"question": "Which?", "options": ["cat", "dog"], "answer": "B"}, '"answer" is the letter of a choice; write the'),
     ({"conversations": HI_YO[:1], "choices": ["cat", "dog"], "answer": "a"}, '"answer" is the letter of a choice'),
+    ({"question": "Which?", "choices": ["cat", "dog"], "answer": "C"}, '"answer" is the letter of a choice'),
     ({"conversations": [{"role": "system", "content": "a"}, *HI_YO], "system": "b"}, "keep one of them"),
     ({"conversations": HI_YO, "system": ["Be brief."]}, '"system" must be text, not list'),
     ({"instruction": "Hi", "output": None}, '"output" must be text or a list of messages, not NoneType'),
