@@ -82,7 +82,7 @@ class Config:
     max_seq_len: int = flag(256, "tokens per row for val_loss; longer conversations are cut", low=8)
     max_questions: int = flag(200, "of a larger file this many questions are asked, evenly spaced", low=1)
     thinking: bool = flag(False, "let a model that can think do so before it answers (Qwen3)")
-    device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
+    device: str = flag("", "cuda, mps or cpu (default: the best that is available)")
     seed: int = flag(0, "seed of the sampling", low=0)
 
 

@@ -28,8 +28,8 @@ The first line of the log shows ln 2 (IPO: 1 / (2 beta)^2): before its first upd
 the chosen one falls too.
 Losses: dpo_loss and ipo_loss in minillm/losses.py. Tests: chapters 15 to 17.
 
-Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW for RMSprop. The
-default beta of 0.5 is the paper's for summaries (elsewhere 0.1); for a downloaded model it is 0.1.
+Deviations: log-probabilities of IPO are averages over an answer's tokens, as its authors advise. AdamW, not
+RMSprop. The default beta of 0.5 is the paper's for summaries (elsewhere 0.1); for a downloaded model it is 0.1.
 """
 
 from dataclasses import dataclass
@@ -70,10 +70,10 @@ class Config(RunConfig):
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.0, "weight decay of the matrices", low=0)
     log_every: int = flag(10, "steps between log lines", low=1)
-    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
-    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
+    max_questions: int = flag(200, "held-out questions asked in an evaluation, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to such a question", low=1)
     eval_every: int = flag(200, "steps between evaluations", low=1)
-    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's moments over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -102,13 +102,13 @@ def main(cfg: Config) -> dict:
         apply_lora(policy, cfg.rank, cfg.alpha)
     ref_model = policy  # before its first update the policy is the reference: one copy is enough
     if cfg.ref_model:
-        split = shard.is_on(cfg)  # then all of its numbers must have one dtype
+        split = shard.is_on(cfg)  # FSDP needs one dtype within a layer, so nothing is held in bf16 then
         ref_model = checkpoint.load_model(cfg.ref_model, device, frozen=not split, mapped=split)
         check_same_tokenizer(tokenizer, checkpoint.load_tokenizer(cfg.ref_model), cfg.ref_model)
     for model in {policy, ref_model}:
         runtime.compile_backbone(model, cfg.compile)
         shard.shard(cfg, model, device)
-    # Scored by the program of training and over its batches, so that the first margins are exactly 0.
+    # The reference scores the batches of training, by the same program, so that the first margins are exactly 0.
     average = cfg.loss == "ipo"  # of the log-probabilities of an answer's tokens; DPO takes their sum
     ref_logprobs = reference_logprobs(ref_model, loader, device, average).to(device)  # (N, 2)
     ref_eval_logprobs = pair_logprobs(ref_model, eval_data, cfg.batch_size, device, average)
@@ -131,7 +131,7 @@ def main(cfg: Config) -> dict:
     batches = iter(loader)
     for step in run:
         set_lr(optimizers, cfg.lr * schedule(step, total_steps, cfg.warmup_steps))
-        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]  # empty ones too: shards are gathered together
+        micro_batches = [next(batches) for _ in range(cfg.grad_accum)]  # empty ones too: --shard needs all processes
         n_pairs = run.count(sum(batch.n_pairs for batch in micro_batches))
         for batch in micro_batches:
             batch, n_tokens = batch.to(device), batch.n_tokens

@@ -133,9 +133,8 @@ def main(cfg: Config) -> dict:
     else:
         ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device, cfg.max_new_tokens)
-    runtime.compile_backbone(policy, cfg.compile)
-    if ref_model is not policy:
-        runtime.compile_backbone(ref_model, cfg.compile)
+    for model in {policy, ref_model}:
+        runtime.compile_backbone(model, cfg.compile)
 
     # 4. Optimizer
     optimizers = make_optimizers(policy, cfg.lr, weight_decay=0.0, betas=(0.9, 0.99))
@@ -179,7 +178,7 @@ def main(cfg: Config) -> dict:
                  **{f"reward_{name}": value.mean() for name, value in components.items() if len(components) > 1}},
                 weight=len(answers), tokens=rollout.n_tokens / runtime.world_size())
 
-        # Shuffle the answers into mini-batches; without a gradient an answer is counted, but not computed
+        # Shuffle the answers into mini-batches; one without a gradient only counts in n_sequences, and is not computed
         keep = has_signal if cfg.loss == "dapo" or not cfg.beta else None  # None: all
         minibatches = split_rollout(rollout, cfg.num_minibatches, cfg.grad_accum, run.generator(step, 1, device="cpu"),
                                     scores=rewards.flatten(), advantages=advantages.flatten(), keep=keep)
@@ -209,8 +208,8 @@ def main(cfg: Config) -> dict:
                 elif cfg.loss == "dapo":
                     loss, loss_stats = dapo_loss(*given, cfg.clip_eps, beta=cfg.beta, n_tokens=n_tokens)
                 loss.backward()
-                batch.logprobs = logprobs.detach()  # for save_rollout alone, as above
-                run.add({"policy_loss": loss})  # a share of the step's loss; with a weight: a mean
+                batch.logprobs = logprobs.detach()  # only save_rollout reads it
+                run.add({"policy_loss": loss})  # no weight: the micro-batches add up to the step's loss
                 run.add(loss_stats, weight=batch.n_tokens)
             update(policy, optimizers, cfg.max_grad_norm)
         if cfg.show_every and step % cfg.show_every == 0:

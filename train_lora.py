@@ -26,12 +26,12 @@ activations stay: the gradient has to pass through the frozen layers (--recomput
 Trained on new data alone, the model forgets what else it could do, whatever the method. A small share of old data among
 the new ones prevents that.
 
-The folder written is small and in the format of the PEFT package, which opens it (it has no bottleneck adapters).
+The folder written is small and in the format of the PEFT package, which opens all kinds but --peft adapter.
 Tests: chapters 12 to 14.
 
 Deviations: conversations are packed into rows, as in train_sft.py; where a method differs from its paper, the top of
-its file says so. The rank is high for so small a model, and dropout is on: without it the answers are learned as well,
-but fewer rephrased questions get them. The default learning rate depends on the method, and prompt tuning reads the
+its file says so. The rank is high for so small a model, and dropout is on: without it the answers are learned too, but
+fewer rephrased questions get them. The default learning rate depends on the method, and prompt tuning reads the
 data 60 times, the others 20. Prefixes and prompts are trained by Muon (arXiv 2502.16982) as one matrix with a row for
 each virtual token, not by AdamW: a prefix then needs no reparametrisation MLP. A prompt needs many passes at a small
 rate: at a larger one it learns the new answers, but mixes them up. Even so it learns only a part of them: it can do no
@@ -85,14 +85,14 @@ class Config(RunConfig):
     batch_size: int = flag(8, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(0, "passes over the data (default: 20, prompt 60)", low=0, downloaded=3)
-    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
-    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
+    max_questions: int = flag(200, "held-out questions asked in an evaluation, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to such a question", low=1)
     lr: float = flag(0.0, f"peak learning rate (default: {', '.join(f'{k} {v:g}' for k, v in LR.items())})", low=0,
                      downloaded=2e-4)
     warmup_steps: int = flag(10, "steps of linear warm-up", low=0)
     save_every: int = flag(100, "steps between checkpoints", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's moments over the processes")
 
 
 def main(cfg: Config) -> dict:
@@ -115,7 +115,7 @@ def main(cfg: Config) -> dict:
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    hold = cfg.peft != "prefix"  # in bf16, where the device computes in it; a prefix is made before that
+    hold = cfg.peft != "prefix"  # in bf16 at once; for a prefix only below, after the base has computed it
     model = checkpoint.load_model(cfg.model, device, dtype, frozen=hold, mapped=shard.is_on(cfg))
     total = sum(p.numel() for p in model.parameters())
     virtual_tokens = cfg.virtual_tokens or VIRTUAL_TOKENS.get(cfg.peft)

@@ -40,11 +40,11 @@ Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Te
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
 model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
 on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
-with them; one that is new, or that knows only a part of the reward, starts at 0, their mean. For the first critic_steps
-rollouts only the critic is trained: the advantages of one that has not learned yet would be noise. An answer that does
-not end by itself loses missing_eos_penalty (in standard deviations of the score). By default a rollout's updates stop
-early at target_kl. The mini-batches of a rollout are the same in each pass over it. No pretraining gradients are mixed
-in (no PPO-ptx).
+with them. A head that is new, or that knows only a part of the reward, starts at 0, the mean of the normalised scores.
+For the first critic_steps rollouts only the critic is trained: before it has learned, its advantages are noise. An
+answer that does not end by itself loses missing_eos_penalty (in standard deviations of the score). By default a
+rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass over it. No
+pretraining gradients are mixed in (no PPO-ptx).
 """
 
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class Config(RunConfig):
     kl_coef: float = flag(0.4, "weight of the KL to the reference in the rewards", low=0, downloaded=0.05)
     target_kl: float = flag(0.2, "stop updating on a rollout once the policy is further than this, in nats per token, "
                             "from the one that sampled it (0: never)", low=0)
-    missing_eos_penalty: float = flag(2.0, "taken off the score of an answer that does not end by itself", low=0)
+    missing_eos_penalty: float = flag(2.0, "taken off the normalised score of an answer that is cut off", low=0)
     peft: str = flag("none", "train all weights, or a LoRA of policy and critic (--out: the policy's adapter)",
                      choices=["none", "lora"])
     rank: int = flag(8, "lora: rank r of the update", low=1)
@@ -240,7 +240,7 @@ def main(cfg: Config) -> dict:
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
             for batch in minibatch.micro_batches:
-                # The critic's first rollouts do not move the policy: it would say the same again.
+                # While only the critic is trained, the policy does not move: its log-probabilities stay as they are.
                 logprobs = response_logprobs(policy, batch, cfg.temperature) if policy_step >= 0 else batch.old_logprobs
                 policy_loss, policy_stats = ppo_policy_loss(
                     logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip_eps, n_tokens)
@@ -250,7 +250,7 @@ def main(cfg: Config) -> dict:
                 value_loss, value_stats = ppo_value_loss(
                     values, batch.old_values, batch.returns, batch.mask, cfg.value_clip_eps, n_tokens)
                 value_loss.backward()
-                batch.logprobs = logprobs.detach()  # for save_rollout alone, as above
+                batch.logprobs = logprobs.detach()  # only save_rollout reads it
                 approx_kl = approx_kl + policy_stats["approx_kl"] * batch.n_tokens / n_tokens
                 run.add({"policy_loss": policy_loss, "value_loss": value_loss})
                 run.add({**policy_stats, "value_clip_fraction": value_stats["clip_fraction"]}, weight=batch.n_tokens)

@@ -58,7 +58,7 @@ class Config(RunConfig):
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's moments over the processes")
 
 
 def main(cfg: Config) -> dict:

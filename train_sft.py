@@ -12,8 +12,8 @@ Why a mask: the log-likelihood of a conversation is that of what the user says p
 and only the second is to be learned: the model should answer, not imitate its users. The sum runs over all tokens, and
 loss_mask keeps the terms of the answer and of the <|im_end|> that closes it; without that one the model never learns to
 stop. A question is still read, so its hidden states get gradients, through attention. n_targets counts the supervised
-tokens of all micro-batches and processes: a mean of their means would give the tokens of one with few targets more
-weight.
+tokens of all micro-batches and processes: in a mean of their means, a token would weigh more the fewer targets its
+micro-batch has.
 In memory: as in train_pretrain.py.
 
     python train_sft.py                                   # the data in data/, from out/pretrain when it is there
@@ -47,8 +47,8 @@ class Config(RunConfig):
     data: list[str] = flag([DATA], "conversations, .jsonl or .jsonl.gz")
     eval_data: str = flag("", f"held-out conversations (default: {EVAL_DATA}, or 5 % of your own --data)")
     out: str = flag("out/sft", "folder to write")
-    preset: str = flag("tiny", "architecture of random weights, which it asks for", choices=list(PRESETS))
-    tokenizer: str = flag("data/tokenizer.json", "tokenizer of random weights, which it asks for")
+    preset: str = flag("tiny", "architecture; if given, training starts from random weights", choices=list(PRESETS))
+    tokenizer: str = flag("data/tokenizer.json", "tokenizer; if given, training starts from random weights")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
     batch_size: int = flag(7, "rows per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
@@ -58,18 +58,18 @@ class Config(RunConfig):
     lr: float = flag(2e-3, "peak learning rate", low=0, downloaded=2e-5)
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0, downloaded=0.0)
-    max_questions: int = flag(200, "questions asked before and after, of a larger file evenly spaced", low=1)
-    max_new_tokens: int = flag(64, "tokens of a reply to them", low=1)
+    max_questions: int = flag(200, "held-out questions asked in an evaluation, of a larger file evenly spaced", low=1)
+    max_new_tokens: int = flag(64, "tokens of a reply to such a question", low=1)
     eval_every: int = flag(1000, "steps between evaluations", low=1)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
-    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's averages over the processes")
+    shard: bool = flag(False, "under torchrun, split weights, gradients and AdamW's moments over the processes")
 
 
 def main(cfg: Config) -> dict:
     # 1. Setup
     device = runtime.start(cfg.device, cfg.seed)
     check_random_weights(cfg)
-    fresh = by_hand(cfg, "preset", "tokenizer")  # asks for random weights
+    fresh = by_hand(cfg, "preset", "tokenizer")  # either of them asks for random weights
     source = cfg.model or (PRETRAINED if os.path.exists(f"{PRETRAINED}/model.safetensors") and not fresh else "")
     if source:
         checkpoint.choose_defaults(cfg, source)

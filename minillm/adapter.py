@@ -6,7 +6,7 @@ adds the result back:
     h <- h + W_up gelu(W_down h + b_down) + b_up          2 m D + D + m parameters
 
 Houlsby places one after the attention and one after the MLP of every layer, each before the residual addition. Pfeiffer
-(arXiv 2005.00247, section 3) keeps only the one after the MLP. Attention and MLP both end in a linear layer (o_proj,
+(arXiv 2005.00247) keeps only the one after the MLP. Attention and MLP both end in a linear layer (o_proj,
 down_proj), so here an adapter wraps that layer, as a LoRA would. Unlike a LoRA it is not linear and cannot be merged.
 
 Deviations: W_up starts at exactly zero instead of near zero, so training starts from the base model's outputs. The

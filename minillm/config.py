@@ -77,7 +77,7 @@ def parse_config(cls, doc: str, argv=None):
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        shown = "" if default in (None, "", []) else f" (default {default})"
+        shown = "" if default in (None, "", []) or "(default:" in f.metadata["help"] else f" (default {default})"
         if f.metadata["downloaded"] is not None:
             with_lora = f", with a LoRA {f.metadata['with_lora']}" if f.metadata["with_lora"] is not None else ""
             shown += f" (downloaded model: {f.metadata['downloaded']}{with_lora})"

@@ -106,8 +106,8 @@ def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     hidden (B, T, D): after the final norm.  weight (V, D): the LM head (with tied embeddings, the embedding).
     tokens, temperature, result: as in token_logprobs. Differentiable once, in hidden and weight.
     mask (B, T - 1) bool, optional: the tokens that are wanted; the others' logprobs are 0, and on a CPU cost nothing.
-    targets (N,), optional, beside a mask: the places of the wanted tokens in tokens.flatten(). On a GPU only they tell
-    which logits to save: finding it out there would mean to wait for it.
+    targets (N,), optional, beside a mask: the places of the wanted tokens in tokens.flatten(). With them a GPU leaves
+    the other logits out, too; to find the places by the mask, the program would have to wait for it.
     Raises ValueError for shapes that do not fit, tokens that are not integers, temperature <= 0, or a mask that is not
     bool.
     """

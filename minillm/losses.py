@@ -97,8 +97,8 @@ def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, r
 
     Arguments, stats and errors: as in dpo_loss, but the logprobs are averages over the tokens of the answer. The paper
     writes the log-probability of the whole answer; its authors confirmed the average, without which one target cannot
-    fit answers of all lengths. The rewards in the stats are beta times these averages,
-    and the margin, beta h, goes to 1/2.
+    fit answers of all lengths. The rewards in the stats are beta times the difference of these averages, policy minus
+    reference, and the margin, beta h, goes to 1/2.
     """
     z, stats = _implicit_rewards(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs,
                                  ref_rejected_logprobs, beta)
@@ -141,8 +141,8 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     kl = exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
 
     logprobs, ref_logprobs: any one shape, of tokens sampled from the policy. Returns that shape.
-    Raises ValueError for different shapes. Subtracted in float32, like k1, and exp(x) - 1 is taken by torch.expm1:
-    where the two nearly agree it would lose all its digits.
+    Raises ValueError for different shapes. Subtracted in float32, like k1, and by torch.expm1: where the two nearly
+    agree, exp(x) - 1 as written would lose all its digits.
     """
     log_ratio = -kl_k1(logprobs, ref_logprobs)
     return torch.expm1(log_ratio) - log_ratio

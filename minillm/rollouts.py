@@ -219,7 +219,7 @@ class MicroBatch:
     scores: Tensor | None = None  # (b,): one for each answer
     advantages: Tensor | None = None  # (b,) in GRPO, (b, t - 1) in PPO
     old_logprobs: Tensor | None = None  # (b, t - 1), like the next four
-    logprobs: Tensor | None = None  # of the last pass
+    logprobs: Tensor | None = None  # of the last pass over the rollout, for save_rollout
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
@@ -236,8 +236,8 @@ class MiniBatch:
 
 def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, scores=None, advantages=None,
                   keep=None) -> list:
-    """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches:
-    on a CPU of more, so that none has more than 32 answers.
+    """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches
+    (on a CPU into more MicroBatches where that is needed to keep each at 32 answers or fewer).
 
     Every process takes its share of each MiniBatch, which may be none.
 

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 4 train_sft.py --model Qwen3-8B --optimizer adamw --shard
 
 FSDP2 (torch.distributed.fsdp.fully_shard; the idea: arXiv 2304.11277): each process keeps its part of every parameter,
-of its gradient and of AdamW's two averages. That is 1/N of the 16 bytes per parameter. A layer is gathered when its
+of its gradient and of AdamW's two moments. That is 1/N of the 16 bytes per parameter. A layer is gathered when its
 turn comes, in the forward and in the backward pass, and split again after it. So a GPU holds its part and one or two
 layers, of which embedding and head make one. At no time does it hold the whole model:
 
