@@ -7,9 +7,11 @@
 
 A run is a stage's own command in a process of its own; each starts as soon as those it builds on are done. A finished
 run is not repeated, one that was interrupted goes on. OUT/PRECISION/SEED/STAGE holds it; beside it are STAGE.log and
-STAGE.json, what it scored. Nothing but this program reads the *_test.jsonl files.
+STAGE.json, what it scored. Nothing but this program reads the *_test.jsonl files. How many small-talk replies fit only
+a reader can tell: "fitting": {"English": 36, "Chinese": 40}, written into sft.json by hand, comes onto the page.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -102,6 +104,12 @@ class Config:
 
 # --------------------------------------------------------------------------------------------- one run
 
+def from_root(path: str) -> str:
+    """The same place for the runs, which start in the project's folder, where the data are."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def folder_of(cfg, precision, seed, stage) -> Path:
     """Where a run is."""
     return Path(cfg.out, precision, f"seed{seed}", stage)
@@ -133,6 +141,12 @@ def command_of(script, options: dict) -> str:
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
+
+
+def job_command(cfg: Config, precision: str, seed: int, stage: str) -> str:
+    """The command line that a finished run noted."""
+    seen = dataclasses.replace(cfg, out=from_root(cfg.out))
+    return command_of(STAGES[stage][0], options_of(seen, precision, seed, stage))
 
 
 def float32(device) -> torch.dtype:
@@ -251,7 +265,7 @@ def needed(stages: list) -> list:
 def run_all(cfg: Config) -> list:
     """Run what is not finished, up to cfg.jobs runs at a time. A run that fails is named; those that need it are left.
 
-    Returns the runs that failed.
+    Returns the runs that failed. Raises UserError for a finished run that had other flags, such as --max_steps.
     """
     todo = [(precision, seed, stage) for stage in needed(cfg.stages) for precision in cfg.precision
             for seed in cfg.seeds]
@@ -262,6 +276,12 @@ def run_all(cfg: Config) -> list:
 
     def is_done(job):
         return scores_of(folder_of(cfg, *job)).exists()
+
+    for job in filter(is_done, todo):
+        path, wanted = scores_of(folder_of(cfg, *job)), job_command(cfg, *job)
+        if (found := load_json(path)["command"]) != wanted:
+            raise UserError(f"{path} is of another command ({found}) than the one asked for ({wanted}); give another "
+                            "--out, or remove it and its folder")
 
     def is_ready(job):
         return all(is_done((*job[:2], before)) for before in STAGES[job[2]][1].values())
@@ -290,10 +310,11 @@ def start(cfg: Config, job: tuple) -> subprocess.Popen:
     """Begin a run in a process of its own; what it prints goes to STAGE.log beside its folder."""
     folder = folder_of(cfg, *job)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, __file__, "--job", "/".join(map(str, job)), "--out", cfg.out, "--device", cfg.device,
+    words = [sys.executable, __file__, "--job", "/".join(map(str, job)), "--out", from_root(cfg.out), "--device",
+             cfg.device,
              "--max_steps", str(cfg.max_steps)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"NVIDIA_TF32_OVERRIDE": "0"} if job[0] == "fp32" else {})
-    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
 
 
@@ -327,9 +348,17 @@ def read_runs(cfg: Config) -> dict:
     """{(precision, stage): {seed: what it scored}} of the finished runs."""
     runs = {}
     for path in sorted(Path(cfg.out).glob("*/seed*/*.json")):
-        precision, seed = path.parts[-3:-1]
-        runs.setdefault((precision, path.stem), {})[int(seed.removeprefix("seed"))] = load_json(path)
+        precision, folder = path.parts[-3:-1]
+        seed = folder.removeprefix("seed")
+        if seed.isdecimal() and path.stem in STAGES:  # seed0.bak is none of ours
+            runs.setdefault((precision, path.stem), {})[int(seed)] = load_json(path)
     return runs
+
+
+def named(stage: str, by_seed: dict, seeds: list) -> str:
+    """The stage, and its seeds where it has not all of them."""
+    numbers = ", ".join(map(str, by_seed))
+    return stage if len(by_seed) == len(seeds) else f"{stage} (seed{'s' * (len(by_seed) > 1)} {numbers})"
 
 
 def policy_row(name: str, runs: list) -> list:
@@ -410,7 +439,7 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
             spread([run["accuracy_by_task"][task] for run in sft]) for task in tasks)]])]
         levels = sorted(sft[0]["accuracy_by_level"])
         head = ["", "sums", *levels, "other tasks", "right, sampled", "gold, sampled", "ended", "seconds"]
-        rows = [policy_row(stage, list(of(stage).values())) for stage in POLICIES if of(stage)]
+        rows = [policy_row(named(stage, of(stage), seeds), list(of(stage).values())) for stage in POLICIES if of(stage)]
         out += ["### Policies on `sft_test.jsonl`", table([head, *rows])]
         rows = [[stage, *changes(of("sft"), of(stage), MEASURES)] for stage in POLICIES[1:] if of(stage)]
         if rows:
@@ -432,9 +461,10 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
                    f"{spread([run['pairs'] for run in labels], 1, 0)} pairs were kept; the labels agree with the gold "
                    f"reward in {spread([run['agreement']['gold reward'] for run in labels])} % of those that differ in "
                    f"it. The two orders disagree on {spread([run['orders_disagree'] for run in labels])} %.")
-    rows = [[stage, spread([run["new"] for run in of(stage).values()]),
+    rows = [[named(stage, of(stage), seeds), spread([run["new"] for run in of(stage).values()]),
              spread([run["old"] for run in of(stage).values()]),
-             spread([run["old"] / max(of("sft")[seed]["accuracy"], 0.01) for seed, run in of(stage).items()]),
+             spread([run["old"] / max(of("sft")[seed]["accuracy"], 0.01) for seed, run in of(stage).items()
+                     if seed in of("sft")]),
              spread([run["seconds"] for run in of(stage).values()], 1, 0)] for stage in PEFT if of(stage)]
     if rows:
         out += ["### Fine-tuning on `identity.jsonl`",
@@ -474,15 +504,17 @@ def draw(cfg: Config, precision: str, runs: dict) -> list:
         for seed in of(stage):
             points = read_curve(folder_of(cfg, precision, seed, stage))
             for key, name in wanted.items():
-                line = [(point["step"], point[key]) for point in points if key in point]
-                series.setdefault(name, []).append(line)
+                if line := [(point["step"], point[key]) for point in points if key in point]:
+                    series.setdefault(name, []).append(line)
         if series:
             charts.lines(picture(stage, title), title, "rollouts", "share", series, (0, 1))
     return shown
 
 
 def read_curve(folder: Path) -> list:
-    """A run's evaluations: before training, on the way, after it."""
+    """A run's evaluations: before training, on the way, after it; none where its folder is gone."""
+    if not (folder / "summary.json").exists():
+        return []
     summary = load_json(folder / "summary.json")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{"step": 0, **summary["before"]}, *lines, {"step": summary["steps"], **summary["after"]}]
@@ -492,7 +524,7 @@ def write_page(cfg: Config):
     """Write the page from all finished runs under cfg.out."""
     runs = read_runs(cfg)
     if not runs:
-        raise UserError(f"{cfg.out} holds no finished run; run without --report")
+        raise UserError(f"{cfg.out} holds no finished run" + ("; run without --report" if cfg.report else ""))
     precisions = sorted({precision for precision, _ in runs})
     Path(cfg.page).parent.mkdir(parents=True, exist_ok=True)
     page = ["# Results", "Made by `python benchmarks/results.py`. Every run is a stage with its defaults but for the "
@@ -507,13 +539,18 @@ def write_page(cfg: Config):
         seed = min(first)
         replies = [[question.replace("|", "/"), reply.replace("|", "/").replace("\n", " ")]
                    for question, reply in first[seed]["talk"]]
-        page += [f"## Small talk: questions of `smalltalk_test.jsonl`, answered after SFT (seed {seed})",
-                 table([["question", "reply"], *replies])]
+        page.append(f"## Small talk: questions of `smalltalk_test.jsonl`, answered after SFT (seed {seed})")
+        if read := {its: run["fitting"] for its, run in first.items() if "fitting" in run}:
+            languages = [f"{name} {', '.join(str(found[name]) for found in read.values())}"
+                         for name in read[min(read)]]
+            page.append(f"Replies that fit, as read by readers who saw only questions and replies, seeds "
+                        f"{', '.join(map(str, read))}: {'; '.join(languages)}.")
+        page.append(table([["question", "reply"], *replies]))
     commands = {stage: by_seed[min(by_seed)]["command"] for (precision, stage), by_seed in runs.items()
                 if precision == precisions[0]}
     wrapped = [" \\\n    ".join(textwrap.wrap(commands[stage], 112, break_on_hyphens=False))
                for stage in STAGES if stage in commands]
-    first_lines = [f"head -n {OLD_LINES} data/sft.jsonl > {Path(cfg.out, OLD)}"] if "lora_mixed" in commands else []
+    first_lines = [f"head -n {OLD_LINES} data/sft.jsonl > {Path(from_root(cfg.out), OLD)}"] if "lora_mixed" in commands else []
     page += ["## Commands", "```\n" + "\n".join(first_lines + wrapped) + "\n```"]
     page = [piece if piece.startswith(("#", "|", "!", "`")) else textwrap.fill(piece, 120) for piece in page]
     Path(cfg.page).write_text("\n\n".join(page) + "\n", encoding="utf-8")
@@ -528,7 +565,8 @@ def main(cfg: Config):
     if cfg.job:
         return run_job(cfg)
     failed = [] if cfg.report else run_all(cfg)
-    write_page(cfg)
+    if not failed or read_runs(cfg):
+        write_page(cfg)
     if failed:
         logs = ", ".join(f"{folder_of(cfg, *job)}.log" for job in failed)
         raise UserError(f"these runs failed and are not on the page: {logs} say why; the same command runs the rest")

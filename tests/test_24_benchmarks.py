@@ -290,6 +290,8 @@ def test_the_page_of_results(tmp_path):
     for seed, before in ((0, 0.4), (1, 0.6)):
         write("sft", seed, before)
         write("grpo", seed, before + 0.3)
+    (tmp_path / "auto" / "seed0.bak").mkdir()  # what is not a run of ours is left alone
+    (tmp_path / "auto" / "seed0.bak" / "sft.json").write_text("{}", encoding="utf-8")
     page = tmp_path / "RESULTS.md"
     results.main(results.Config(out=str(tmp_path), page=str(page), report=True))
     text = page.read_text(encoding="utf-8")
@@ -298,6 +300,43 @@ def test_the_page_of_results(tmp_path):
     assert "|sft|sums,greedy|40.0|60.0|" in each and "|grpo|sums,greedy|70.0|90.0|" in each
     assert "a laptop; today; seeds 0, 1" in text and "python sft\npython grpo" in text
     assert "![right answers by level](levels.svg)" in text and (tmp_path / "levels.svg").exists()
+    assert "Replies that fit" not in text
+
+
+def test_a_page_of_runs_that_are_not_complete(tmp_path):
+    """One seed of two has a LoRA, and the folder of another's SFT is gone: the rows say of which seeds they are. The
+    reader's counts are in one seed's file."""
+    for stage, seed, more in (("sft", 1, {"fitting": {"English": 36, "Chinese": 40}}), ("lora", 0, {}), ("lora", 1, {})):
+        folder = tmp_path / "auto" / f"seed{seed}" / stage
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        found = {"accuracy_by_task": dict.fromkeys(["add", "subtract", *results.OTHERS], 0.5), "accuracy": 0.5,
+                 "accuracy_by_level": {"level 1": 0.5}, "talk": [["hi", "hello"]], "sampled_accuracy": 0.5,
+                 "sampled_gold_reward": 0.5, "stopped": 1.0, "seconds": 100, "date": "today", "machine": "a laptop",
+                 "command": f"python {stage}", "new": 0.75, "old": 0.25}
+        results.scores_of(folder).write_text(json.dumps(found | more), encoding="utf-8")
+    results.main(results.Config(out=str(tmp_path), page=str(tmp_path / "RESULTS.md"), report=True))
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "| sft (seed 1) " in text and "| lora " in text and "| 50.0 " in text  # .25 of seed 1's .5
+    assert "seeds 1: English 36; Chinese 40." in text
+
+
+def test_a_run_of_other_flags_is_not_taken_for_finished(tmp_path, monkeypatch):
+    """A trial of 3 steps, then the whole run: the trial's figures must not come onto the page."""
+    folder = results.folder_of(results.Config(out=str(tmp_path)), "auto", 0, "pretrain")
+    folder.parent.mkdir(parents=True)
+    trial = results.job_command(results.Config(out=str(tmp_path), max_steps=3), "auto", 0, "pretrain")
+    assert trial == f"python train_pretrain.py --seed 0 --out {tmp_path}/auto/seed0/pretrain --max_steps 3"
+    results.scores_of(folder).write_text(json.dumps({"command": trial}), encoding="utf-8")
+    monkeypatch.setattr(results, "start", None)
+    with pytest.raises(UserError, match="pretrain.json is of another command .*--max_steps 3.* another --out"):
+        results.main(results.Config(seeds=[0], stages=["pretrain"], out=str(tmp_path)))
+
+
+def test_the_runs_see_the_folder_that_was_meant(tmp_path, monkeypatch):
+    """They start in the project's folder, wherever the command was given: below it a path is relative, else whole."""
+    monkeypatch.chdir(ROOT / "tests")
+    assert results.from_root("../out/results") == str(Path("out", "results"))
+    assert results.from_root(str(tmp_path)) == str(tmp_path.resolve())
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
@@ -317,6 +356,9 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
                                     page=str(page)))
     assert "0.600, 1 seconds" in page.read_text(encoding="utf-8")
     assert (tmp_path / "runs" / "old.jsonl").read_text(encoding="utf-8").count("\n") == results.OLD_LINES
+    with pytest.raises(UserError, match=r"these runs failed.*seed1.pretrain\.log"):  # nothing for a page
+        results.main(results.Config(seeds=[1], stages=["pretrain"], out=str(tmp_path / "none")))
+    assert not Path(tmp_path, "none", "auto", "seed1", "pretrain.json").exists()
 
 
 def test_a_chart(tmp_path):
