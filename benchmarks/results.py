@@ -439,7 +439,8 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
             spread([run["accuracy_by_task"][task] for run in sft]) for task in tasks)]])]
         levels = sorted(sft[0]["accuracy_by_level"])
         head = ["", "sums", *levels, "other tasks", "right, sampled", "gold, sampled", "ended", "seconds"]
-        rows = [policy_row(named(stage, of(stage), seeds), list(of(stage).values())) for stage in POLICIES if of(stage)]
+        rows = [policy_row(named(stage, of(stage), seeds), list(of(stage).values()))
+                for stage in POLICIES if of(stage)]
         out += ["### Policies on `sft_test.jsonl`", table([head, *rows])]
         rows = [[stage, *changes(of("sft"), of(stage), MEASURES)] for stage in POLICIES[1:] if of(stage)]
         if rows:
@@ -550,7 +551,8 @@ def write_page(cfg: Config):
                 if precision == precisions[0]}
     wrapped = [" \\\n    ".join(textwrap.wrap(commands[stage], 112, break_on_hyphens=False))
                for stage in STAGES if stage in commands]
-    first_lines = [f"head -n {OLD_LINES} data/sft.jsonl > {Path(from_root(cfg.out), OLD)}"] if "lora_mixed" in commands else []
+    cut = f"head -n {OLD_LINES} data/sft.jsonl > {Path(from_root(cfg.out), OLD)}"
+    first_lines = [cut] if "lora_mixed" in commands else []
     page += ["## Commands", "```\n" + "\n".join(first_lines + wrapped) + "\n```"]
     page = [piece if piece.startswith(("#", "|", "!", "`")) else textwrap.fill(piece, 120) for piece in page]
     Path(cfg.page).write_text("\n\n".join(page) + "\n", encoding="utf-8")

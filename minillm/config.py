@@ -167,8 +167,12 @@ def _out_of_memory(cfg, error, trace) -> str:
     What was being done is the line of the script, such as loss.backward(): its main() is flat and says it best.
     """
     text = str(error)
-    on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or not torch.cuda.is_initialized()
-    free, total = (0.0, 0.0) if "MPS" in text else memory_gib(torch.device("cpu" if on_cpu else "cuda"))
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or any(name in text for name in ("CUDA", "CUBLAS", "CUDNN"))
+    on_cpu = not (on_gpu and torch.cuda.is_initialized())
+    free = total = 0.0
+    with contextlib.suppress(RuntimeError):  # a GPU that has failed does not even say that
+        if "MPS" not in text:
+            free, total = memory_gib(torch.device("cpu" if on_cpu else "cuda"))
     line, frames = "out of memory", traceback.extract_tb(trace)
     if frames:  # the outermost is in the script
         frame = [frame for frame in frames if frame.filename == frames[0].filename][-1]

@@ -1,10 +1,11 @@
 """A decoding step as a CUDA graph: captured once, then replayed without starting its hundreds of kernels one by one."""
 
 import functools
-import warnings
+import sys
 
 import torch
 
+from minillm import runtime
 from minillm.model import KVCache
 
 BUCKET = 128  # positions by which a captured step's attention grows
@@ -68,7 +69,8 @@ class StaticStep:
                     self.graph.capture_end()
                     StaticStep.newest = self.graph
         except RuntimeError as error:
-            warnings.warn(f"decoding without a CUDA graph, which is slower: {error}")
+            reason = runtime.in_one_line(error)
+            runtime.say(f"decoding without a CUDA graph, which is slower: {reason}", file=sys.stderr)
             self.captures = StaticStep.works = False
         torch.cuda.current_stream().wait_stream(stream)
 

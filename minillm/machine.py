@@ -18,7 +18,10 @@ def allowed_threads() -> int:
     group that it is in (a container's, a batch job's). Of 2.5 cores it uses 2: with three threads, each step would
     wait for the one that is stopped for the rest of a period.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS and Windows have no such call, and a sandbox may refuse it
+        cores = os.cpu_count() or 1
     for kind, names in (("", ["cpu.max"]), ("cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
         for group in _control_groups(kind):
             with contextlib.suppress(OSError, ValueError, ZeroDivisionError):

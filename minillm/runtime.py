@@ -80,7 +80,10 @@ def start(device_name: str, seed: int) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where bf16 autocast does not reach
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most batches have a new one
-    if {"WORLD_SIZE", "RANK"} <= os.environ.keys() and not dist.is_initialized():
+    if {"WORLD_SIZE", "RANK"} <= os.environ.keys() and not has_joined():
+        if not dist.is_available():
+            raise UserError("RANK and WORLD_SIZE are set, as torchrun does, but this PyTorch was built without "
+                            "torch.distributed; for a process alone unset them")
         if job.has_several():
             job.watch()
         # Counts and objects are summed and gathered on the CPU, gradients where they are. Windows has no NCCL.
@@ -100,7 +103,7 @@ def start(device_name: str, seed: int) -> torch.device:
 
 def _leave():
     job.leave()
-    if dist.is_initialized():
+    if has_joined():
         dist.destroy_process_group()
 
 
@@ -118,14 +121,19 @@ def describe(device: torch.device) -> str:
     return ", ".join(parts)
 
 
+def has_joined() -> bool:
+    """Whether this process trains together with others. (Some builds of PyTorch have no torch.distributed.)"""
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """The number of this process among those that train together; the first is 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if has_joined() else 0
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if has_joined() else 1
 
 
 def say(*args, file=None):
@@ -345,8 +353,7 @@ def main():
             "threads": f"{torch.get_num_threads()} (cores allowed: {allowed_threads()}, "
                        f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')})",
             "memory": f"{free:.1f} of {total:.1f} GiB free" if total else "unknown"}
-    for name, value in rows.items():
-        print(f"{name:<12}{value}")
+    print("\n".join(f"{name:<12}{value}" for name, value in rows.items()))  # all at once, or "| head -1" would break it
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ IMPORTS = {
     "curves": "safetensors",
     "metrics": "curves safetensors",
     "model": "attention runtime",
-    "cuda_graph": "model",
+    "cuda_graph": "model runtime",
     "generate": "cuda_graph model runtime",
     "tokenizer_config": "safetensors",
     "tokenizer": "chat config records runtime safetensors tokenizer_config unicode_ranges",

@@ -306,7 +306,8 @@ def test_the_page_of_results(tmp_path):
 def test_a_page_of_runs_that_are_not_complete(tmp_path):
     """One seed of two has a LoRA, and the folder of another's SFT is gone: the rows say of which seeds they are. The
     reader's counts are in one seed's file."""
-    for stage, seed, more in (("sft", 1, {"fitting": {"English": 36, "Chinese": 40}}), ("lora", 0, {}), ("lora", 1, {})):
+    read = {"fitting": {"English": 36, "Chinese": 40}}
+    for stage, seed, more in (("sft", 1, read), ("lora", 0, {}), ("lora", 1, {})):
         folder = tmp_path / "auto" / f"seed{seed}" / stage
         folder.parent.mkdir(parents=True, exist_ok=True)
         found = {"accuracy_by_task": dict.fromkeys(["add", "subtract", *results.OTHERS], 0.5), "accuracy": 0.5,

@@ -189,6 +189,14 @@ def test_without_an_affinity_mask_all_cores_count(tmp_path, monkeypatch):
     assert machine.allowed_threads() == 6
 
 
+@pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), OSError(38, "not implemented")])
+def test_a_sandbox_that_does_not_tell_the_affinity(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", failing(error), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert machine.allowed_threads() == 6
+
+
 @pytest.mark.parametrize("usual, allowed, expected", [
     (64, 2, [2]),
     (2, 2, []),    # left alone: MKL may divide its work in another way after any call
@@ -542,6 +550,16 @@ def test_two_backends_side_by_side():
     assert "".join(in_processes(two_backends, count=2)).count("a fake") == 1
 
 
+def test_a_build_without_torch_distributed(monkeypatch):
+    """Some builds for Windows: only is_available is there. One process trains alone; torchrun's is told why not."""
+    monkeypatch.setattr(runtime, "dist", types.SimpleNamespace(is_available=lambda: False))
+    assert runtime.start("cpu", 0) == CPU and (runtime.rank(), runtime.world_size()) == (0, 1)
+    assert runtime.gather(1) == [1] and runtime.sum_over_processes(2) == 2
+    monkeypatch.setenv("RANK", "0"), monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="built without torch.distributed; for a process alone unset them"):
+        runtime.start("cpu", 0)
+
+
 # Out of memory
 
 CUDA_MESSAGE = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80.00 GiB of which 1.00 "
@@ -571,6 +589,28 @@ def test_a_full_gpu_is_one_line_with_the_flags_that_help(gpu, monkeypatch, capsy
     assert capsys.readouterr().err == (
         "error: out of memory: 78.0 of 80.0 GiB of the GPU's memory were in use when 2 GiB more were asked for; "
         f"what helps: {advice}\n")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError(),
+    RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)")])
+def test_beside_a_gpu_it_may_be_the_machine_that_is_full(gpu, monkeypatch, capsys, error):
+    gpu()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    hook(Plain, error)
+    said = capsys.readouterr().err
+    assert "of this machine's memory were in use" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(CUDA_MESSAGE),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")])
+def test_a_gpu_that_no_longer_says_how_full_it_is(gpu, monkeypatch, capsys, error):
+    """After some errors every further call fails."""
+    gpu()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", failing(RuntimeError("CUDA error: unspecified launch failure")))
+    hook(Plain, error)
+    assert capsys.readouterr().err.startswith("error: out of memory")
 
 
 @dataclass
