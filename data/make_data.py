@@ -697,7 +697,7 @@ def make_judging(dice, tasks, n, pairs, hold_out=False):
     """Which of two answers is better? n pairs in both orders, so that A and B are right equally often.
 
     At least every other pair differs in one respect, the kind. Which ones changes with the rounds of tasks, so that
-    each kind comes in both languages; and so does each level of the sums.
+    each kind comes in both languages.
     """
     lines = []
     for i in range(n):

@@ -32,6 +32,7 @@ MASKS = ("loss_mask", "loss_masks", "mask", "train_on_input", "train_detail", "t
 # A conversation as text, in Anthropic's HH-RLHF and in copies of it; how it begins, and where a turn does.
 HH = re.compile(r"\s*(System|Human):(?s:.*)\n\nAssistant:|\n\n(Human|Assistant):")
 HH_TURN = re.compile(r"(?:\A\s*|\n\n(?!System))(System|Human|Assistant):")
+RENDERED = re.compile(r"\A\s*<\|(im_start|begin_of_text|start_header_id)\|>|<\|(im_end|eot_id)\|>\s*\Z")
 HH_ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 
@@ -44,6 +45,8 @@ def normalise(record: dict, where: str) -> dict:
             record[side] = record.pop(f"{side}_response")
     if type(record.get("answer")) in (int, float):
         record["answer"] = digits_of(record["answer"], where)
+    if type(record.get("level")) is int:  # MATH-500
+        record["level"] = str(record["level"])
     check_choice(record, where)
     if "chosen" in record or "rejected" in record:
         pair_of(record, where)
@@ -172,6 +175,9 @@ def as_messages(value, role: str, where: str, name: str) -> list:
             if messages[-1] == {"role": "assistant", "content": ""}:  # the place of the answer
                 messages.pop()
             return messages
+        if RENDERED.search(value):
+            raise UserError(f'{where}: "{name}" is written in the format of a chat template already '
+                            f"({RENDERED.search(value)[0].strip()}); give the messages themselves")
         return [{"role": role, "content": value}]
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list):

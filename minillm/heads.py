@@ -1,7 +1,9 @@
 """A scalar head on the backbone: the reward model (one score for an answer) and the value model (one for each token).
 
 A reward folder is a one-label sequence classifier of transformers: the same tensors under the same names, so
-AutoModelForSequenceClassification gives the same scores, and a downloaded reward model loads here.
+AutoModelForSequenceClassification gives the same scores for the same tokens, and a downloaded reward model loads here.
+One that was trained here is read at the token that ends the turn, <|im_end|>; one from elsewhere at the last token of
+its chat template, as is usual there: in ChatML the line end after <|im_end|>.
 """
 
 from pathlib import Path
@@ -16,6 +18,9 @@ from minillm.hf_config import ARCHITECTURES, config_from_json
 from minillm.lora import LoRALinear
 from minillm.model import Backbone, CausalLM, ModelConfig, RotaryEmbedding
 from minillm.safetensors import load_json, short
+
+
+LABELS = {"reward": 0}  # in the config.json of a reward model that was trained here
 
 
 class _ScalarModel(nn.Module):
@@ -48,12 +53,17 @@ class _ScalarModel(nn.Module):
 class RewardModel(_ScalarModel):
     """One score for each sequence, read at its last token (InstructGPT, arXiv 2203.02155, section 3.5)."""
 
+    closing = []  # tokens that follow the end of the turn, where the score is to be read at the last of them
+
     def forward(self, tokens, lengths):
         """tokens (B, T) padded on the right, lengths (B,) without the padding -> scores (B,) float32.
 
         Attention is causal, so what follows the last token changes nothing and needs no mask. The last token is found
         by length: a search for the pad id goes wrong where the tokenizer's pad is also its end token.
         """
+        for token in self.closing:
+            tokens = torch.nn.functional.pad(tokens, (0, 1)).scatter(1, lengths[:, None], token)  # (B, T + 1)
+            lengths = lengths + 1
         return self.read(self.model(tokens), lengths)
 
     def read(self, hidden, lengths):
@@ -93,7 +103,7 @@ def save_reward_model(folder, model: _ScalarModel, tokenizer, dtype: str = "auto
     """Write a ...ForSequenceClassification folder with one label; raises UserError when the disk refuses."""
     name = ARCHITECTURES[model.config.model_type].replace("ForCausalLM", "ForSequenceClassification")
     save_folder(folder, model.config, model.state_dict(), tokenizer, model.origin, dtype, architectures=[name],
-                num_labels=1, id2label={"0": "reward"}, label2id={"reward": 0})
+                num_labels=1, id2label={"0": "reward"}, label2id=LABELS)
 
 
 def merge_reward_model(model: RewardModel, base) -> RewardModel:
@@ -118,8 +128,8 @@ def is_reward_model(folder) -> bool:
     return path.is_file() and "SequenceClassification" in architecture_of(load_json(path), path)
 
 
-def load_reward_model(folder, device="cpu") -> RewardModel:
-    """The reward model of a folder.
+def load_reward_model(folder, device="cpu", tokenizer=None) -> RewardModel:
+    """The reward model of a folder. With its tokenizer it knows where one from elsewhere is to be read.
 
     Raises UserError when the folder is no one-label classifier of a supported architecture, or its weights do not fit.
     """
@@ -139,4 +149,6 @@ def load_reward_model(folder, device="cpu") -> RewardModel:
     check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     model.model.rotary = RotaryEmbedding(config).to(device)
+    if tokenizer is not None and document.get("label2id") != LABELS:
+        model.closing = tokenizer.encode(tokenizer.chat_format.after)
     return model

@@ -310,6 +310,9 @@ def require(record: dict, key: str, where: str):
 
 def check_conversation(record: dict, where: str):
     """Raise UserError unless record has a list of messages under "conversations" (SFT data and prompts)."""
+    if "conversations" not in record and "chosen" in record and "messages" in record:  # UltraFeedback
+        raise UserError(f'{where}: no key "conversations", as "messages" beside "chosen" and "rejected" are not read; '
+                        "remove these two to train on the messages")
     check_messages(require(record, "conversations", where), where)
 
 

@@ -1,9 +1,10 @@
 """Where rewards come from: the right answer, a reward model, an AI judge, or a function in a user's file.
 
 A reward source scores a whole batch `[(messages, answers, example), ...]`: for each prompt its messages, the answers
-sampled for it and its line of the data file. It returns one float per answer, in order. So a model can score the
-answers to all prompts together. A function in a user's file sees one prompt at a time, like `answer_reward` here: it
-takes `(messages, answers, example)` and returns one number per answer.
+sampled for it and its line of the data file, as forms.py reads it (a "solution" beside a "problem" is the last message
+of its "conversations"). It returns one float per answer, in order. So a model can score the answers to all prompts
+together. A function in a user's file sees one prompt at a time, like `answer_reward` here: it takes
+`(messages, answers, example)` and returns one number per answer.
 """
 
 import contextlib
@@ -64,13 +65,15 @@ def _in_batches(score, sequences, device, batch_size=128):
 
 
 def model_reward(folder, device="cpu"):
-    """The reward source of a reward model's folder: its score at the <|im_end|> that closes the answer.
+    """The reward source of a reward model's folder: its score at the <|im_end|> that closes the answer (heads.py).
 
     It is frozen, so its layers are held, and computed, in bf16 where the device has it. The head stays float32.
-    Raises UserError for a folder without a reward model.
+    Raises UserError for a folder without a reward model, and for more tokens than its context.
     """
-    model, tokenizer = runtime.hold_in_bf16(load_reward_model(folder, device)), Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
+    model = runtime.hold_in_bf16(load_reward_model(folder, device, tokenizer))
     check_tokenizer(model.config, tokenizer, folder)
+    context = model.config.max_position_embeddings - len(model.closing)
 
     def source(batch):
         sequences = []
@@ -80,6 +83,9 @@ def model_reward(folder, device="cpu"):
                 thinking = answer.lstrip().startswith("<think>")
                 prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)[0]
                 sequences.append(prompt + tokenizer.encode(answer) + [tokenizer.end_id])
+        if (longest := max(map(len, sequences), default=0)) > context:
+            raise UserError(f"the reward model {folder} has a context of {context:,} tokens, and a prompt with its "
+                            f"answer has {longest:,}; shorten the prompts or --max_new_tokens")
         with runtime.autocast(torch.device(device)):
             return _in_batches(model, sequences, device)
 

@@ -41,7 +41,7 @@ from minillm.safetensors import flush_folder, load_json, open_file, save_json, t
 from minillm.tokenizer import Tokenizer
 
 CACHE = Path(os.environ.get("MINILLM_CACHE", ".cache"))
-FORMAT = 6  # increase it when the meaning of a cached file changes
+FORMAT = 7  # increase it when the meaning of a cached file changes
 FILES = ("tokens.bin", "mask.bin", "starts.bin", "labels.jsonl")
 PART = 1 << 23  # bytes of data after which an unfinished cache is flushed
 PARALLEL = 1 << 23  # bytes of data per worker process: a smaller file is not worth starting one

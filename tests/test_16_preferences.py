@@ -16,6 +16,7 @@ Drawn in tests/figures/pair.svg.
 import gzip
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,10 @@ def test_nothing_left_is_an_error(tmp_path, tokenizer):
     ({"chosen": "a", "rejected": "b"}, 'nothing stands before the answer in "chosen"'),
     ({"prompt": [], "chosen": "a", "rejected": "b"}, '"prompt" must be a list of messages with at least one'),
     ({"prompt": "q", "chosen": "a"}, "no key \"rejected\"; found: 'prompt', 'chosen'"),
+    ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "chosen": "a", "rejected": "b"},
+     '"prompt" is written in the format of a chat template already (<|im_start|>); give the messages themselves'),
+    ({"prompt": "q", "chosen": "a<|im_end|>\n", "rejected": "b<|im_end|>\n"},
+     '"chosen" is written in the format of a chat template already (<|im_end|>)'),
     ({"prompt": "q", "chosen": "a", "rejected": 5}, '"rejected" must be text or a list of messages, not int'),
     ({"prompt": "q", **pair("another q", "a", "b")},
      '"chosen" must begin with the messages of "prompt" or with the assistant'),
@@ -594,6 +599,37 @@ def test_a_reward_model_scores_each_answer_up_to_its_end(reward_folder, tokenize
     tokens = torch.tensor([tokens])
     close(scores[0], model(tokens, torch.tensor([tokens.shape[1]]))[0])
     close(torch.tensor(reward([(messages, [""], {}), (messages, ["four"], {})])), [scores[2], scores[0]])
+
+
+def test_a_reward_model_from_elsewhere_is_read_at_the_last_token_of_its_chat_template(reward_folder, tokenizer):
+    """Its config.json lacks our label. Its users score what apply_chat_template writes, and that ends with a new line.
+    """
+    document = json.loads((reward_folder / "config.json").read_text(encoding="utf-8"))
+    document |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    theirs = reward_folder.parent / "theirs"
+    shutil.copytree(reward_folder, theirs)
+    (theirs / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    chats = [[turn("user", "two?"), turn("assistant", answer)] for answer in ("four", "I do not know that")]
+    rows = [tokenizer.render(chat)[0] for chat in chats]
+    assert all(tokenizer.decode(row).endswith("<|im_end|>\n") for row in rows)
+    model = load_reward_model(theirs)
+    expected = torch.stack([model(torch.tensor([row]), torch.tensor([len(row)]))[0] for row in rows]).detach()
+    found = model_reward(theirs)([(chats[0][:1], [chat[1]["content"] for chat in chats], {})])
+    assert close(torch.tensor(found), expected)
+    assert not torch.allclose(expected, torch.tensor(model_reward(reward_folder)(
+        [(chats[0][:1], [chat[1]["content"] for chat in chats], {})])))
+
+
+def test_more_tokens_than_a_reward_model_has_context_are_refused(reward_folder, tokenizer):
+    document = json.loads((reward_folder / "config.json").read_text(encoding="utf-8"))
+    short = reward_folder.parent / "short"
+    shutil.copytree(reward_folder, short)
+    (short / "config.json").write_text(json.dumps(document | {"max_position_embeddings": 64}), encoding="utf-8")
+    reward = model_reward(short)
+    length = len(tokenizer.render([turn("user", "?")], add_generation_prompt=True)[0])
+    assert reward([([turn("user", "?")], ["x" * (63 - length)], {})])
+    with pytest.raises(UserError, match="has a context of 64 tokens, and a prompt with its answer has 65; shorten"):
+        reward([([turn("user", "?")], ["x" * (64 - length)], {})])
 
 
 def test_a_frozen_reward_model_is_held_in_bf16_where_that_changes_no_score(reward_folder, monkeypatch):

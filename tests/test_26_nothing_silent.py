@@ -454,6 +454,28 @@ def test_a_key_that_only_another_kind_of_record_has_is_unknown(capsys, record, s
     assert f"a.jsonl: unknown keys are ignored: {said}" in capsys.readouterr().out
 
 
+def test_the_messages_beside_a_pair_are_no_conversation():
+    """UltraFeedback as it is published: to train on its messages, its pairs have to go."""
+    record = {"prompt": "Hi", "messages": HI_YO, "chosen": HI_YO, "rejected": HI_YO}
+    with pytest.raises(UserError, match=r'a.jsonl:1: no key "conversations", as "messages" beside .* remove these two'):
+        load_dataset(encode_conversation, [write("a.jsonl", record)], BYTES, 64)
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+                                  "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"])
+def test_a_prompt_in_the_format_of_a_template_is_refused_and_words_about_one_are_not(text):
+    """It would be put into the template once more, its tokens spelled as ordinary text."""
+    with pytest.raises(UserError, match='a.jsonl:1: "prompt" is written in the format of a chat template already'):
+        list(read_records(write("a.jsonl", {"prompt": text, "answer": "1"})))
+    assert list(read_records(write("b.jsonl", {"prompt": "What does <|im_start|> mean?", "completion": "A turn."})))
+
+
+def test_the_level_of_a_question_may_be_a_number():
+    """MATH-500."""
+    (record,) = read_records(write("a.jsonl", {"problem": "1 + 1?", "answer": "2", "level": 2}))
+    assert record["level"] == "2"
+
+
 @pytest.mark.parametrize("encode, unread", [(encode_text, "conversations"), (encode_conversation, "text")])
 def test_of_a_text_and_a_conversation_in_one_record_one_is_not_read(capsys, encode, unread):
     load_dataset(encode, [write("a.jsonl", {"text": "one", "conversations": HI_YO})], BYTES, 64)
