@@ -59,6 +59,8 @@ MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_e
 EVAL_PAIRS = "data/preference_eval.jsonl"
 HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), Ctrl-C stops a reply"
 PAIRS_PER_BATCH = 24
+UNREAD = {"--chat": ["data", "ref", "reward_model", "json"], "--prompt": ["data", "ref", "reward_model"],
+          "--tokens": ["ref", "reward_model", "system"], "an evaluation": ["system"]}
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Config:
                      f"pairs: {EVAL_PAIRS})")
     ref: str = flag("", "reference of a policy: also measure which answers of held-out pairs it prefers")
     reward_model: str = flag("", "folder of a reward model that scores the replies")
-    json: str = flag("", "also write the numbers to this file")
+    json: str = flag("", "also write the numbers, or the reply to --prompt, to this file")
     chat: bool = flag(False, "talk with the model")
     prompt: str = flag(None, "print the reply to this message")
     compare: list[str] = flag([], "two checkpoint folders, to be shown side by side")
@@ -94,6 +96,10 @@ def main(cfg: Config) -> dict:
         check_file_out("--json", cfg.json, [cfg.data] if cfg.data else [])
     if cfg.tokens and (cfg.chat or cfg.prompt is not None):
         raise UserError("--tokens shows a conversation of --data; leave out --chat and --prompt")
+    mode = "--chat" if cfg.chat else "--prompt" if cfg.prompt is not None else "--tokens" if cfg.tokens else ""
+    mode = mode or "an evaluation"
+    if unread := [f"--{name}" for name in UNREAD[mode] if getattr(cfg, name)]:
+        raise UserError(f"{mode} makes no use of {', '.join(unread)}; leave out what it does not use")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")
     if (cfg.chat or cfg.prompt is not None or cfg.tokens) and len(cfg.adapter) > 1:
@@ -108,7 +114,7 @@ def main(cfg: Config) -> dict:
     columns = cfg.compare or [cfg.model]
     model, tokenizer = load(columns[0], device)
     if cfg.adapter:
-        load_adapter(model, cfg.adapter[0])
+        load_adapter(model, cfg.adapter[0], cfg.model or MODEL)
 
     if cfg.thinking and not tokenizer.chat_format.think:
         raise UserError(f"--thinking: {columns[0] or MODEL} has no think blocks in its chat format "
@@ -133,7 +139,7 @@ def main(cfg: Config) -> dict:
         model, tokenizer = load(folder, device)
         results.append(measure(model, tokenizer, files, records, cfg, device))
     for folder in cfg.adapter[1:]:
-        load_adapter(model, folder)  # in place of the one before, on the same base
+        load_adapter(model, folder, cfg.model or MODEL)  # in place of the one before, on the same base
         results.append(measure(model, tokenizer, files, records, cfg, device))
 
     # 5. Show
@@ -165,7 +171,7 @@ def load(folder: str, device) -> tuple:
     checkpoint.require_stage(folder)
     tokenizer = checkpoint.load_tokenizer(folder)
     model = checkpoint.load_model(folder, device)
-    return (load_adapter(model, adapter) if adapter else model), tokenizer
+    return (load_adapter(model, adapter, folder) if adapter else model), tokenizer
 
 
 # Measuring
@@ -236,7 +242,11 @@ def measure_reward_model(cfg: Config, device) -> dict:
     if cfg.chat or cfg.prompt is not None or cfg.tokens or cfg.adapter or cfg.ref or cfg.reward_model:
         raise UserError(f"{cfg.model} is a reward model: it scores answers and gives none; "
                         "leave out --chat, --prompt, --tokens, --adapter, --ref and --reward_model")
-    tokenizer, model = Tokenizer.load(cfg.model), load_reward_model(cfg.model, device)
+    if cfg.data and kind_of(cfg.data) != "chosen":
+        raise UserError(f"{cfg.data} holds no pairs; a reward model is measured on pairs: give a file of them, or "
+                        f"leave out --data for {EVAL_PAIRS}")
+    tokenizer = Tokenizer.load(cfg.model)
+    model = load_reward_model(cfg.model, device, tokenizer)
     checkpoint.check_tokenizer(model.config, tokenizer, cfg.model)
     pairs = held_out_pairs(cfg, tokenizer, min(cfg.max_seq_len, model.config.max_position_embeddings))
     scores = score_pairs(lambda batch: model(batch.tokens, batch.lengths), pairs, PAIRS_PER_BATCH, device)
@@ -341,6 +351,8 @@ def answer_prompt(model, tokenizer, cfg: Config, device) -> dict:
     text, stopped = speak(model, tokenizer, prompt, cfg, torch.Generator(device).manual_seed(cfg.seed), device)
     if stopped:
         sys.exit(130)
+    if cfg.json:
+        save_json(cfg.json, {"prompt": cfg.prompt, "reply": text})
     return {"reply": text}
 
 

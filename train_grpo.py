@@ -49,7 +49,8 @@ whole, not step by step.
 from dataclasses import dataclass
 
 from minillm import checkpoint, runtime
-from minillm.config import flag, parse_config
+from minillm.config import by_hand, flag, parse_config
+from minillm.errors import UserError
 from minillm.evaluate import answer_questions
 from minillm.lora import apply_lora, lora_off
 from minillm.losses import dapo_loss, dr_grpo_loss, group_advantages, grpo_loss
@@ -111,6 +112,9 @@ def main(cfg: Config) -> dict:
     sources, files = reward_sources(cfg.reward)
     if "model" in sources:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
+    elif by_hand(cfg, "reward_model"):
+        raise UserError(f"--reward_model {cfg.reward_model}: --reward {' '.join(cfg.reward)} asks for no score of a "
+                        "reward model; add model to --reward, or leave --reward_model out")
     tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])

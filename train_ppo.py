@@ -40,7 +40,7 @@ Losses: ppo_policy_loss, ppo_value_loss, gae and whiten in minillm/losses.py. Te
 Deviations: policy and critic share no weights, and each has an optimizer of its own. The critic starts as the reward
 model, or without one as the language model with a new head. Scores are normalised by their mean and standard deviation
 on held-out prompts before training (arXiv 1909.08593, section 2, normalises the reward model), and the critic's head
-with them. A head that is new, or that knows only a part of the reward, starts at 0, the mean of the normalised scores.
+with them. A head that is new, or that does not know all of the reward, starts at 0, the mean of the normalised scores.
 For the first critic_steps rollouts only the critic is trained: before it has learned, its advantages are noise. An
 answer that does not end by itself loses missing_eos_penalty (in standard deviations of the score). By default a
 rollout's updates stop early at target_kl. The mini-batches of a rollout are the same in each pass over it. No
@@ -52,7 +52,7 @@ from dataclasses import dataclass
 import torch
 
 from minillm import checkpoint, runtime
-from minillm.config import flag, parse_config
+from minillm.config import by_hand, flag, parse_config
 from minillm.evaluate import answer_questions
 from minillm.heads import ValueModel, load_reward_model
 from minillm.lora import apply_lora, lora_off
@@ -121,11 +121,12 @@ def main(cfg: Config) -> dict:
     checkpoint.choose_defaults(cfg, cfg.model)
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources, files = reward_sources(cfg.reward)
-    if "model" in sources:
+    has_reward_model = "model" in sources or bool(by_hand(cfg, "reward_model"))  # to score, or only for the critic
+    if has_reward_model:
         checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
     tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
-    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if "model" in sources else ""])
+    run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if has_reward_model else ""])
     if run.finished:
         return run.result
 
@@ -146,7 +147,7 @@ def main(cfg: Config) -> dict:
         ref_model = checkpoint.load_model(cfg.model, device, frozen=True)  # no optimizer holds it
     reward_functions = load_rewards(cfg.reward, cfg.reward_model, cfg.model, device, cfg.max_new_tokens)  # frozen too
     expects_scores = False  # whether the critic's head predicts what the answers will be scored with
-    if "model" in sources and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
+    if has_reward_model and same_tokenizer(tokenizer, Tokenizer.load(cfg.reward_model)):
         value_model = ValueModel.from_reward_model(load_reward_model(cfg.reward_model, device))
         expects_scores = list(reward_functions) == ["model"] and reward_functions["model"][0] == 1  # its weight
     else:

@@ -117,9 +117,9 @@ def find_targets(model: nn.Module, target_modules) -> dict:
         raise UserError("the model has a LoRA already; merge it or take it off first")
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     body = {name: module for name, module in linear.items() if name != "lm_head"}
-    if target_modules == "all-linear":
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    if targets == ["all-linear"]:
         return body
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
     matches = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in targets}
     known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in body))
     if nothing := [target for target in matches if not matches[target]] or ([] if matches else ["(none given)"]):

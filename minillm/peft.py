@@ -13,6 +13,7 @@ COMPUTED and IGNORED list the first two. Any other setting is refused unless it 
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from minillm.errors import UserError
 from minillm.lora import DoRALinear, LoRALinear, check_rank, find_targets, merge_lora
 from minillm.out_folder import check_out, take_place
 from minillm.prefix import PromptTuning, apply_prefix, apply_prompt
+from minillm.records import content_hash
 from minillm.runtime import say
 from minillm.safetensors import load_json, load_safetensors, save_json, save_safetensors, short
 from minillm.tokenizer import Tokenizer
@@ -42,12 +44,13 @@ def save_adapter(model: nn.Module, folder, base: str | None = None):
     save_safetensors(Path(folder) / "adapter_model.safetensors", _tensors(model))
 
 
-def load_adapter(model: nn.Module, folder) -> nn.Module:
+def load_adapter(model: nn.Module, folder, base=None) -> nn.Module:
     """Put the adapter of a folder, of any kind, on the model, replacing the one it has. Returns the model, frozen.
 
     The base's weights are not changed, so several adapters can be tried on one loaded base. Raises UserError if the
     folder holds no adapter, needs something unsupported, or does not fit this base (the message then names tensors and
-    shapes). The model is left as it was.
+    shapes). The model is left as it was. base: the folder of the model; given, and where the run that made the adapter
+    recorded a base of other weights, a note on stderr says so.
     """
     settings, stored = _read_folder(folder)
     before, prefix = _layers(model), model.model.prefix
@@ -71,7 +74,21 @@ def load_adapter(model: nn.Module, folder) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
         raise
+    if base and _is_other_base(folder, base):
+        say(f"note: {folder} was trained on another base than {base}: its weights have changed since, or it is another "
+            "model; if the replies are worse than they were, train the adapter again", file=sys.stderr)
     return model.train(model.training)  # new layers start in training mode, with dropout
+
+
+def _is_other_base(folder, base) -> bool:
+    """Whether run_config.json beside an adapter tells of a base of other weights; its name and settings do not count.
+    """
+    path = Path(folder) / "run_config.json"
+    run = load_json(path) if path.is_file() else {}
+    contents = run.get("contents")  # {path: hashes of its files, with spaces between}, by records.fingerprint
+    recorded = contents.get(str(run.get("model"))) if isinstance(contents, dict) else None
+    return isinstance(recorded, str) and not {
+        content_hash(file) for file in Path(base).glob("model*.safetensors")} <= set(recorded.split())
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:
@@ -109,7 +126,7 @@ def merge_adapter(folder, out, base: str = "", dtype: str = "auto"):
         raise UserError(f"{draft} is in the way: the model is written there first; rename it")
     model, tokenizer = load_model(base), Tokenizer.load(base)
     check_tokenizer(model.config, tokenizer, base)
-    merge_lora(load_adapter(model, folder))
+    merge_lora(load_adapter(model, folder, base))
     save_model(draft, model, tokenizer, dtype)
     take_place(draft, out)
 

@@ -50,10 +50,10 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
                  need_answers: bool = False, thinking: bool = False) -> tuple:
     """Read prompts -> (training prompts, held-out prompts, stats).
 
-    The held-out prompts are those of eval_path, or 5 % of all prompts if there is no such file (see hold_out). Prompts
-    of more than `room` tokens are dropped from both sides. Held-out prompts, and what `select` drops, are not trained
-    on. stats counts them all, and the counts are printed. Raises UserError for a bad line, with file and line, and if
-    no prompt is left to train on.
+    The held-out prompts are those of eval_path, or without such a file 5 % of those that `select` leaves (see
+    hold_out). Prompts of more than `room` tokens are dropped from both sides. Held-out prompts, and what `select`
+    drops, are not trained on. stats counts them all, and the counts are printed. Raises UserError for a bad line, with
+    file and line, and if no prompt is left to train on.
     """
     files = ", ".join(map(str, paths))
     if thinking and not tokenizer.chat_format.think:
@@ -71,12 +71,12 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
         held_out = [prompt for prompt in held_out if len(prompt.tokens) <= room]
         hidden = {tuple(prompt.tokens) for prompt in held_out}
     else:
-        numbers = hold_out([hash(tuple(prompt.tokens)) for prompt in fitting], seed)
-        held_out = [fitting[i] for i in numbers]
+        usable = select(fitting, tasks, need_answers)  # held out of these, so that both sides are measured alike
+        held_out = [usable[i] for i in hold_out([hash(tuple(prompt.tokens)) for prompt in usable], seed)]
         hidden = {tuple(prompt.tokens) for prompt in held_out}
-        if fitting and not held_out:
+        if usable and not held_out:
             say("there is only one prompt: it is used for training and for evaluation")
-            held_out = fitting[:1]
+            held_out = usable[:1]
     seen = [prompt for prompt in fitting if tuple(prompt.tokens) not in hidden]
     train = select(seen, tasks, need_answers)
     stats = {"prompts": len(everything), "longer than there is room for": len(everything) - len(fitting),

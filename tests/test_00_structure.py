@@ -54,7 +54,7 @@ IMPORTS = {
     "adapter": "", "prefix": "model",
     "gguf": "checkpoint config model runtime safetensors tokenizer unicode_ranges",
     "out_folder": "runtime safetensors",
-    "peft": "adapter checkpoint config lora out_folder prefix runtime safetensors tokenizer",
+    "peft": "adapter checkpoint config lora out_folder prefix records runtime safetensors tokenizer",
     "run": "checkpoint config heads interrupt machine metrics out_folder peft records runtime safetensors shard "
            "training_state",
     "rewards": "chat checkpoint generate heads runtime tokenizer verify",

@@ -27,6 +27,7 @@ from minillm.errors import UserError
 from minillm.evaluate import (answer_questions, fit_context, held_out_loss, prompt_messages, read_questions, reply_to,
                               score)
 from minillm.generate import generate
+from minillm.heads import RewardModel, save_reward_model
 from minillm.losses import sft_loss
 from minillm.lora import apply_lora
 from minillm.peft import save_adapter
@@ -477,6 +478,40 @@ def test_embedded_questions_are_valid_and_hold_every_task():
     root = os.path.dirname(os.path.abspath(evaluation.__file__))
     tasks = {r["task"] for r in read_questions(os.path.join(root, evaluation.EVAL_DATA))}
     assert tasks == {"add", "subtract", "compare", "sort", "count", "reverse", "fact", "talk"}
+
+
+# Flags that a mode does not read
+
+@pytest.mark.parametrize("mode, unread", [
+    (dict(chat=True), ["data", "ref", "reward_model", "json"]), (dict(prompt="Hi"), ["data", "ref", "reward_model"]),
+    (dict(tokens=True), ["ref", "reward_model", "system"]), ({}, ["system"]), (dict(compare=["a", "b"]), ["system"])])
+def test_a_flag_that_would_change_nothing_is_refused(tmp_path, folder, mode, unread):
+    flags = {name: str(tmp_path / name) for name in unread}
+    for some in ([name] for name in unread), [unread]:
+        for names in some:
+            with pytest.raises(UserError, match=f"makes no use of {', '.join(f'--{name}' for name in names)}; leave"):
+                run(**{"model": "" if "compare" in mode else folder, **mode, **{name: flags[name] for name in names}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reply_to_a_prompt_as_a_file(tmp_path, folder, capsys):
+    run(model=folder, prompt="Hi", json=str(tmp_path / "reply.json"))
+    assert json.loads((tmp_path / "reply.json").read_text(encoding="utf-8")) == {"prompt": "Hi", "reply": HELLO}
+    assert capsys.readouterr().out == HELLO + "\n"
+
+
+def test_a_reward_model_is_measured_on_the_file_that_was_given_or_on_none(tmp_path, folder, monkeypatch):
+    """Not on data/preference_eval.jsonl: that is what it takes without --data."""
+    reward = str(tmp_path / "reward")
+    save_reward_model(reward, RewardModel.from_lm(checkpoint.load_model(folder)), BYTES)
+    data, texts = write(tmp_path / "mine.jsonl", RECORDS), write(tmp_path / "texts.jsonl", [{"text": "abc"}])
+    for path in data, texts:
+        with pytest.raises(UserError, match=f"{path} holds no pairs; .* or leave out --data for data/preference_eval"):
+            run(model=reward, data=path)
+    pairs = [{side: conversation(["?", text]) for side, text in (("chosen", "a"), ("rejected", "b"))}]
+    monkeypatch.setattr(evaluation, "EVAL_PAIRS", write(tmp_path / "pairs.jsonl", pairs * 3))
+    assert run(model=reward)["pairs"] == 3
+    assert run(model=reward, data=write(tmp_path / "own.jsonl", pairs))["pairs"] == 1
 
 
 # ---------------------------------------------------------------- two questions

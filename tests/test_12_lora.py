@@ -25,7 +25,8 @@ from torch import nn
 from minillm.checkpoint import load_model, save_model
 from minillm.errors import UserError
 from minillm.generate import generate
-from minillm.lora import TARGETS, DoRALinear, LoRALinear, apply_lora, lora_off, merge_lora, unmerge_lora
+from minillm.lora import (TARGETS, DoRALinear, LoRALinear, apply_lora, find_targets, lora_off, merge_lora,
+                          unmerge_lora)
 from minillm.model import CausalLM, ModelConfig, preset_config
 from minillm.peft import COMPUTED, IGNORED, has_adapter, load_adapter, remove_adapter, save_adapter
 from minillm.safetensors import load_safetensors, save_safetensors
@@ -783,6 +784,14 @@ def test_one_step_of_training_gives_the_gradients_of_peft(tmp_path, theirs, opti
         if parameter.requires_grad:
             close(parameter.grad, gradients.pop(name))
     assert not gradients
+
+
+def test_all_linear_as_a_list_is_what_the_command_line_gives():
+    """And "all-linear" beside a name is not a layer, as before."""
+    found = find_targets(small_model(), "all-linear")
+    assert list(find_targets(small_model(), ["all-linear"])) == list(found) and len(found) == 14
+    with pytest.raises(UserError, match="target modules all-linear match no linear layer"):
+        find_targets(small_model(), ["all-linear", "q_proj"])
 
 
 # ---------------------------------------------------------------- two questions

@@ -7,12 +7,14 @@ The stage runs in this process (`main(Config(...))`), on a tiny model and a few 
 """
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import eval as evaluation
 import train_lora
 from benchmarks import compare_peft
 from minillm import peft, token_cache
@@ -313,6 +315,48 @@ def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
 def test_the_comparison_names_the_methods_it_knows():
     with pytest.raises(UserError, match="--methods ia3: must be of full, lora"):
         compare_peft.main(compare_peft.Config(model="base", methods=["ia3"]))
+
+
+# -------------------------------------------------------------------------------- all-linear, and the base that changed
+
+def test_target_modules_all_linear_as_in_peft():
+    train_lora.main(parse_config(train_lora.Config, "", [
+        "--model", "base", "--data", "chat.jsonl", "--out", "out", "--target_modules", "all-linear", "--rank", "4",
+        "--max_steps", "1", "--device", "cpu"]))
+    saved = json.loads(Path("out/adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["target_modules"] == sorted(train_lora.TARGETS)
+
+
+def test_a_base_with_other_weights_than_the_adapter_was_trained_on_is_told(capsys):
+    """What counts is the weights: not the name of the folder, and not the settings beside them."""
+    train_lora.main(config(max_steps=1))
+    shutil.copytree("base", "moved")
+    Path("moved/generation_config.json").write_text("{}", encoding="utf-8")
+    shutil.copytree("out", "bare")
+    Path("bare/run_config.json").unlink()  # as PEFT makes it
+    other = load_model("base")
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    save_model("other", other, TOKENIZER)
+    capsys.readouterr()
+
+    def told(act):
+        act()
+        return [line.partition(":")[2].partition(":")[0].strip() for line in capsys.readouterr().err.splitlines()
+                if line.startswith("note: ")]
+
+    for adapter, base in [("out", "base"), ("out", "moved"), ("bare", "base"), ("bare", "other")]:
+        assert told(lambda: load_adapter(load_model(base), adapter, base)) == []
+    ask = dict(prompt="When?", max_new_tokens=2, device="cpu")
+    assert told(lambda: evaluation.main(evaluation.Config(model="moved", adapter=["out"], **ask))) == []
+    assert told(lambda: evaluation.main(evaluation.Config(model="other", adapter=["out"], **ask))) == [
+        "out was trained on another base than other"]
+    assert told(lambda: merge("out")) == []
+    assert told(lambda: merge("out", "--model", "other", "--out", "whole")) == [
+        "out was trained on another base than other"]
+    save_model("base", other, TOKENIZER)  # train_sft.py is run again
+    assert told(lambda: evaluation.main(evaluation.Config(model="out", **ask))) == [
+        "out was trained on another base than base"]
 
 
 # ---------------------------------------------------------------- two questions

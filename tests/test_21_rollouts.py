@@ -513,6 +513,28 @@ def test_explained_variance_of_equal_returns_is_no_nan():
     close(explained_variance(micro_batches, CPU), 1.0)
 
 
+# ---------------------------------------------------------------- what is held out where few prompts are usable
+
+@pytest.mark.parametrize("tasks, need_answers, usable", [(["add"], False, 40), ([], True, 40), (["add"], True, 20),
+                                                         ([], False, 420)])
+def test_the_held_out_prompts_are_of_those_that_are_trained_on(tmp_path, tokenizer, tasks, need_answers, usable):
+    """Of 420 prompts 20 have a task, 20 have an answer, and 20 have both: 5 % of what is usable is held out."""
+    lines = [{"conversations": [turn("user", f"talk {i}?")], **({"task": "add"} if i < 20 else {})} for i in range(380)]
+    lines += [{**record, **({"task": "add"} if i < 20 else {})} for i, record in enumerate(questions(40))]
+    path = write_lines(tmp_path / "p.jsonl", lines)
+    train, held, stats = load_prompts([path], "", tokenizer, 60, 0, tasks, need_answers)
+    assert len(held) == usable // 20 and len(train) == usable - len(held)
+    assert len(select(held, tasks, need_answers)) == len(held) == stats["held out"]
+    assert stats["of other tasks or without an answer"] == 420 - usable
+
+
+def test_a_single_usable_prompt_is_on_both_sides(tmp_path, tokenizer):
+    talk = [{"conversations": [turn("user", f"talk {i}?")]} for i in range(40)]
+    path = write_lines(tmp_path / "p.jsonl", talk + questions(1))
+    train, held, _ = load_prompts([path], "", tokenizer, 60, 0, (), True)
+    assert [prompt.record["answer"] for prompt in train + held] == ["0", "0"]
+
+
 # ---------------------------------------------------------------- two questions
 # Change the number, say what you expect, and run the test. A failure shows what came out.
 # 1. test_explained_variance_by_hand: `[[7.0]]], 1.0)` -> `[[8.0]]], 1.0)`. A constant error is not seen. And one that

@@ -577,9 +577,8 @@ def test_minimind_style_prompts_train_with_a_reward_model_and_with_a_judge(folde
                                           for i in range(8)])
     save_model(folder / "model", small_model(tokenizer), tokenizer)  # the judge may answer with 64 tokens
     save_reward_model(folder / "reward", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
-    for reward in ("model", "judge"):
-        result = run(f"by_{reward}", "--data", path, "--eval_data", "", "--reward", reward,
-                     "--reward_model", folder / "reward", "--max_steps", 2)
+    for reward, scorer in (("model", ["--reward_model", folder / "reward"]), ("judge", [])):
+        result = run(f"by_{reward}", "--data", path, "--eval_data", "", "--reward", reward, *scorer, "--max_steps", 2)
         assert math.isfinite(result["sampled_reward"]) and result["accuracy"] is None
         assert training_steps(folder / f"by_{reward}")[0]["no_signal"] == 0
 
@@ -615,6 +614,13 @@ def test_what_show_every_prints_and_keeps(run, folder, capsys):
         assert line["tokens"][0] == "<|im_start|>" and line["tokens"][-len(sampled):] == sampled
         assert len(set(line["advantages"]) - {None}) == 1
     assert any(abs(ratio - 1) > 0.01 for line in kept for ratio in line["ratios"] if ratio is not None)
+
+
+def test_a_reward_model_that_would_score_nothing_is_refused(folder, run):
+    """It is the default of --reward_model that may be there and not be used; one given by hand is meant."""
+    with pytest.raises(UserError, match="--reward_model nowhere: --reward answer .* add model to --reward, or leave"):
+        run("x", "--reward", "answer", "--reward_model", "nowhere")
+    assert not (folder / "x").exists()
 
 
 # ---------------------------------------------------------------- two questions

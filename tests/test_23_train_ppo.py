@@ -36,12 +36,14 @@ from tests.test_22_train_grpo import (Crash, ask, crash_in, float32, folder, int
 
 @pytest.fixture
 def run(folder, tokenizer):  # noqa: F811
-    """run(out, flags...) -> train_ppo's result, in this process; a random reward model is in folder/reward."""
+    """run(out, flags...) -> train_ppo's result, in this process; a random reward model is in folder/reward, and its
+    folder is given to the run unless reward_model is empty."""
     save_reward_model(folder / "reward", RewardModel.from_lm(small_model(tokenizer, seed=1)), tokenizer)
 
-    def go(out, *flags):
-        argv = ["--model", folder / "model", "--reward_model", folder / "reward", "--data", folder / "p.jsonl",
-                "--eval_data", folder / "e.jsonl", "--out", folder / out, "--device", "cpu", "--batch_size", 12,
+    def go(out, *flags, reward_model="reward"):
+        scorer = ["--reward_model", folder / reward_model] if reward_model else []
+        argv = ["--model", folder / "model", *scorer, "--data", folder / "p.jsonl", "--eval_data",
+                folder / "e.jsonl", "--out", folder / out, "--device", "cpu", "--batch_size", 12,
                 "--max_new_tokens", 6, "--max_seq_len", 48, "--lr", 3e-3, "--value_lr", 3e-3, "--warmup_steps", 0,
                 "--missing_eos_penalty", 0, "--target_kl", 0, *flags]
         return train_ppo.main(parse_config(train_ppo.Config, "", [str(x) for x in argv]))
@@ -74,8 +76,8 @@ def test_the_score_of_the_reward_model_rises(folder, run):
 
 def test_a_reward_file_of_ones_own_trains(folder, run, capsys):
     """There is no reward model, so the critic starts with a new head on the policy's backbone."""
-    result = run("ppo", "--max_steps", 12, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere",
-                 "--kl_coef", 0, "--lr", 2e-2, "--batch_size", 24)
+    result = run("ppo", "--max_steps", 12, "--reward", f"{folder}/mine.py:letters", "--kl_coef", 0,
+                 "--lr", 2e-2, "--batch_size", 24, reward_model="")
     assert result["sampled_reward"] > training_steps(folder / "ppo")[0]["reward"] + 0.3
     assert f"the value model starts from {folder / 'model'}" in capsys.readouterr().out
 
@@ -216,7 +218,8 @@ def test_a_new_critic_starts_at_the_mean_whatever_is_added_to_every_reward(folde
         code = f"def length(m, answers, e): return [len(a) / 8 + {constant} for a in answers]\n"
         (folder / f"{name}.py").write_text(code, encoding="utf-8")
         calls.clear()
-        run(name, "--max_steps", 1, "--grad_accum", 2, "--reward", f"{folder}/{name}.py:length")
+        run(name, "--max_steps", 1, "--grad_accum", 2, "--reward", f"{folder}/{name}.py:length",
+            reward_model="")
         found.append([(rewards, values, advantages) for (rewards, values, *_), (advantages, _) in calls])
     for (rewards, values, advantages), (more_rewards, more_values, more_advantages) in zip(*found, strict=True):
         assert not values.any() and not more_values.any() and rewards.any()
@@ -467,6 +470,19 @@ def test_what_show_every_prints_and_keeps(run, folder, capsys):
     assert len(kept) == 6  # every second one of twelve
     assert any(len(set(line["advantages"]) - {None}) > 1 for line in kept)
     assert {ratio for line in kept for ratio in line["ratios"]} == {None, 1.0}
+
+
+def test_a_reward_model_given_by_hand_is_the_start_of_the_critic_whatever_scores(folder, run, monkeypatch, capsys):
+    """It gives no score, so its head is put to 0: only what it reads in an answer is used. Its folder is an input."""
+    taken = spy(monkeypatch, train_ppo.ValueModel, "from_reward_model")
+    calls = spy(monkeypatch, train_ppo, "gae")
+    run("out", "--max_steps", 1, "--reward", f"{folder}/mine.py:letters")
+    assert len(taken) == 1 and not any(values.any() for (_, values, *_), _ in calls)
+    assert "the value model starts from" not in capsys.readouterr().out
+    contents = json.loads((folder / "out/run_config.json").read_text(encoding="utf-8"))["contents"]
+    assert str(folder / "reward") in contents
+    with pytest.raises(UserError, match="nowhere"):
+        run("x", "--max_steps", 1, "--reward", f"{folder}/mine.py:letters", "--reward_model", "nowhere")
 
 
 # ---------------------------------------------------------------- two questions
