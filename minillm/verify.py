@@ -12,6 +12,9 @@ of length, so there is nothing to pile up. There is one rule for each kind of an
     word              with "choices": the only candidate named, and named once. Without them, the end of a sentence,
                       after a word such as "is", "the" or "in", so that a row of candidates is not read, and neither
                       is one of fragments ("in London. in Paris.")
+
+LaTeX is read by the same rules, with or without $...$ around it: "\\frac12" is 1/2, "5\\text{ cm}" is 5, and
+"\\text{Yes}" is Yes. Anything else, such as "5x" or "2\\sqrt{3}", is no number but a text, equal only to itself.
 """
 
 import re
@@ -27,11 +30,13 @@ _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af"
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
 _ASKED = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")  # a CJK character, or a word of a script that puts blanks between words
+_FRACTION = re.compile(r"(?<!\d)\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))(?!\d)")
 _TAG = re.compile(r"</?[A-Za-z_|][^<>]*>")
 _THINK = re.compile(r"\A\s*<think>.*?</think>", re.S)
-_DENIED_BEFORE = re.compile(r"(?:(?:\b(?:not|never|no|neither|nor|cannot)\b|n't\b)(?:\s+\w+){0,3}\s*|"
-                            r"(?:不|并非|没有)(?:是|等于|会是|可能是)?\s*)\Z", re.I)
-_DENIED_AFTER = re.compile(r"[\s.,!?]*(?:(?:is|was)\s+)?(?:wrong|not\b|isn't|no\b(?!\s+\w)|不对|不是|是?错)", re.I)
+_DENIED_BEFORE = re.compile(r"(?:(?:\b(?:not|never|no|neither|nor|cannot)\b|n't\b)(?:\s+\w+){0,3}|"
+                            r"(?:不|并非|没有)(?:是|等于|会是|可能是)?)(?:[\s$]|\\[(\[])*(?:\\boxed\s*\{)?\Z", re.I)
+_DENIED_AFTER = re.compile(r"(?:[\s.,!?}$]|\\[)\]])*(?:(?:is|was)\s+)?(?:wrong|not\b|isn't|no\b(?!\s+\w)|不对|不是|是?错)",
+                           re.I)
 
 # Whole words and phrases, and only those that friendly talk does not need: "the moon does not go away" is no insult.
 RUDE = re.compile(
@@ -48,14 +53,71 @@ BRIEF_TALK = 20  # units that a brief reply may have if no single answer is aske
 
 
 def _normalise(text):
-    """ASCII punctuation, LaTeX fractions as 1/2, and no **bold** around words and numbers."""
-    text = re.sub(r"(?<!\d)\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text.translate(_ASCII))
-    return re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", text).replace(r"\$", "$").replace("{,}", ",")
+    """ASCII punctuation, no **bold** around words and numbers, and LaTeX's 1/2, 1,000, 50% and $5 as they are here."""
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text.translate(_ASCII))
+    text = _FRACTION.sub(r"\1\2/\3\4", re.sub(r"\\(?:text|math)[a-z]*\{([-+]?[\d.,]+)\}", r"\1", text))
+    text = re.sub(r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ",", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text))
+    return re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", text).replace(r"\$", "$").replace(r"\%", "%")
 
 
 def _denied(reply, start, end):
     """True if "not" or the like stands just before or just after reply[start:end]."""
     return _DENIED_BEFORE.search(reply[:start]) is not None or _DENIED_AFTER.match(reply[end:]) is not None
+
+
+# --------------------------------------------------------------------------------------------- LaTeX
+
+_MATH = re.compile(r"\\[(\[](?:[^\\]|\\[^()\[\]])*\\[)\]]|\$\$[^$]*\$\$|\$(?=\S)[^$]*(?<=\S)\$(?!\d)|"
+                   r"(?<!\S)[^\s\\]*\\[A-Za-z]{2}\S*")  # \(...\), \[...\], $$...$$, $...$, or a word with a command
+_STYLED = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox)\{([^{}]*)\}")
+_BESIDE = re.compile(  # what may stand beside a number: units, in \text or bare. "5xyz" and "5pi" have none
+    rf"\\(?:text[a-z]*|mathrm|mbox)\{{[^{{}}\d]*\}}?|\\end\{{[^{{}}]*\}}|[{_CJK}]|"
+    r"(?:°|\^\{?\\circ\}?)(?:\s*[CF]\b)?|(?<![A-Za-z\\])(?:km/h|m/s|[cmk]m|[mk]g|m[lL]|ft|in|lb|oz|hr)\b|"
+    r"(?<=[\s,])[^\W\d_]{3,}")
+_UP_TO_EQUALS = re.compile(r"\A.*(?:(?<![<>!])=|≈|\\approx(?![A-Za-z]))", re.S)  # of "x = 5", but not of "x >= 5"
+_SPACING = re.compile(r"\\[()\[\],;:! ]|[\s$~]")
+
+
+def _boxes(text):
+    """[(start, end), ...] of what stands in each \\boxed{...}. The last one may lack its closing brace."""
+    boxes, depth = [], 0
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+        if depth == 0 and brace[1]:
+            boxes.append((brace.end(), len(text)))
+            depth = 1
+        elif depth > 0:
+            depth += -1 if brace[0] == "}" else 1
+            if depth == 0:
+                boxes[-1] = (boxes[-1][0], brace.start())
+    return boxes
+
+
+def _plain(text):
+    """True if there is nothing but numbers, their units and punctuation: no variable, root, power or factorial."""
+    return re.search(r"[^\W\d]|[√^|]|(?<!\\)!|[-+]\s*[-+(]", _BESIDE.sub(" ", _UP_TO_EQUALS.sub("", text))) is None
+
+
+def _misread(reply, number):
+    """True if this number is only a part of what is in the box, or of the formula that it stands in."""
+    parts = _boxes(reply) or [m.span() for m in _MATH.finditer(reply) if m.start() <= number.start() < m.end()]
+    return not all(_plain(reply[start:end]) for start, end in parts)
+
+
+def _without_markup(reply, words):
+    """No \\text{} or $, and a boxed word spelled as in `words`. "" if there is another formula or a second box."""
+    latex, reply = "\\" in reply or "$" in reply, _STYLED.sub(r"\1", reply)
+    boxes = _boxes(reply)
+    if len(boxes) > 1:
+        return ""
+    if latex:
+        start, end = boxes[0] if boxes else (0, len(reply))
+        held = [_SPACING.sub("", text) for text in (reply[start:end], _UP_TO_EQUALS.sub("", reply[start:end]))]
+        if same := [word for word in words if _SPACING.sub("", word) in held]:
+            reply = reply[:start] + same[0] + reply[end:]
+        elif boxes and re.search(r"\\[A-Za-z]", reply[start:end]):
+            return ""
+    paired = reply.count("$") > 1 and "$" not in "".join(words)  # a single one is a price
+    return re.sub(r"\\[()\[\]]|\$" if paired else r"\\[()\[\]]", "", reply)
 
 
 # --------------------------------------------------------------------------------------------- numbers
@@ -66,7 +128,7 @@ _NUMBER = (r"(?P<sign>(?<![\w.)])[-+](?=[$€£¥]?[\d.])|(?<!\d)(?<!\d )(?:\b(?
 _ONE_NUMBER = re.compile(_NUMBER, re.A | re.I)
 _MARKED_NUMBER = re.compile(r"(?P<mark>\\boxed\s*\{|####|\b(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+)"
                             rf"[\s(\[\"\\]*\$?{_NUMBER}(?!\s*[-+*/×÷=]\s*[($\d]|[\d,.]*\d)", re.A | re.I)
-_WORKED = re.compile(rf"(?:.*\\boxed\s*\{{|(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=<>!]*=)\s*\$?"
+_WORKED = re.compile(rf"(?:(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=<>!]*=)\s*\$?"
                      rf"(?P<result>{_NUMBER})\s*\}}?\$?\s*\.?", re.A | re.I | re.S)
 _CHAIN = re.compile(r"(?:[\s=≈()\[\]{}$\\]|等于|\bequals\b)+", re.I)  # between two numbers: they are said to be equal
 _BEFORE_RESULT = re.compile(r"(?:[=:≈]|\bequals|等于)[\s(\[\\]*\Z", re.I)
@@ -117,7 +179,7 @@ def _read_number(reply, question):
         if values[-1] == values[-2]:
             result, between = len(values) - 2, reply[matches[-2].end():last.start()]
         clear = results and not torn and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
-    return values[-1] if clear and not _denied(reply, *last.span()) else None
+    return values[-1] if clear and not _denied(reply, *last.span()) and not _misread(reply, matches[-1]) else None
 
 
 def _read_numbers(reply, question, length):
@@ -126,7 +188,8 @@ def _read_numbers(reply, question, length):
     matches, values = list(_ONE_NUMBER.finditer(reply)), _values(reply)
     if len(values) < length or values[:-length] not in ([], _values(question.replace(",", ", "))):
         return None
-    return None if _denied(reply, matches[-length].start(), matches[-1].end()) else ", ".join(values[-length:])
+    wrong = _misread(reply, matches[-1]) or _denied(reply, matches[-length].start(), matches[-1].end())
+    return None if wrong else ", ".join(values[-length:])
 
 
 # --------------------------------------------------------------------------------------------- sequences and words
@@ -201,7 +264,7 @@ def _read_sequence(reply, question, items):
 def _read_word(reply, answer, choices):
     """The only candidate that is named. Without choices the rivals are unknown, so its place has to be right."""
     words = [answer, *choices]
-    named = _named(words, reply, 0 if min(map(len, words)) == 1 else re.I)  # "A" is not "a"
+    named = _named(words, reply, 0 if min(map(len, words)) == 1 or "\\" in "".join(words) else re.I)  # "A" is not "a"
     if len(named) != 1 or _denied(reply, *named[0]):
         return None
     start, end = named[0]
@@ -232,8 +295,14 @@ def _final(answer):
 
 def _expected(answer, question):
     """(kind, the answer in the spelling that the readers return)."""
-    answer = re.sub(r"\\[()\[\]]", "", _normalise(_final(answer))).strip()  # LaTeX's \( \) and \[ \]
-    if found := _WORKED.fullmatch(answer):  # "\boxed{12}", "The answer is 12.", "3*4 = 12"
+    answer = _normalise(_final(answer))
+    latex, boxes = "\\" in answer, _boxes(answer)
+    answer = re.sub(r"\\[()\[\]]", "", answer[slice(*boxes[-1])] if boxes else answer)
+    answer = re.sub(r"\A\s*\$+([^$]*)\$+\s*\Z", r"\1", answer).strip()
+    if latex and len(_values(answer)) == 1 and _plain(answer) and (found := _ONE_NUMBER.match(answer)):
+        return "number", _value(found)  # "5\text{ cm}"
+    answer = _STYLED.sub(r"\1", answer).strip()
+    if found := _WORKED.fullmatch(answer):  # "The answer is 12.", "3*4 = 12"
         answer = found["result"]
     if number := _ONE_NUMBER.fullmatch(answer.rstrip("%$€£¥元 ")):
         return "number", _value(number)
@@ -250,7 +319,8 @@ def extract_answer(reply, example, question=None):
 
     `example["answer"]` says what to look for; of a worked solution it is what follows "####". `example["choices"]`,
     optional, holds the other words that the answer could have been (blank ones do not count). The question is the last
-    user message of the example unless given. One leading `<think>...</think>` is skipped.
+    user message of the example unless given. One leading `<think>...</think>` is skipped. A number in LaTeX
+    may have a unit beside it ("5\\text{ cm}"), but no more ("5x"). Other formulas are compared as text.
     """
     question = question_of(example.get("conversations", [])) if question is None else question
     kind, answer = _expected(example["answer"], question)
@@ -261,10 +331,10 @@ def extract_answer(reply, example, question=None):
         return _read_number(reply, question)
     if kind == "numbers":
         return _read_numbers(reply, question, len(answer.split(", ")))
-    if kind == "sequence":
-        return _read_sequence(reply, question, answer.split())
-    choices = [_normalise(choice).strip() for choice in example.get("choices", [])]
-    return _read_word(reply, answer, [choice for choice in choices if choice])
+    choices = [_STYLED.sub(r"\1", _normalise(choice)).strip() for choice in example.get("choices", [])]
+    choices = [choice for choice in choices if choice]
+    reply = _without_markup(reply, [answer, *choices])
+    return _read_sequence(reply, question, answer.split()) if kind == "sequence" else _read_word(reply, answer, choices)
 
 
 def is_correct(reply, example, question=None):

@@ -349,6 +349,72 @@ def test_a_row_of_fragments_names_no_word(row):
         assert is_correct(reply, line)
 
 
+@pytest.mark.parametrize("math", [r"$\boxed{%s}$", r"\(\boxed{%s}\)", r"\[\boxed{%s}\]", r"$$\boxed{%s}$$",
+                                  "\\[\n\\boxed{%s}\n\\]", r"\boxed{%s}", r"$%s$", r"\(%s\)"])
+@pytest.mark.parametrize("answer, same, other", [
+    (r"2\sqrt{3}", r"2 \sqrt{3}", r"3\sqrt{2}"), (r"\sqrt{3}", r"\sqrt{3}", r"2\sqrt{3}"), (r"\pi", r"\pi", r"\Pi"),
+    ("x + 1", "x+1", "x - 1"), (r"\frac{x}{2}", r"\dfrac{x}{2}", r"\frac{2}{x}"),
+    (r"(1, x)", r"\left(1,x\right)", "(x, 1)"), ("Paris", "Paris", "London"), ("Yes", r"\text{Yes}", r"\text{No}"),
+    (r"\text{Yes}", r"\textbf{Yes}", r"\textbf{No}"), (r"$\boxed{\mathrm{Yes}}$", "Yes", r"\mathrm{No}"),
+    ("5", r"\textbf{5}", r"\textbf{6}")])
+def test_latex_around_an_answer_does_not_matter(math, answer, same, other):
+    line = example("Which is it?", answer)
+    before = "The answer is " if "boxed" in math else ""  # in a sentence without a box, blanks count
+    assert is_verifiable(answer) and is_correct(before + math % same, line)
+    right, wrong = math % same, math % other
+    for reply in (wrong, f"It is not {right}.", f"{right} is wrong.", f"{wrong} {right}"):
+        assert not is_correct(reply, line), reply
+
+
+BOXED_NUMBERS = [
+    ("1/2", r"\frac12"), ("0.5", r"\frac12"), ("1/2", r"\dfrac{1}{2}"), ("1/2", r"\tfrac12"), ("1/2", r"\frac 12"),
+    ("-1/2", r"\frac{-1}{2}"), ("-1/2", r"-\frac{1}{2}"), ("50%", r"50\%"), ("1000", "1{,}000"), ("1000", r"1,\!000"),
+    ("1000", r"1\,000"), ("5", r"\$5"), ("5", r"5^\circ"), ("5", r"5^{\circ}"), ("5", r"5\text{ cm}"),
+    ("5", r"5\,\mathrm{cm}"), ("5", r"5\text{ m}"), ("5", r"5\mbox{ square feet}")]
+
+
+@pytest.mark.parametrize("answer, latex", BOXED_NUMBERS + [
+    ("5", "5 cm"), ("5", "5cm"), ("5", "5 km/h"), ("5", "5 apples"), ("5", "5厘米"), ("5", "x = 5"),
+    ("5", r"x \approx 5"), ("5", "2 + 3 = 5"), ("5", r"\text{5 cm}"), ("5", r"\left(5\right)"),
+    ("3, 12, 45", r"3, 12\text{ and }45")])
+def test_a_number_in_latex(answer, latex):
+    for reply in (rf"\boxed{{{latex}}}", rf"The answer is $\boxed{{{latex}}}$.", f"It is ${latex}$."):
+        assert is_correct(reply, example("How much?", answer)), reply
+
+
+@pytest.mark.parametrize("answer, latex", BOXED_NUMBERS)
+def test_a_number_in_latex_in_the_answer_field(answer, latex):
+    for field in (latex, f"${latex}$", rf"So it is $\boxed{{{latex}}}$."):
+        assert is_verifiable(field)
+        line = example("How much?", field)
+        assert is_correct(f"It is {answer}.", line) and not is_correct("It is 7.", line)
+
+
+@pytest.mark.parametrize("answer, latex", [
+    ("12", r"\frac12"), ("2", r"\frac12"), ("1/2", r"\frac{-1}{2}"), ("-1/2", r"-\frac{-1}{2}"), ("1/23", r"\frac123"),
+    ("1/2", r"2\frac12"), ("0.5", r"50\%"), ("3, 4", r"3, \sqrt{4}"), ("5", r"5\pi"), ("5", "5x"), ("5", "5 x"),
+    ("5", "5xyz"), ("5", "5pi"), ("5", r"5\sqrt{2}"), ("5", r"\sqrt{5}"), ("5", r"\sqrt[3]{5}"), ("5", "x^5"),
+    ("5", "5^2"), ("5", "x_5"), ("5", "5 - x"), ("5", r"\frac{5}{x}"), ("5", r"\frac{x}{5}"), ("5", r"\log 5"),
+    ("5", "5!"), ("5", "|5|"), ("5", r"x \ge 5"), ("5", r"x \neq 5")])
+def test_a_part_of_a_formula_is_no_number(answer, latex):
+    """Nor is the number the formula: what is right for one of them is wrong for the other."""
+    for reply in (rf"\boxed{{{latex}}}", rf"The answer is $\boxed{{{latex}}}$.", f"${latex}$", rf"\[ y = {latex} \]"):
+        assert not is_correct(reply, example("How much?", answer)), reply
+    assert not is_correct(answer, example("How much?", latex))
+    assert is_correct(rf"\boxed{{{latex}}}", example("How much?", latex))
+
+
+@pytest.mark.parametrize("text", [
+    r"\boxed{", r"\boxed{5}", r"\text{", r"\text{a", r"\frac{1", r"\frac1", r"\(", "$a", "5 cm", "abc ", "个", r"^\circ",
+    "{", r"5\,", r"\mathbf{5", r"\pi", "not $", r"not \(", "}$"])
+def test_long_latex_takes_no_long_time(text):
+    began = time.process_time()
+    for answer in ("Paris", "82", r"2\sqrt{3}"):
+        for before, after in (("", ""), (r"\boxed{", "x}"), ("$", "5$")):
+            is_correct(before + text * (30_000 // len(text)) + after, example("Where?", answer))
+    is_verifiable(text * (30_000 // len(text)))
+    assert time.process_time() - began < 30
+
 
 # ---------------------------------------------------------------- two questions
 # Change the number, say what you expect, and run the test. A failure shows what came out.
