@@ -54,7 +54,7 @@ BRIEF_TALK = 20  # units that a brief reply may have if no single answer is aske
 
 def _normalise(text):
     """ASCII punctuation, no **bold** around words and numbers, and LaTeX's 1/2, 1,000, 50% and $5 as they are here."""
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text.translate(_ASCII))
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text.translate(_ASCII).replace(r"\fbox", r"\boxed"))
     text = _FRACTION.sub(r"\1\2/\3\4", re.sub(r"\\(?:text|math)[a-z]*\{([-+]?[\d.,]+)\}", r"\1", text))
     text = re.sub(r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ",", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text))
     return re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", text).replace(r"\$", "$").replace(r"\%", "%")

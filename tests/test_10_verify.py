@@ -378,7 +378,8 @@ BOXED_NUMBERS = [
     ("5", r"x \approx 5"), ("5", "2 + 3 = 5"), ("5", r"\text{5 cm}"), ("5", r"\left(5\right)"),
     ("3, 12, 45", r"3, 12\text{ and }45")])
 def test_a_number_in_latex(answer, latex):
-    for reply in (rf"\boxed{{{latex}}}", rf"The answer is $\boxed{{{latex}}}$.", f"It is ${latex}$."):
+    for reply in (rf"\boxed{{{latex}}}", rf"The answer is $\boxed{{{latex}}}$.", f"It is ${latex}$.",
+                  rf"\fbox{{{latex}}}"):
         assert is_correct(reply, example("How much?", answer)), reply
 
 
