@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -149,6 +150,11 @@ def job_command(cfg: Config, precision: str, seed: int, stage: str) -> str:
     return command_of(STAGES[stage][0], options_of(seen, precision, seed, stage))
 
 
+def without_place(command: str) -> str:
+    """The command with the folder of all runs left out of its paths: that one may have been moved since."""
+    return re.sub(rf"\S*?/(?=(?:auto|fp32)/seed\d|{OLD})", "", command)
+
+
 def float32(device) -> torch.dtype:
     """In place of runtime.precision for --precision fp32."""
     return torch.float32
@@ -279,7 +285,7 @@ def run_all(cfg: Config) -> list:
 
     for job in filter(is_done, todo):
         path, wanted = scores_of(folder_of(cfg, *job)), job_command(cfg, *job)
-        if (found := load_json(path)["command"]) != wanted:
+        if without_place(found := load_json(path)["command"]) != without_place(wanted):
             raise UserError(f"{path} is of another command ({found}) than the one asked for ({wanted}); give another "
                             "--out, or remove it and its folder")
 
@@ -310,9 +316,8 @@ def start(cfg: Config, job: tuple) -> subprocess.Popen:
     """Begin a run in a process of its own; what it prints goes to STAGE.log beside its folder."""
     folder = folder_of(cfg, *job)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, __file__, "--job", "/".join(map(str, job)), "--out", from_root(cfg.out), "--device",
-             cfg.device,
-             "--max_steps", str(cfg.max_steps)]
+    words = [sys.executable, __file__, "--job", "/".join(map(str, job)), "--out", from_root(cfg.out),
+             "--device", cfg.device, "--max_steps", str(cfg.max_steps)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"NVIDIA_TF32_OVERRIDE": "0"} if job[0] == "fp32" else {})
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
@@ -355,10 +360,14 @@ def read_runs(cfg: Config) -> dict:
     return runs
 
 
+def listed(seeds) -> str:
+    """"seed 0", or "seeds 0, 1"."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def named(stage: str, by_seed: dict, seeds: list) -> str:
     """The stage, and its seeds where it has not all of them."""
-    numbers = ", ".join(map(str, by_seed))
-    return stage if len(by_seed) == len(seeds) else f"{stage} (seed{'s' * (len(by_seed) > 1)} {numbers})"
+    return stage if len(by_seed) == len(seeds) else f"{stage} ({listed(by_seed)})"
 
 
 def policy_row(name: str, runs: list) -> list:
@@ -544,8 +553,8 @@ def write_page(cfg: Config):
         if read := {its: run["fitting"] for its, run in first.items() if "fitting" in run}:
             languages = [f"{name} {', '.join(str(found[name]) for found in read.values())}"
                          for name in read[min(read)]]
-            page.append(f"Replies that fit, as read by readers who saw only questions and replies, seeds "
-                        f"{', '.join(map(str, read))}: {'; '.join(languages)}.")
+            page.append("Replies that fit, as read by readers who saw only questions and replies, "
+                        f"{listed(read)}: {'; '.join(languages)}.")
         page.append(table([["question", "reply"], *replies]))
     commands = {stage: by_seed[min(by_seed)]["command"] for (precision, stage), by_seed in runs.items()
                 if precision == precisions[0]}

@@ -53,7 +53,7 @@ class _ScalarModel(nn.Module):
 class RewardModel(_ScalarModel):
     """One score for each sequence, read at its last token (InstructGPT, arXiv 2203.02155, section 3.5)."""
 
-    closing = []  # tokens that follow the end of the turn, where the score is to be read at the last of them
+    closing = ()  # tokens that follow the end of the turn, where the score is to be read at the last of them
 
     def forward(self, tokens, lengths):
         """tokens (B, T) padded on the right, lengths (B,) without the padding -> scores (B,) float32.

@@ -304,8 +304,8 @@ def test_the_page_of_results(tmp_path):
 
 
 def test_a_page_of_runs_that_are_not_complete(tmp_path):
-    """One seed of two has a LoRA, and the folder of another's SFT is gone: the rows say of which seeds they are. The
-    reader's counts are in one seed's file."""
+    """Of two seeds with a LoRA one has an SFT model: what is kept is a share of its .5, and the row names the seed. The
+    reader's counts are in that one's file. No run's folder is there any more."""
     read = {"fitting": {"English": 36, "Chinese": 40}}
     for stage, seed, more in (("sft", 1, read), ("lora", 0, {}), ("lora", 1, {})):
         folder = tmp_path / "auto" / f"seed{seed}" / stage
@@ -317,8 +317,10 @@ def test_a_page_of_runs_that_are_not_complete(tmp_path):
         results.scores_of(folder).write_text(json.dumps(found | more), encoding="utf-8")
     results.main(results.Config(out=str(tmp_path), page=str(tmp_path / "RESULTS.md"), report=True))
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert "| sft (seed 1) " in text and "| lora " in text and "| 50.0 " in text  # .25 of seed 1's .5
-    assert "seeds 1: English 36; Chinese 40." in text
+    rows = [line.replace(" ", "") for line in text.splitlines()]
+    assert any(row.startswith("|sft(seed1)|50.0|") for row in rows)
+    assert "|lora|75.0(75.0to75.0)|25.0(25.0to25.0)|50.0|100(100to100)|" in rows
+    assert "seed 1: English 36; Chinese 40." in text
 
 
 def test_a_run_of_other_flags_is_not_taken_for_finished(tmp_path, monkeypatch):
@@ -330,7 +332,15 @@ def test_a_run_of_other_flags_is_not_taken_for_finished(tmp_path, monkeypatch):
     results.scores_of(folder).write_text(json.dumps({"command": trial}), encoding="utf-8")
     monkeypatch.setattr(results, "start", None)
     with pytest.raises(UserError, match="pretrain.json is of another command .*--max_steps 3.* another --out"):
-        results.main(results.Config(seeds=[0], stages=["pretrain"], out=str(tmp_path)))
+        results.main(results.Config(seeds=[0], stages=["pretrain"], out=str(tmp_path), page=str(tmp_path / "P.md")))
+
+
+def test_the_folder_of_the_runs_may_have_been_moved():
+    told = "python train_lora.py --model out/results/auto/seed0/sft --data a/b.jsonl out/results/old.jsonl --out {}"
+    there = told.replace("out/results", "/elsewhere/my-runs")
+    assert results.without_place(there) == results.without_place(told) == (
+        "python train_lora.py --model auto/seed0/sft --data a/b.jsonl old.jsonl --out {}")
+    assert results.without_place(told + " --max_steps 3") != results.without_place(told)
 
 
 def test_the_runs_see_the_folder_that_was_meant(tmp_path, monkeypatch):
@@ -358,8 +368,9 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert "0.600, 1 seconds" in page.read_text(encoding="utf-8")
     assert (tmp_path / "runs" / "old.jsonl").read_text(encoding="utf-8").count("\n") == results.OLD_LINES
     with pytest.raises(UserError, match=r"these runs failed.*seed1.pretrain\.log"):  # nothing for a page
-        results.main(results.Config(seeds=[1], stages=["pretrain"], out=str(tmp_path / "none")))
-    assert not Path(tmp_path, "none", "auto", "seed1", "pretrain.json").exists()
+        results.main(results.Config(seeds=[1], stages=["pretrain"], out=str(tmp_path / "none"),
+                                    page=str(tmp_path / "NONE.md")))
+    assert not Path(tmp_path, "NONE.md").exists()
 
 
 def test_a_chart(tmp_path):

@@ -467,7 +467,8 @@ def test_a_prompt_in_the_format_of_a_template_is_refused_and_words_about_one_are
     """It would be put into the template once more, its tokens spelled as ordinary text."""
     with pytest.raises(UserError, match='a.jsonl:1: "prompt" is written in the format of a chat template already'):
         list(read_records(write("a.jsonl", {"prompt": text, "answer": "1"})))
-    assert list(read_records(write("b.jsonl", {"prompt": "What does <|im_start|> mean?", "completion": "A turn."})))
+    read, = read_records(write("b.jsonl", {"prompt": "What does <|im_start|> mean?", "completion": "A turn."}))
+    assert [message["content"] for message in read["conversations"]] == ["What does <|im_start|> mean?", "A turn."]
 
 
 def test_the_level_of_a_question_may_be_a_number():
