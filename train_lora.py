@@ -82,7 +82,7 @@ class Config(RunConfig):
     bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
-    batch_size: int = flag(8, "rows per micro-batch, all processes together", low=1, downloaded=2)
+    batch_size: int = flag(8, "rows of max_seq_len tokens per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(0, "passes over the data (default: 20, prompt 60)", low=0, downloaded=3)
     max_questions: int = flag(200, "held-out questions asked in an evaluation, of a larger file evenly spaced", low=1)

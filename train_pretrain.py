@@ -49,7 +49,7 @@ class Config(RunConfig):
     preset: str = flag("tiny", "architecture, for random weights only", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer, for random weights only")
     max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8, downloaded=1024)
-    batch_size: int = flag(8, "rows per micro-batch, all processes together", low=1, downloaded=2)
+    batch_size: int = flag(8, "rows of max_seq_len tokens per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(6, "passes over the data", low=1, downloaded=1)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],

@@ -50,7 +50,7 @@ class Config(RunConfig):
     preset: str = flag("tiny", "architecture; if given, training starts from random weights", choices=list(PRESETS))
     tokenizer: str = flag("data/tokenizer.json", "tokenizer; if given, training starts from random weights")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
-    batch_size: int = flag(7, "rows per micro-batch, all processes together", low=1, downloaded=2)
+    batch_size: int = flag(7, "rows of max_seq_len tokens per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
     epochs: int = flag(3, "passes over the data", low=1, downloaded=3)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minillm import runtime
-from minillm.attention import document_blocks
+from minillm.attention import BLOCK, document_blocks
 from minillm.chat import CHATML, ChatFormat, last_question, lost_think, thought_and_said
 from minillm.records import check_conversation, check_text, require
 from minillm.runtime import say
@@ -211,6 +211,24 @@ def pack(lengths, row_length: int) -> list:
     return rows
 
 
+def shorter_rows(dataset, rows: int, length: int) -> tuple:
+    """(rows, length) of a batch, halved in length and doubled in number while all sequences are short.
+
+    Attention costs the square of a row, and the number of tokens stays. A row still has room for the longest sequence,
+    for three average ones, so that little of it stays empty, and for a BLOCK of flex attention.
+    """
+    if length < 2 * BLOCK:
+        return rows, length
+    longest = total = 0
+    for start in range(0, len(dataset), 2**20):  # little at a time, for memory
+        lengths = dataset.lengths(np.arange(start, min(start + 2**20, len(dataset))))
+        longest, total = max(longest, int(lengths.max())), total + int(lengths.sum())
+    dataset.reopen()
+    while length % 2 == 0 and length // 2 >= max(BLOCK, longest, 3 * total / len(dataset)):
+        rows, length = 2 * rows, length // 2
+    return rows, length
+
+
 def ahead(items, depth: int = 2):
     """Yield the items of an iterator while another thread prepares the next `depth` of them."""
     ready, closed = queue.Queue(depth), threading.Event()
@@ -307,15 +325,16 @@ class Loader:
 
 
 class PackedLoader(Loader):
-    """Batches of rows packed with whole sequences.
+    """Batches of batch_size rows of row_length tokens, packed with whole sequences (see shorter_rows).
 
     One window of WINDOW sequences (runs of SPAN neighbours from all over the file) is shuffled and packed at a time, so
     memory stays flat however large the file is. A data set that fits into one window is shuffled completely.
     """
 
     def __init__(self, dataset, batch_size: int, row_length: int, seed: int, shuffle: bool = True, shared: bool = True):
+        batch_size, self.row_length = shorter_rows(dataset, batch_size, row_length)
         super().__init__(dataset, batch_size, seed, shared)
-        self.row_length, self.shuffle = row_length, shuffle
+        self.shuffle = shuffle
 
     def order(self, epoch: int):
         """Yield the rows of an epoch as arrays of sequence numbers."""

@@ -17,6 +17,7 @@ LaTeX is read by the same rules, with or without $...$ around it: "\\frac12" is 
 "\\text{Yes}" is Yes. Anything else, such as "5x" or "2\\sqrt{3}", is no number but a text, equal only to itself.
 """
 
+import functools
 import re
 from fractions import Fraction
 
@@ -139,7 +140,7 @@ def _value(match):
     size = match["size"].replace(",", "")
     if len(size) > 1000:  # Python refuses to convert very long digit strings
         return size
-    return str(Fraction(size) * (1 if match["sign"] in (None, "+") else -1))
+    return str((int if size.isdecimal() else Fraction)(size) * (1 if match["sign"] in (None, "+") else -1))
 
 
 def _values(text):
@@ -293,6 +294,7 @@ def _final(answer):
     return final.strip().partition("\n")[0].strip() if mark else final.strip()
 
 
+@functools.lru_cache(typed=True)  # all answers of a group share them
 def _expected(answer, question):
     """(kind, the answer in the spelling that the readers return)."""
     answer = _normalise(_final(answer))
@@ -319,8 +321,7 @@ def extract_answer(reply, example, question=None):
 
     `example["answer"]` says what to look for; of a worked solution it is what follows "####". `example["choices"]`,
     optional, holds the other words that the answer could have been (blank ones do not count). The question is the last
-    user message of the example unless given. One leading `<think>...</think>` is skipped. A number in LaTeX
-    may have a unit beside it ("5\\text{ cm}"), but no more ("5x"). Other formulas are compared as text.
+    user message of the example unless given. One leading `<think>...</think>` is skipped.
     """
     question = question_of(example.get("conversations", [])) if question is None else question
     kind, answer = _expected(example["answer"], question)
@@ -370,8 +371,7 @@ def is_rude(text):
 def count_units(text):
     """The length of a text in any language: CJK characters plus words.
 
-    A word counts once per 12 characters or part of them, so a missing blank hides nothing; punctuation on its own
-    counts once per full 12.
+    A word counts once per 12 characters or part of them (a missing blank hides nothing), punctuation once per full 12.
     """
     units = _UNIT.findall(text)
     return sum((len(unit) + (0 if is_empty(unit) else 11)) // 12 for unit in units)

@@ -467,6 +467,23 @@ def test_who_shares_a_row_with_whom_changes_from_epoch_to_epoch(tmp_path):
     assert len(first) == len(second) == 10 and len(first & second) < 5
 
 
+@pytest.mark.parametrize("lengths, given, wanted", [
+    ([20, 30, 40, 70], (7, 256), (14, 128)),  # 40 on average, and 3 x 40 <= 128
+    ([42, 44], (7, 256), (7, 256)),  # 3 x 43 > 128: only two would fit a row, and a third of it would stay empty
+    ([129, *[20] * 20], (7, 256), (7, 256)),  # the longest must fit
+    ([20], (2, 1024), (16, 128)),  # no shorter than a block of flex attention
+    ([20], (2, 384), (4, 192)),  # 96 < 128
+    ([20], (2, 255), (2, 255)), ([20], (2, 192), (2, 192)),
+])
+def test_rows_are_halved_where_all_sequences_are_short(tmp_path, monkeypatch, lengths, given, wanted):
+    """A batch keeps its number of tokens. A text of n characters has n + 2 tokens."""
+    dataset = load(write(tmp_path / "a.jsonl", [{"text": "x" * (n - 2)} for n in lengths]), max_seq_len=256)
+    loader = PackedLoader(dataset, *given, seed=0)
+    assert (loader.batch_size, loader.row_length) == wanted
+    batches = list(loader.epoch_batches(0))
+    assert contents(batches) == everything(dataset) and {batch.tokens.shape[1] for batch in batches} == {wanted[1]}
+
+
 def test_the_file_is_opened_anew_for_each_window(tmp_path, monkeypatch):
     """So the pages that were read are let go; the last test of this chapter measures it."""
     monkeypatch.setattr(data, "WINDOW", 32)
