@@ -59,8 +59,11 @@ MODEL, EVAL_DATA, EVAL_TEXT = "out/sft", "data/sft_eval.jsonl", "data/pretrain_e
 EVAL_PAIRS = "data/preference_eval.jsonl"
 HELP = "/reset forgets the conversation, /quit ends the chat (so does Ctrl-D), Ctrl-C stops a reply"
 PAIRS_PER_BATCH = 24
-UNREAD = {"--chat": ["data", "ref", "reward_model", "json"], "--prompt": ["data", "ref", "reward_model"],
-          "--tokens": ["ref", "reward_model", "system"], "an evaluation": ["system"]}
+REPLIES = ["temperature", "top_p", "max_new_tokens", "max_questions", "thinking", "seed"]
+UNREAD = {"--chat": ["data", "ref", "reward_model", "json", "max_seq_len", "max_questions"],
+          "--prompt": ["data", "ref", "reward_model", "max_seq_len", "max_questions"],
+          "--tokens": ["ref", "reward_model", "system", "max_seq_len", *REPLIES],
+          "a reward model": ["system", *REPLIES], "an evaluation": ["system"]}
 
 
 @dataclass
@@ -97,8 +100,8 @@ def main(cfg: Config) -> dict:
     if cfg.tokens and (cfg.chat or cfg.prompt is not None):
         raise UserError("--tokens shows a conversation of --data; leave out --chat and --prompt")
     mode = "--chat" if cfg.chat else "--prompt" if cfg.prompt is not None else "--tokens" if cfg.tokens else ""
-    mode = mode or "an evaluation"
-    if unread := [f"--{name}" for name in UNREAD[mode] if getattr(cfg, name)]:
+    mode = mode or ("a reward model" if cfg.model and is_reward_model(cfg.model) else "an evaluation")
+    if unread := [f"--{name}" for name in UNREAD[mode] if getattr(cfg, name) != getattr(Config(), name)]:
         raise UserError(f"{mode} makes no use of {', '.join(unread)}; leave out what it does not use")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")

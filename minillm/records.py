@@ -303,7 +303,8 @@ def check_messages(messages, where: str, key: str = "conversations"):
 def require(record: dict, key: str, where: str):
     """record[key]. Raises a UserError that lists the keys found."""
     if key not in record:
-        raise UserError(f'{where}: no key "{key}"; found: {", ".join(map(repr, record)) or "nothing"} '
+        names = ["a conversation" if name == "conversations" else repr(name) for name in record]  # perhaps "messages"
+        raise UserError(f'{where}: no key "{key}"; found: {", ".join(names) or "nothing"} '
                         "(data/README.md lists the forms that are understood)")
     return record[key]
 

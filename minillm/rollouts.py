@@ -94,6 +94,9 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
         else:
             advice = f"those of --tasks {' '.join(tasks)} are not among the rest"
         raise UserError(f"{files}: no prompt is left to train on ({reasons}); {advice}")
+    if not select(held_out, tasks, need_answers):
+        wanted = [*['an "answer"'] * need_answers, *['one of --tasks as its "task"'] * bool(tasks)]
+        say(f"{eval_path}: no prompt that has {' and '.join(wanted)}, so held-out rewards are not measured")
     return train, held_out, stats
 
 

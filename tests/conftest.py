@@ -21,14 +21,24 @@ helpers.do_not_wait_for_the_disk()
 
 def pytest_addoption(parser):
     parser.addoption("--mine", metavar="FILE", help="run the chapters against your own functions (tests/exercise.py)")
+    parser.addoption("--slow", action="store_true", help="also the tests that start programs, compile, or train longer")
     parser.addoption("--fuzz", type=int, default=0, help="chapter 29: how many damaged files to try")
     parser.addoption("--kills", type=int, default=0, help="chapter 28: how many times to kill a run")
     parser.addoption("--processes", type=int, default=0, help="chapter 27: compare so many with one, in all stages")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow, or where its chapter is named")
     if config.getoption("--mine"):
         exercise.use(config.getoption("--mine"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """All chapters at once take three minutes, without the slow tests. A chapter by itself has all of its own."""
+    if config.getoption("--slow") or any(".py" in argument for argument in config.args):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -150,6 +150,7 @@ def test_a_word_is_cut_where_no_token_crosses():
 
 
 @pytest.mark.parametrize("letters", ["月明光", "月明光é🙂 ab", "\u0900\u0901月한국어"])
+@pytest.mark.slow
 def test_cutting_words_does_not_change_their_ids(letters):
     """With a vocabulary of a few hundred tokens there are many that begin or end inside a character."""
     words = random_words(letters, 400)
@@ -1059,6 +1060,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_reads_every_kind_of_file(tmp_path):
     """And its result is the same to the byte in every run, although Python hashes text differently in each."""
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "abc abc"}) + "\n\n", encoding="utf-8")
@@ -1116,6 +1118,7 @@ def test_a_bad_flag_is_one_clear_line(arguments, complaint):
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_missing_data_file_ends_the_command_without_traceback(tmp_path):
     result = command("--data", tmp_path / "none.jsonl", "--vocab_size", 300, "--out", tmp_path / "x.json")
     assert result.returncode == 1

@@ -104,6 +104,7 @@ def operands(maker, lines, task):
     return {tuple(sorted(numbers)) for _, numbers in sums(maker, lines, task)}
 
 
+@pytest.mark.slow
 def test_made_again_they_are_the_same_to_the_byte(maker, tmp_path):
     """No chance but the seed: no set order, no locale, no line ends of the system."""
     for name, lines in maker.make_all().items():
@@ -244,6 +245,7 @@ def test_only_the_results_command_reads_the_test_files():
             assert "_test.jsonl" not in path.read_text(encoding="utf-8"), path
 
 
+@pytest.mark.slow
 def test_small_talk_that_nobody_asked_before(files):
     """80 questions written by hand for the results, in no other file, nor almost: of the runs of letters (three in
     English, two in Chinese) that a question and one of another file have, they share less than 70 %."""

@@ -615,6 +615,7 @@ def test_the_thread_ends_when_nobody_wants_more():
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_program_can_end_while_batches_are_made_ahead(tmp_path):
     """A daemon thread inside PyTorch when Python ends would abort the program: exit status 134 after all is done."""
     script = """
@@ -878,6 +879,7 @@ class Killed(Tokenizer):
         return Killed, (self.document,)
 
 
+@pytest.mark.slow
 def test_many_processes_make_the_same_cache_as_one(tmp_path, monkeypatch, cache):
     """To the byte. A bad line is reported as by one process. A worker that dies ends the build and does not hang it."""
     monkeypatch.setattr(token_cache, "allowed_threads", lambda: 2)
@@ -929,6 +931,7 @@ def peaks_of_memory():
     print(*peaks, peak())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     """Pitfall 17. As Python objects 6 MB of text would take hundreds of MB. Pages of a mapped file count too, and with
     them those that the system maps around one that is read: up to 30 MB of the 75, at the 32 places of a window."""

@@ -537,6 +537,7 @@ def no_programs():
 
 @pytest.mark.usefixtures("no_programs")
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.slow
 def test_one_program_serves_all_layers_and_batches_of_all_shapes(recompute):
     """A model of three layers, as the scripts compile those that read batches of ever other shapes: in one piece, once
     without and once with doc_ids. Hidden states and gradients are those of the plain twin."""
@@ -633,6 +634,7 @@ def micro_batches():
 
 @pytest.mark.usefixtures("no_programs")
 @pytest.mark.parametrize("stage, programs", [("dpo", 1), ("reward", 1), ("critic", 1), ("rl lora", 3)])
+@pytest.mark.slow
 def test_one_program_trains_on_pairs_and_on_rollouts(monkeypatch, stage, programs):
     """Batches of all heights and lengths, the last and smaller one, one of a single row and one without any. Evaluation
     and decoding compile nothing. With a LoRA the first layer has a program of its own, since what comes from the frozen

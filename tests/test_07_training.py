@@ -591,6 +591,7 @@ def test_help_names_every_flag_and_its_default(stage, capsys):
     assert "(default 0.002)" in text and "muon|adamw" in text
 
 
+@pytest.mark.slow
 def test_a_script_prints_one_line_and_no_traceback(place):
     command = [sys.executable, str(ROOT / "train_sft.py"), "--data", "missing.jsonl", "--tokenizer", "tokenizer.json",
                "--device", "cpu"]

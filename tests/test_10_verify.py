@@ -320,6 +320,7 @@ def test_a_word_may_hold_what_ends_a_sentence(word):
 
 
 @pytest.mark.parametrize("text", ["(", "=", "1 = ", " ", "in ", "= 1", "answer is "])
+@pytest.mark.slow
 def test_long_input_takes_no_long_time(text):
     """60,000 characters take a second or two. A pattern that can split a row in many ways takes minutes."""
     began = time.process_time()

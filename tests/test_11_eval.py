@@ -423,6 +423,7 @@ def test_ctrl_c_stops_a_reply_and_at_the_prompt_the_chat(folder, monkeypatch, ca
     assert "assistant\nIt<|im_end|>" in prompts[1], "what was said stays in the history"
 
 
+@pytest.mark.slow
 def test_the_chat_as_a_program(folder):
     """Lines through a pipe, UTF-8 both ways, invalid bytes and a control token among them."""
     root = os.path.dirname(os.path.abspath(evaluation.__file__))
@@ -483,10 +484,13 @@ def test_embedded_questions_are_valid_and_hold_every_task():
 # Flags that a mode does not read
 
 @pytest.mark.parametrize("mode, unread", [
-    (dict(chat=True), ["data", "ref", "reward_model", "json"]), (dict(prompt="Hi"), ["data", "ref", "reward_model"]),
-    (dict(tokens=True), ["ref", "reward_model", "system"]), ({}, ["system"]), (dict(compare=["a", "b"]), ["system"])])
+    (dict(chat=True), ["data", "ref", "reward_model", "json", "max_questions"]),
+    (dict(prompt="Hi"), ["data", "ref", "reward_model", "max_seq_len"]),
+    (dict(tokens=True), ["ref", "reward_model", "system", "temperature", "top_p", "max_new_tokens", "thinking"]),
+    ({}, ["system"]), (dict(compare=["a", "b"]), ["system"])])
 def test_a_flag_that_would_change_nothing_is_refused(tmp_path, folder, mode, unread):
     flags = {name: str(tmp_path / name) for name in unread}
+    flags |= dict(temperature=0.5, top_p=0.5, max_new_tokens=5, max_questions=5, max_seq_len=16, thinking=True)
     for some in ([name] for name in unread), [unread]:
         for names in some:
             with pytest.raises(UserError, match=f"makes no use of {', '.join(f'--{name}' for name in names)}; leave"):
@@ -508,6 +512,8 @@ def test_a_reward_model_is_measured_on_the_file_that_was_given_or_on_none(tmp_pa
     for path in data, texts:
         with pytest.raises(UserError, match=f"{path} holds no pairs; .* or leave out --data for data/preference_eval"):
             run(model=reward, data=path)
+    with pytest.raises(UserError, match="a reward model makes no use of --system, --temperature, --seed; leave out"):
+        run(model=reward, system="Be kind.", temperature=0.5, seed=1)
     pairs = [{side: conversation(["?", text]) for side, text in (("chosen", "a"), ("rejected", "b"))}]
     monkeypatch.setattr(evaluation, "EVAL_PAIRS", write(tmp_path / "pairs.jsonl", pairs * 3))
     assert run(model=reward)["pairs"] == 3

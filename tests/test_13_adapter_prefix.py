@@ -225,6 +225,7 @@ def test_the_base_may_be_bf16(method):
 
 
 @every_prefix
+@pytest.mark.slow
 def test_it_compiles_into_one_graph(method):
     model = adapted(method)
     doc_ids = torch.tensor([[0] * 7 + [1] * 7])

@@ -162,6 +162,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch
 
 @pytest.mark.parametrize("peft, lr", [("lora", 2e-3), ("dora", 2e-3), ("adapter", 1e-2), ("prefix", 2e-1),
                                       ("prompt", 2e-1)])
+@pytest.mark.slow
 def test_every_method_learns(peft, lr):
     """The loss on the new answers falls to less than half, with less than a fifth of the base's 54,192 numbers."""
     options = dict(peft=peft, lr=lr, max_steps=50, batch_size=4, bottleneck=24, virtual_tokens=20, save_every=50,
@@ -294,6 +295,7 @@ def test_the_manner_is_how_all_expected_replies_begin():
     assert compare_peft.manner(other[:2], ["yes", "no"]) is None
 
 
+@pytest.mark.slow
 def test_one_command_compares_full_fine_tuning_and_the_methods(capsys):
     results = compare_peft.main(compare_peft.Config(
         model="base", new=["chat.jsonl"], new_eval="chat.jsonl", old="chat.jsonl", out="table",

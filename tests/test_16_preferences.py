@@ -200,7 +200,7 @@ def test_nothing_left_is_an_error(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("record, message", [
-    ({"conversations": [turn("user", "q")]}, "no key \"chosen\"; found: 'conversations'"),
+    ({"conversations": [turn("user", "q")]}, "no key \"chosen\"; found: a conversation"),
     ({"chosen": "a", "rejected": "b"}, 'nothing stands before the answer in "chosen"'),
     ({"prompt": [], "chosen": "a", "rejected": "b"}, '"prompt" must be a list of messages with at least one'),
     ({"prompt": "q", "chosen": "a"}, "no key \"rejected\"; found: 'prompt', 'chosen'"),

@@ -176,6 +176,19 @@ def test_select_by_task_and_answer(tmp_path, tokenizer):
     assert [len(select(prompts, (), True)), len(select(prompts, ["add"], True))] == [3, 2]
 
 
+def test_held_out_prompts_that_no_reward_can_be_measured_on_are_said(tmp_path, tokenizer, capsys):
+    """Else the table would only have a dash. Without a held-out file some of the training prompts are held out."""
+    own = write_lines(tmp_path / "p.jsonl", questions(9, task="add")[3:])
+    held_out = write_lines(tmp_path / "e.jsonl", [{"conversations": [turn("user", "hi")]}])
+    for tasks, need_answers, lacking in ([], True, 'an "answer"'), (["add"], False, 'one of --tasks as its "task"'):
+        load_prompts([own], held_out, tokenizer, 60, 0, tasks, need_answers)
+        words = f"e.jsonl: no prompt that has {lacking}, so held-out rewards are not measured"
+        assert words in capsys.readouterr().out
+    load_prompts([own], held_out, tokenizer, 60, 0)
+    load_prompts([own], "", tokenizer, 60, 0, ["add"], True)
+    assert "not measured" not in capsys.readouterr().out
+
+
 def test_batches_of_prompts_are_full_and_go_on_where_they_were(monkeypatch):
     """7 prompts in batches of 3: an epoch has 3 batches. Every prompt occurs in it, and two of them occur twice."""
     loader = PromptLoader(list(range(7)), 3, seed=0)

@@ -521,6 +521,7 @@ def without_seconds(result):
     return {name: value for name, value in result.items() if name != "seconds"}
 
 
+@pytest.mark.slow
 def test_resume_is_exact(folder, run, monkeypatch):
     """Pitfall 4. Stopped after step 3 of 5, or killed in step 4 after the checkpoint of step 2: weights, optimizer,
     rollouts and log end as if nothing had happened, even if other random numbers were drawn in between.

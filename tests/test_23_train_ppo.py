@@ -82,6 +82,7 @@ def test_a_reward_file_of_ones_own_trains(folder, run, capsys):
     assert f"the value model starts from {folder / 'model'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_critic_learns_what_to_expect(folder, run):
     """The policy stands still and the score depends on the question alone: the critic learns to tell it in advance."""
     (folder / "half.py").write_text("""
@@ -422,6 +423,7 @@ def test_the_early_stop_looks_at_the_whole_update(run, monkeypatch, float32):  #
 
 # ---------------------------------------------------------------- resume, mistakes
 
+@pytest.mark.slow
 def test_resume_is_exact(folder, run, monkeypatch):
     """Pitfall 4. Stopped after step 3 of 5, or killed in step 4 after the checkpoint of step 2: both models, both
     optimizers, the normalisation of scores, rollouts and log end as if nothing had happened.

@@ -223,6 +223,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step():
     """The system clears the pages of a block once, not in each of 200 steps: these would be 204,800 page faults."""
     said = subprocess.run([sys.executable, "-c", FREED_AND_TAKEN_AGAIN], cwd=ROOT, capture_output=True, text=True)
@@ -666,6 +667,7 @@ main(parse_config(train_sft.Config, ""))
 """
 
 
+@pytest.mark.slow
 def test_a_script_says_what_it_was_doing_and_ends_with_1(tmp_path):
     """Its own line, not the line of PyTorch's that asked for the memory: 4 PiB, which no machine of today has. (Chapter
     7 has the exit code of a mistake.)"""
@@ -734,6 +736,7 @@ def rows(text):
     return dict(line.split(maxsplit=1) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_the_report_about_a_machine():
     """A process of its own, because the command is one."""
     done = subprocess.run([sys.executable, "-m", "minillm.runtime"], cwd=ROOT, capture_output=True, text=True)

@@ -331,6 +331,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
+@pytest.mark.slow
 def test_every_stage_gives_what_one_process_gives(place, request):
     """Losses, everything else that is logged, and weights, to 1e-5."""
     processes, names = request.config.getoption("--processes"), STAGES
