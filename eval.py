@@ -200,7 +200,7 @@ def questions_of(path: str, count: int) -> list:
 
 def measure(model, tokenizer, files: list, records: list, cfg: Config, device) -> dict:
     """All numbers for one model: those of the first file, and the bits per byte of a second one."""
-    row_length = min(cfg.max_seq_len, model.config.max_position_embeddings)
+    row_length = min(cfg.max_seq_len, model.context)
     metrics = {}
     for path in files:
         kind = kind_of(path)
@@ -270,7 +270,7 @@ def view_tokens(model, tokenizer, cfg: Config, device) -> dict:
         raise UserError(f"{path} holds no conversations; --tokens shows one")
     [record] = read_records(path, check_question, most=1)
     tokens, mask = tokenizer.render(without_silence(record["conversations"], tokenizer.chat_format))
-    context = model.config.max_position_embeddings
+    context = model.context
     if len(tokens) > context:
         note(f"the conversation has {len(tokens):,} tokens; the first {context:,}, the model's context, are shown")
     tokens, mask = tokens[:context], mask[:context]
@@ -318,7 +318,7 @@ def note(text: str):
 
 def speak(model, tokenizer, prompt: list, cfg: Config, generator, device) -> tuple:
     """Print a reply while it is sampled -> (its text, whether Ctrl-C stopped it)."""
-    limit = min(longest_reply(cfg), model.config.max_position_embeddings - len(prompt))
+    limit = min(longest_reply(cfg), model.context - len(prompt))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character's bytes may be spread over several tokens
     tokens = []
     try:
@@ -337,7 +337,7 @@ def speak(model, tokenizer, prompt: list, cfg: Config, generator, device) -> tup
 
 def prepare(model, tokenizer, messages: list, cfg: Config) -> tuple:
     """(prompt, messages kept) with room for the reply; UserError where the newest message alone is too long."""
-    context = model.config.max_position_embeddings
+    context = model.context
     limit = context - min(longest_reply(cfg), context // 2)
     prompt, kept = fit_context(tokenizer, messages, limit, cfg.thinking)
     if len(prompt) > limit:
@@ -411,7 +411,7 @@ def chat(model, tokenizer, cfg: Config, device) -> dict:
                 note(str(error))
                 continue
             if len(kept) < len(messages):
-                note(f"the context of {model.config.max_position_embeddings:,} tokens is full: "
+                note(f"the context of {model.context:,} tokens is full: "
                      f"the oldest {len(messages) - len(kept)} messages are forgotten")
             text, _ = speak(model, tokenizer, prompt, cfg, generator, device)
             history = kept + [{"role": "assistant", "content": without_think(text)}]

@@ -111,7 +111,7 @@ def main(cfg: Config) -> dict:
     checkpoint.require_stage(cfg.model, "out/sft", "train_sft.py", max_seq_len=cfg.max_seq_len)
     sources, files = reward_sources(cfg.reward)
     if "model" in sources:
-        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
+        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model", cfg.max_seq_len)
     elif by_hand(cfg, "reward_model"):
         raise UserError(f"--reward_model {cfg.reward_model}: --reward {' '.join(cfg.reward)} asks for no score of a "
                         "reward model; add model to --reward, or leave --reward_model out")

@@ -128,6 +128,9 @@ def main(cfg: Config) -> dict:
         runtime.hold_in_bf16(model)
     else:
         apply_prompt(model, virtual_tokens, tokenizer.encode(cfg.start_text))
+    if cfg.max_seq_len > model.context:
+        raise UserError(f"--max_seq_len {cfg.max_seq_len}: beside {virtual_tokens} virtual tokens there is room for "
+                        f"{model.context} in the model's context; give at most that")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute

@@ -123,7 +123,7 @@ def main(cfg: Config) -> dict:
     sources, files = reward_sources(cfg.reward)
     has_reward_model = "model" in sources or bool(by_hand(cfg, "reward_model"))  # to score, or only for the critic
     if has_reward_model:
-        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model")
+        checkpoint.require_stage(cfg.reward_model, "out/reward", "train_reward.py", "--reward_model", cfg.max_seq_len)
     tokenizer = checkpoint.load_tokenizer(cfg.model)
     eval_path = cfg.eval_data or (EVAL_DATA if cfg.data == [DATA] else "")
     run = Run(cfg, inputs=[cfg.model, *files, *cfg.data, eval_path, cfg.reward_model if has_reward_model else ""])
@@ -240,6 +240,8 @@ def main(cfg: Config) -> dict:
         updates = 0
         for minibatch in minibatches * cfg.update_epochs:
             n_tokens, approx_kl = run.count(minibatch.n_tokens), 0.0
+            if not n_tokens:  # fewer answers than mini-batches
+                continue
             for batch in minibatch.micro_batches:
                 # While only the critic is trained, the policy does not move: its log-probabilities stay as they are.
                 logprobs = response_logprobs(policy, batch, cfg.temperature) if policy_step >= 0 else batch.old_logprobs

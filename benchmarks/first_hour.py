@@ -91,7 +91,10 @@ def run_step(name: str, cfg: Config, deadline: float) -> dict:
             status = f"stopped after {limit:.0f} s"
         finally:  # after Ctrl-C too
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                else:  # Windows
+                    process.kill()
             process.wait()
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"checks": [], "rows": []}
     failed = sum(check["result"] == "FAILED" for check in result["checks"])

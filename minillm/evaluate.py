@@ -103,12 +103,15 @@ def reply_to(model, tokenizer, records: list, device, max_new_tokens: int = 64, 
 
     thinking: in formats with think blocks the model may think first; otherwise its prompt has an empty block.
 
-    Where prompt and reply do not fit the context, the oldest turns are dropped; a prompt whose last turn alone does not
-    fit gets the empty reply. Both are counted and said. The processes share the work, and all get all replies; each
-    record has random numbers of its own, so the replies do not depend on who computes them.
+    A reply has at most half of the context, or what all prompts leave. Where prompt and reply do not fit, the oldest
+    turns are dropped; a prompt whose last turn alone does not fit gets the empty reply. Both are counted and said. The
+    processes share the work, and all get all replies; each record has random numbers of its own, so the replies do not
+    depend on who computes them.
     """
-    context = model.config.max_position_embeddings
-    max_new_tokens = min(max_new_tokens, context // 2)
+    context = model.context
+    if max_new_tokens > context // 2:  # more than half of it only where all prompts leave more
+        lengths = [len(fit_context(tokenizer, prompt_messages(record), context, thinking)[0]) for record in records]
+        max_new_tokens = min(max_new_tokens, max(context // 2, context - max(lengths, default=0)))
     prompts, shortened = [], 0
     for record in records:
         messages = prompt_messages(record)

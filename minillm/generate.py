@@ -137,7 +137,7 @@ def _decoding(model, rows: int):
 
 
 def _new_cache(model, rows: int, prompt_length: int, max_new_tokens: int) -> KVCache:
-    context = model.config.max_position_embeddings
+    context = model.context
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
     if prompt_length + max_new_tokens > context:

@@ -40,7 +40,10 @@ def has_several() -> bool:
 
 @functools.cache
 def _store():
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+    # As torch.distributed itself joins it: the wheels for Windows have no libuv.
+    libuv = os.environ.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1"
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5),
+                         use_libuv=libuv)
 
 
 def _key(name: str) -> str:
@@ -82,7 +85,7 @@ def watch():
 def _watch():
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     neighbour = (rank + 1) % size
-    count, heard = 0, time.monotonic()
+    count, heard, reached = 0, time.monotonic(), False
     while not _leaving.is_set():
         failed, now, gone = False, count, False  # failed: another process
         try:
@@ -90,8 +93,10 @@ def _watch():
             now = _store().add(_key(f"lives {neighbour}"), 0)
             gone = _store().check([_key(f"left {neighbour}")])
             failed = _store().check([_key("failed")]) and not is_first_to_fail()
+            reached = True
         except UNREACHABLE:
-            pass
+            if not reached:  # whoever was never in the store knows nothing about the neighbour
+                heard = time.monotonic()
         if failed:
             time.sleep(BEAT)  # for the main thread to put its files in order
             end(1)

@@ -195,6 +195,15 @@ def _chunk_gradient(logits: Tensor, targets: Tensor, grad: Tensor, temperature: 
     return (result if temperature == 1.0 else result.div_(temperature)).to(dtype)
 
 
+def product(a: Tensor, b: Tensor, device_type: str) -> Tensor:
+    """a (n, k) @ b (k, m). On mps a sum of smaller products: in PyTorch below 2.14 it is wrong, and says nothing, on
+    Apple's M1 and M2 for k of 32,767 or more (pytorch/pytorch issue 195163): the vocabularies of most models.
+    """
+    if device_type != "mps":
+        return a @ b
+    return sum(x @ y for x, y in zip(a.split(2**14, dim=1), b.split(2**14)))
+
+
 def _chunk_entropy(logits: Tensor) -> Tensor:
     """logits (n, V) -> (n,), in float32."""
     logprobs = fp32(logits).log_softmax(-1)
@@ -249,7 +258,7 @@ class _HeadLogprobs(torch.autograd.Function):
                     logits = kept[chunk].masked_fill_(unused, 0)
                 grad_logits = _run(_chunk_gradient, logits, targets[rows], grad[rows], ctx.temperature, ctx.dtype)
                 if need_hidden:
-                    grad_hidden[rows] = (grad_logits @ head).to(hidden.dtype)
+                    grad_hidden[rows] = product(grad_logits, head, hidden.device.type).to(hidden.dtype)
                 if need_weight:
                     grad_weight += grad_logits.T @ states
         return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None, None

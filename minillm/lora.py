@@ -82,8 +82,8 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def row_norms(self):
-        """||V||, one number per output. No gradient flows through it."""
-        return torch.linalg.vector_norm(super().merged_weight(), dim=1)
+        """||V||, one number per output. No gradient flows through it. (Above 0: a row of zeros has m = 0 as well.)"""
+        return torch.linalg.vector_norm(super().merged_weight(), dim=1).clamp(min=1e-12)
 
     def forward(self, x):
         y = self.base(x)

@@ -60,6 +60,7 @@ def reward_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin=None, n
     if margin is not None:
         if isinstance(margin, Tensor):
             check_shapes("B", chosen_rewards=chosen_rewards, margin=margin)
+            margin = margin.detach()
         difference = difference - margin
     return -F.logsigmoid(difference).sum() / denominator(n_pairs, len(difference))
 
@@ -201,24 +202,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_l
 def whiten(x: Tensor, mask: Tensor, reduce=None) -> Tensor:
     """Shifts and scales to mean 0 and variance 1 over all positions inside the mask.
 
-    Source: the code of arXiv 1909.08593 (Ziegler et al.), as told in arXiv 2403.17031 (N+ details of RLHF with PPO).
+    Source: the code of arXiv 1909.08593 (Ziegler et al.), as told in arXiv 2403.17031 (N+ details of RLHF with PPO);
+    that code divides by n for the variance, which is the unbiased one here (n - 1), as in TRL.
     whitened = (x - mean) * rsqrt(variance + 1e-8)
 
     x (B, T).  mask (B, T) bool.  reduce, optional: adds a tensor up over all processes, whose positions then count
     together. Returns (B, T), 0 outside the mask.
     Raises ValueError for shapes that do not fit or a mask that is not bool.
-    The variance is the unbiased one (n - 1). Equal values (up to rounding) and a single one become 0.
+    Equal values and a single one become 0.
     """
     check_shapes("B, T", x=x, mask=mask)
-    x = masked(x, mask)
-    total, n = x.sum(), mask.sum().to(x.dtype)
-    if reduce:
-        total, n = reduce(torch.stack([total, n]))
+    x, reduce = masked(x, mask), reduce or (lambda tensor: tensor)
+    total, n = reduce(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     centred = masked(x - total / n.clamp(min=1), mask)
-    squares = (centred**2).sum()
-    if reduce:
-        squares = reduce(squares[None])[0]
-    variance = squares / (n - 1).clamp(min=1)
+    # Twice: the mean was rounded, and of equal values that error is all that is left, to be divided by sqrt(1e-8).
+    centred = masked(centred - reduce(centred.sum()[None])[0] / n.clamp(min=1), mask)
+    variance = reduce((centred**2).sum()[None])[0] / (n - 1).clamp(min=1)
     return centred * torch.rsqrt(variance + 1e-8)
 
 

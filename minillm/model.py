@@ -318,6 +318,12 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def context(self) -> int:
+        """How many tokens a row may have: the positions of the config, less those of a learned prefix."""
+        prefix = self.model.prefix
+        return self.config.max_position_embeddings - (prefix.length if prefix is not None else 0)
+
     @staticmethod
     def _init(module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -66,7 +66,7 @@ def files_of(origin: Origin | None, config: dict, generation: dict, tokenizer, d
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         end = generation["eos_token_id"][0]
         new["generation_config.json"] = old if end in ends else {**old, "eos_token_id": [end, *ends]}
-    if same_tokenizer(origin, tokenizer):
+    if has_its_tokenizer(origin, tokenizer):
         ours = drafts["tokenizer_config.json"]
         drafts = {**drafts, **{name: content for name, content in origin.files.items() if name in TOKENIZER_FILES}}
         old, template = origin.document("tokenizer_config.json"), json.loads(ours)["chat_template"]
@@ -76,7 +76,7 @@ def files_of(origin: Origin | None, config: dict, generation: dict, tokenizer, d
     return {**files, **drafts, **changed}
 
 
-def same_tokenizer(origin: Origin, tokenizer) -> bool:
+def has_its_tokenizer(origin: Origin, tokenizer) -> bool:
     """Whether the origin's tokenizer.json is what this tokenizer was made from."""
     document = origin.document("tokenizer.json")
     if not isinstance(document.get("model"), dict) or "merges" not in document["model"]:

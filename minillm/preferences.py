@@ -256,6 +256,7 @@ def rank_pairs(scores, kinds: list) -> dict:
     Returns preference_accuracy (a tie counts half), accuracy_by_kind (where the data names kinds), margin (the mean of
     chosen minus rejected), and how well calibrated the probability sigmoid(margin) is: reliability, rows [confidence,
     accuracy, pairs] in five bins, and calibration_error, their weighted distance (ECE, arXiv 1706.04599, Eq. 3).
+    sigmoid(margin) is a probability for losses of Bradley-Terry's kind; IPO has another one, and pulls margins to 1/2.
     """
     margins = (scores[:, 0] - scores[:, 1]).double()
     wins = (margins > 0).double() + 0.5 * (margins == 0).double()

@@ -79,10 +79,12 @@ def model_reward(folder, device="cpu"):
         sequences = []
         for messages, answers, _ in batch:
             for answer in answers:
-                # As in the pairs it was trained on: an empty think block precedes only an answer without think text.
-                thinking = answer.lstrip().startswith("<think>")
-                prompt = tokenizer.render(messages, add_generation_prompt=True, thinking=thinking)[0]
-                sequences.append(prompt + tokenizer.encode(answer) + [tokenizer.end_id])
+                # As in the pairs it was trained on (encode_pair): an empty think block precedes only an answer without
+                # think text, some formats strip the answer, and the score is read at the end of the turn.
+                said = [*messages, {"role": "assistant", "content": answer}]
+                sequences.append(tokenizer.render(said, thinking=answer.lstrip().startswith("<think>"))[0])
+                while sequences[-1][-1] != tokenizer.end_id:
+                    sequences[-1].pop()
         if (longest := max(map(len, sequences), default=0)) > context:
             raise UserError(f"the reward model {folder} has a context of {context:,} tokens, and a prompt with its "
                             f"answer has {longest:,}; shorten the prompts or --max_new_tokens")

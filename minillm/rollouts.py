@@ -240,7 +240,7 @@ class MiniBatch:
 def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, scores=None, advantages=None,
                   keep=None) -> list:
     """Shuffle a rollout's answers and split them into num_minibatches MiniBatches of up to grad_accum MicroBatches
-    (on a CPU into more MicroBatches where that is needed to keep each at 32 answers or fewer).
+    (without CUDA into more MicroBatches where that is needed to keep each at 32 answers or fewer).
 
     Every process takes its share of each MiniBatch, which may be none.
 
@@ -266,8 +266,9 @@ def split_rollout(rollout, num_minibatches: int, grad_accum: int, generator, sco
     def mini_batch(rows):
         kept = rows[keep[rows]]
         kept = share(kept[lengths[kept].argsort()])
-        # A CPU gains by running short answers apart from long ones, with less padding; a GPU by fewer launches.
-        pieces = max(grad_accum, -(-len(kept) // 32)) if device.type == "cpu" else grad_accum
+        # A CPU gains by running short answers apart from long ones, with less padding; a GPU by fewer launches. On mps
+        # products over 32,767 tokens are wrong: see logprobs.product.
+        pieces = grad_accum if device.type == "cuda" else max(grad_accum, -(-len(kept) // 32))
         micro_batches = [micro_batch(piece) for piece in kept.tensor_split(pieces) if len(piece)]
         return MiniBatch(micro_batches, len(share(rows)), n_tokens=sum(batch.n_tokens for batch in micro_batches))
 

@@ -153,8 +153,8 @@ class Run:
 
     def count(self, *counts: int):
         """An optimizer step begins: what it averages over, summed over all processes. Returns one number for each."""
-        self.updates += 1
         totals = [int(total) for total in runtime.sums_over_processes(counts)]
+        self.updates += any(totals)  # over nothing there is no step
         return totals[0] if len(totals) == 1 else totals
 
     def add(self, stats: dict, weight=None, tokens: int = 0):

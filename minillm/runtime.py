@@ -173,8 +173,12 @@ def sums_over_processes(values: list) -> list:
 
 
 def sum_tensor_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The sums of a tensor's elements over all processes, on the tensor's device."""
-    if world_size() > 1:
+    """The sums of a tensor's elements over all processes, in the same tensor."""
+    if world_size() > 1 and values.device.type == "mps":  # no backend takes tensors from there
+        whole = values.cpu()
+        dist.all_reduce(whole)
+        values.copy_(whole)
+    elif world_size() > 1:
         dist.all_reduce(values)
     return values
 
@@ -203,8 +207,7 @@ def sum_gradients(parameters):
         if p.grad is None:  # a process without work of its own in this step adds zeros
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
+    flat = sum_tensor_over_processes(torch.cat([g.flatten() for g in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
 
@@ -224,6 +227,9 @@ def precision(device: torch.device) -> torch.dtype:
     native = device.type == "cpu" and cpu_has_bf16()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.version.hip:  # ROCm always says yes, and some AMD GPUs have no such instructions
+            kind = torch.cuda.get_device_properties(device).gcnArchName
+            native = not kind.startswith(("gfx8", "gfx900", "gfx902", "gfx906", "gfx10"))
     return torch.bfloat16 if native else torch.float32
 
 

@@ -53,6 +53,8 @@ def shard(cfg, model, device):
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second
 
+    if device.type == "mps":
+        raise UserError("--shard: no backend moves tensors between processes on mps; leave it out, or --device cpu")
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*model.model.layers, model):
         for parameter in part.parameters():

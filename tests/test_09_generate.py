@@ -128,6 +128,7 @@ class Counter(nn.Module):
         super().__init__()
         self.config = ModelConfig(vocab_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
                                   head_dim=2, max_position_embeddings=6)
+        self.context = 6
         self.lm_head = nn.Identity()
         self.weight = nn.Parameter(torch.zeros(()))
 

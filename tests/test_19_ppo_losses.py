@@ -190,11 +190,22 @@ def test_whiten_over_two_processes():
 
     def reduce(tensor):
         here.append(tensor.tolist())
-        return tensor + torch.tensor([10.0, 2.0] if len(here) == 1 else [4.0])
+        return tensor + torch.tensor([[10.0, 2.0], [2.0], [4.0]][len(here) - 1])
 
     x, mask = torch.tensor([[2.0, 4.0, NAN]]), torch.tensor([[True, True, False]])
     close(whiten(x, mask, reduce), [[-1.2247449, 0.0, 0.0]])
-    assert here == [[6.0, 2.0], [4.0]]
+    assert here == [[6.0, 2.0], [-2.0], [4.0]]
+
+
+@pytest.mark.parametrize("value", [0.7, 3.3, 100.1, 12345.678])
+def test_equal_values_whiten_to_exactly_zero(value):
+    """The rounded mean of 3,000 numbers is not the number itself. That error, divided by sqrt(1e-8), would be up to 1:
+    a push for or against every token of a rollout in which all answers had the same reward.
+    """
+    x = torch.full((30, 100), value)
+    once = (x - x.mean()) * torch.rsqrt((x - x.mean()).square().mean() + 1e-8)  # centred once: the mistake
+    assert once.abs().max() > 1e-4 or value == 0.7
+    assert whiten(x, torch.ones(30, 100, dtype=torch.bool)).abs().max() == 0
 
 
 # ---------------------------------------------------------------- policy loss

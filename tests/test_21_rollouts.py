@@ -491,18 +491,18 @@ def test_advantages_are_whitened_over_the_whole_rollout(values, expected):
 
 def test_advantages_are_whitened_over_all_processes(monkeypatch):
     """This process has 2 and 4 (sum 6, count 2), the other one 4 and 6 (sum 10, count 2). The mean of all is 4. The
-    squares of the deviations add up to 4 here and to 4 there; the result is that of one process with all four.
+    deviations add up to -2 here and to 2 there, their squares to 4 and 4. The result is that of one process with all.
     """
     sums = []
 
     def reduce(tensor):
         sums.append(tensor.tolist())
-        return tensor + torch.tensor([[10.0, 2.0], [4.0]][len(sums) - 1])
+        return tensor + torch.tensor([[10.0, 2.0], [2.0], [4.0]][len(sums) - 1])
 
     monkeypatch.setattr(rollouts, "sum_tensor_over_processes", reduce)
     micro_batches = with_advantages([[2.0, NAN]], [[4.0]])
     whiten_advantages(micro_batches, CPU)
-    assert sums == [[6.0, 2.0], [4.0]]
+    assert sums == [[6.0, 2.0], [-2.0], [4.0]]
     close(micro_batches[0].advantages, [[-1.2247449, 0.0]])
     close(micro_batches[1].advantages, [[0.0]])
 

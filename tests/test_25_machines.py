@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import train_dpo
 import train_lora
 import train_sft
 import minillm.model
-from minillm import attention, config, job, machine, runtime
+from minillm import attention, config, job, logprobs, machine, runtime
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.interrupt import Interrupt
@@ -138,6 +139,103 @@ def test_the_line_on_a_gpu(gpu, capsys, capability, line):
     gpu(capability)
     assert runtime.start("", 0) == CUDA
     assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("kind, dtype", [
+    ("gfx942:sramecc+:xnack-", torch.bfloat16), ("gfx90a", torch.bfloat16), ("gfx1100", torch.bfloat16),
+    ("gfx1032", torch.float32), ("gfx906:sramecc+", torch.float32)])
+def test_an_amd_gpu_is_not_asked_for_bf16_that_it_lacks(gpu, monkeypatch, kind, dtype):
+    """ROCm says that every GPU has bf16, and a compiled product of it ends the process on those that do not."""
+    gpu((10, 3))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(gcnArchName=kind))
+    assert runtime.precision(CUDA) == dtype
+
+
+def test_on_mps_long_products_are_made_of_shorter_ones(monkeypatch):
+    """On some of Apple's GPUs a product over 32,767 numbers or more is wrong. The sum of three is as exact as one."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 40_000, dtype=torch.float64), torch.randn(40_000, 5, dtype=torch.float64)
+    products = []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: products.append(x.shape[1]) or torch.mm(x, y))
+    assert torch.allclose(logprobs.product(a, b, "mps"), logprobs.product(a, b, "cpu"), rtol=0, atol=1e-9)
+    assert products == [2**14, 2**14, 40_000 - 2**15, 40_000]
+
+
+def test_tensors_of_mps_are_summed_over_the_processes_on_the_cpu(monkeypatch):
+    """No backend of torch.distributed takes them where they are."""
+    class OnMps:
+        device = torch.device("mps")
+
+        def __init__(self, values):
+            self.values = values
+
+        def cpu(self):
+            return self.values.clone()
+
+        def copy_(self, values):
+            self.values.copy_(values)
+
+    def all_reduce(values):
+        assert isinstance(values, torch.Tensor) and values.device == CPU
+        values *= 2  # the other process has the same
+
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime.dist, "all_reduce", all_reduce)
+    ours = OnMps(torch.tensor([1.0, 3.0]))
+    assert runtime.sum_tensor_over_processes(ours) is ours and ours.values.tolist() == [2.0, 6.0]
+    assert runtime.sum_tensor_over_processes(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("platform, given, libuv", [
+    ("linux", None, True), ("darwin", None, True), ("win32", None, False), ("win32", "1", True), ("linux", "0", False)])
+def test_the_store_of_a_job_is_joined_as_pytorch_joins_it(monkeypatch, platform, given, libuv):
+    """The wheels for Windows have no libuv, which is the default of this class but not of init_process_group there."""
+    asked = {}
+    monkeypatch.setattr(job.dist, "TCPStore", lambda *args, **options: asked.update(options))
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("USE_LIBUV", raising=False)
+    if given:
+        monkeypatch.setenv("USE_LIBUV", given)
+    job._store.__wrapped__()
+    assert asked["use_libuv"] == libuv
+
+
+def test_who_never_reached_the_store_ends_no_job(monkeypatch):
+    """It knows nothing of its neighbour. Once it has been there, silence counts."""
+    ends, reached = [], iter([True])
+    monkeypatch.setattr(job, "_store", lambda: failing(RuntimeError("no store"))())
+    monkeypatch.setattr(job, "end", lambda code: ends.append(code) or job._leaving.set())
+    monkeypatch.setattr(job, "_leaving", threading.Event())
+    monkeypatch.setattr(job, "BEAT", 0.01)
+    monkeypatch.setattr(job, "START", 0.1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    thread = threading.Thread(target=job._watch)
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive() and not ends
+    job._leaving.set()
+    thread.join()
+
+    class Store:
+        def __init__(self):
+            if not next(reached, False):
+                raise RuntimeError("no store")
+
+        def add(self, key, number):
+            return number
+
+        def check(self, keys):
+            return False
+
+    job._leaving.clear()
+    monkeypatch.setattr(job, "_store", Store)
+    monkeypatch.setattr(job, "is_first_to_fail", lambda: False)
+    job._watch()
+    assert ends == [1]
 
 
 def test_the_line_of_several_processes(monkeypatch):
