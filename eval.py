@@ -103,6 +103,9 @@ def main(cfg: Config) -> dict:
     mode = mode or ("a reward model" if cfg.model and is_reward_model(cfg.model) else "an evaluation")
     if unread := [f"--{name}" for name in UNREAD[mode] if getattr(cfg, name) != getattr(Config(), name)]:
         raise UserError(f"{mode} makes no use of {', '.join(unread)}; leave out what it does not use")
+    if cfg.top_p < 1 and not cfg.temperature:
+        raise UserError(f"--top_p {cfg.top_p:g} changes nothing at --temperature 0, which takes the likeliest token; "
+                        "give a temperature such as 1, or leave it out")
     if cfg.compare and (len(cfg.compare) != 2 or cfg.model or cfg.adapter):
         raise UserError("--compare takes two folders, and no --model or --adapter beside them")
     if (cfg.chat or cfg.prompt is not None or cfg.tokens) and len(cfg.adapter) > 1:

@@ -8,6 +8,7 @@ data/README.md has a table of the forms. What changes the lesson and is not unde
 line.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -22,23 +23,29 @@ ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt"
 CONVERSATIONS = ("conversations", "messages", "conversation")
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt", "input")
 ANSWERS = ("output", "completion", "response", "answer", "solution")
+BESIDE = ("input", "context", "passage", "article")  # what a question is about
 # Nothing reads these; where one is filled, its content would be lost silently.
-UNREAD = ("images", "image", "videos", "audios", "history")
-UNREAD_IN_MESSAGE = ("images", "image", "audio", "videos")
+UNREAD_IN_MESSAGE = ("images", "image", "image_url", "videos", "video", "audios", "audio")
+UNREAD = (*UNREAD_IN_MESSAGE, "history")
 BAD = ("false", "-1", "-1.0", "undesirable", "bad")  # labels of an answer that nobody should learn
 LETTERS = list("ABCDEFGHIJ")  # of the choices of a question
-WEIGHTS = ("weight", "loss", "train", "training", "trainable")  # of a message
-MASKS = ("loss_mask", "loss_masks", "mask", "train_on_input", "train_detail", "training_detail")  # parts of a message
+WEIGHTS = ("weight", "loss_weight", "loss", "train", "training", "trainable", "train_on_turn")  # of a message
+# Of parts of a message.
+MASKS = ("loss_mask", "loss_masks", "mask", "masked", "train_on_input", "train_detail", "training_detail")
 # A conversation as text, in Anthropic's HH-RLHF and in copies of it; how it begins, and where a turn does.
 HH = re.compile(r"\s*(System|Human):(?s:.*)\n\nAssistant:|\n\n(Human|Assistant):")
 HH_TURN = re.compile(r"(?:\A\s*|\n\n(?!System))(System|Human|Assistant):")
-RENDERED = re.compile(r"\A\s*<\|(im_start|begin_of_text|start_header_id)\|>|<\|(im_end|eot_id)\|>\s*\Z")
+BELLE = re.compile(r"\s*Human:(?s:.*)\nAssistant:\s*\Z")  # one whose turns may begin after a single line end
+BELLE_TURN = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant):")
+RENDERED = re.compile(r"\A\s*(<\|(im_start|begin_of_text|start_header_id|user|system|assistant)\|>|<start_of_turn>|"
+                      r"(<s>\s*)?\[INST\])|(<\|(im_end|eot_id)\|>|<end_of_turn>|</s>)\s*\Z")
 HH_ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
 
 
 def normalise(record: dict, where: str) -> dict:
     """A record in the form above; `where` ("file:line") begins the message of the UserError. A text stays a text."""
-    record = dict(record)
+    empty = {*CONVERSATIONS, *QUESTIONS, "chosen", "rejected", "choices", "options"}  # columns of a merged table
+    record = {key: value for key, value in record.items() if value is not None or key not in empty}
     check_marks(record, where)
     for side in ("chosen", "rejected"):
         if f"{side}_response" in record and side not in record:
@@ -48,11 +55,16 @@ def normalise(record: dict, where: str) -> dict:
     if type(record.get("level")) is int:  # MATH-500
         record["level"] = str(record["level"])
     check_choice(record, where)
+    name = next((name for name in CONVERSATIONS if name in record), None)
+    if name and isinstance(record[name], str) and record[name].lstrip().startswith("["):
+        record[name] = parsed(record[name], f'"{name}"', where)  # a column of a CSV file
+    if name and "rejected" in record and "chosen" not in record and isinstance(record[name], list) and record[name]:
+        *record["prompt"], last = record.pop(name)  # ms-swift: what was chosen is the end of the conversation
+        record["chosen"] = [last]
     if "chosen" in record or "rejected" in record:
         pair_of(record, where)
         names = ("prompt", "chosen", "rejected")
     else:
-        name = next((name for name in CONVERSATIONS if name in record), None)
         if name:
             record["conversations"] = record.pop(name)
         else:
@@ -98,6 +110,13 @@ def check_choice(record: dict, where: str):
     """Raise UserError for an answer that is the number or the letter of a choice: a prompt does not hold the choices.
     """
     answer, choices = record.get("answer"), record.get("choices") or record.get("options")
+    if isinstance(choices, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            choices = json.loads(choices)
+    if isinstance(choices, dict):
+        choices = list(choices.values())
+    named = [record[letter] for letter in LETTERS[:5] if record.get(letter) is not None]  # C-Eval
+    choices = choices or (named if len(named) > 1 else [])
     if not isinstance(answer, str) or not isinstance(choices, list) or not choices:
         return
     words = [str(choice).strip() for choice in choices]
@@ -152,7 +171,7 @@ def conversation_of(record: dict, where: str):
 def question_of(record: dict, name: str, where: str) -> list:
     """The messages of a question: earlier turns, and what belongs to it on a new line, both taken out of the record."""
     question = record[name]
-    extra = [part for part in (record.pop(key, None) for key in ("input", "context") if key != name) if part]
+    extra = [part for part in (record.pop(key, None) for key in BESIDE if key != name) if part]
     if extra:
         for part in (question, *extra):
             if not isinstance(part, str):
@@ -170,7 +189,8 @@ def as_messages(value, role: str, where: str, name: str) -> list:
     """Text as a message of this role (as in HH-RLHF: as several); messages as they are. Raises UserError."""
     if isinstance(value, str):
         if is_hh(value):
-            _, *parts = HH_TURN.split(value.replace("\r\n", "\n"))
+            value = value.replace("\r\n", "\n")
+            _, *parts = (HH_TURN if HH.match(value) else BELLE_TURN).split(value)
             messages = [{"role": HH_ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
             if messages[-1] == {"role": "assistant", "content": ""}:  # the place of the answer
                 messages.pop()
@@ -191,7 +211,8 @@ def as_messages(value, role: str, where: str, name: str) -> list:
 
 def is_hh(text) -> bool:
     """Whether this is a conversation as HH-RLHF writes it."""
-    return isinstance(text, str) and HH.match(text.replace("\r\n", "\n")) is not None
+    text = text.replace("\r\n", "\n") if isinstance(text, str) else ""
+    return HH.match(text) is not None or BELLE.match(text) is not None
 
 
 # Pairs of answers.
@@ -238,8 +259,8 @@ def messages_of(messages: list, where: str) -> list:
 
 def message_of(message: dict, where: str) -> dict:
     """One message in the form above; the tools that it lists stay under "tools"."""
-    message = dict(message)
-    if {"from", "value"} <= set(message) and "role" not in message:
+    message = {key: value for key, value in message.items() if value is not None or key not in ("from", "value")}
+    if {"from", "value"} <= set(message) and message.get("role") is None:
         message["role"], message["content"] = message.pop("from"), message.pop("value")
     role, calls = message.get("role"), None
     if role == "function_call":  # ShareGPT: the call is the content

@@ -25,7 +25,7 @@ from minillm.tokenizer import Tokenizer
 def check_margin(margin, where: str):
     """Raise UserError unless the margin of a pair is a number of sensible size."""
     if type(margin) not in (int, float) or not abs(margin) < 1e6:  # NaN fails here too
-        raise UserError(f'{where}: "margin" must be a number below a million, not {str(margin)[:80]}')
+        raise UserError(f'{where}: "margin" must be a number below a million, not {margin!r:.80}')
 
 
 def encode_pair(record: dict, where: str, tokenizer: Tokenizer, max_seq_len: int, stats: Counter) -> list:

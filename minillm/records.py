@@ -39,6 +39,8 @@ DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)  # otherwise the las
 PANDAS = "python -c \"import pandas as p; p.read_{}('OLD').to_json('NEW.jsonl', orient='records', lines=True)\""
 OTHER_FORMATS = {
     b"PAR1": ("a Parquet file", PANDAS.format("parquet")), b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+    b"\xff\xff\xff\xff": ("an Arrow file of datasets",
+                          "python -c \"import datasets as d; d.Dataset.from_file('OLD').to_json('NEW.jsonl')\""),
     b"PK\3\4": ("a zip archive", "unzip"), b"\x1f\x8b": ("compressed twice with gzip", "gzip -d"),
     b"(\xb5/\xfd": ("compressed with zstd", "zstd -d"), b"\xfd7zXZ": ("compressed with xz", "xz -d"),
     b"BZh": ("compressed with bzip2", "bzip2 -d"), b"%PDF": ("a PDF file", "pdftotext")}

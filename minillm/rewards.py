@@ -199,7 +199,8 @@ def load_rewards(specs, reward_model, judge, device="cpu", max_new_tokens=64):
         try:
             weight = float(weight) if star else 1.0
         except ValueError:
-            raise UserError(f"--reward {spec}: {weight!r} is no weight; write 0.5*{name}") from None
+            name = weight if name.replace(".", "", 1).isdecimal() else name  # "answer*0.5"
+            raise UserError(f"--reward {spec}: the weight stands in front; write 0.5*{name}") from None
         if not math.isfinite(weight):
             raise UserError(f"--reward {spec}: the weight must be a finite number")
         if not path.endswith(".py") and name not in ("answer", "model", "judge"):

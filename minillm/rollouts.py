@@ -56,6 +56,9 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
     file and line, and if no prompt is left to train on.
     """
     files = ", ".join(map(str, paths))
+    if room < 1:
+        raise UserError("--max_new_tokens leaves no room for a prompt in --max_seq_len, which counts both; raise "
+                        "--max_seq_len or lower --max_new_tokens")
     if thinking and not tokenizer.chat_format.think:
         raise UserError(f"--thinking: the model's chat format ({tokenizer.chat_format.name}) has no think blocks; "
                         "leave it out")

@@ -13,8 +13,7 @@ of length, so there is nothing to pile up. There is one rule for each kind of an
                       after a word such as "is", "the" or "in", so that a row of candidates is not read, and neither
                       is one of fragments ("in London. in Paris.")
 
-LaTeX is read by the same rules, with or without $...$ around it: "\\frac12" is 1/2, "5\\text{ cm}" is 5, and
-"\\text{Yes}" is Yes. Anything else, such as "5x" or "2\\sqrt{3}", is no number but a text, equal only to itself.
+LaTeX (latex.py) is read by the same rules. A number may have a unit beside it, and "5万" is 50000.
 """
 
 import functools
@@ -22,17 +21,17 @@ import re
 from fractions import Fraction
 
 from minillm.errors import UserError
+from minillm.latex import CJK, STYLED, boxes, is_part, is_plain, spelled_out, without_markup
 
 # Full-width forms to ASCII, one by one, because NFKC would also turn "10²" into "102". The full-width comma and full
 # stop never stand inside a number, so a blank follows them.
 _ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0xFF0C: ", ", 0x3002: ". ", 0x3000: " ", 0x2212: "-", 0x2013: "-",
+                                                      0x2010: "-", 0x2011: "-", 0x207B: "-", 0xFE63: "-",
                                                       0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}
-_CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af"
-_UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
-_CJK_CHARACTER = re.compile(f"[{_CJK}]")
-_ASKED = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")  # a CJK character, or a word of a script that puts blanks between words
-_FRACTION = re.compile(r"(?<!\d)\\frac\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))(?!\d)")
-_TAG = re.compile(r"</?[A-Za-z_|][^<>]*>")
+_UNIT = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
+_CJK_CHARACTER = re.compile(f"[{CJK}]")
+_ASKED = re.compile(rf"[{CJK}]|[^\W{CJK}]+")  # a CJK character, or a word of a script that puts blanks between words
+_TAG = re.compile(r"</?[A-Za-z_|][\w|:-]*(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>")  # not "a < b, so b > a"
 _THINK = re.compile(r"\A\s*<think>.*?</think>", re.S)
 _DENIED_BEFORE = re.compile(r"(?:(?:\b(?:not|never|no|neither|nor|cannot)\b|n't\b)(?:\s+\w+){0,3}|"
                             r"(?:不|并非|没有)(?:是|等于|会是|可能是)?)(?:[\s$]|\\[(\[])*(?:\\boxed\s*\{)?\Z", re.I)
@@ -54,11 +53,9 @@ BRIEF_TALK = 20  # units that a brief reply may have if no single answer is aske
 
 
 def _normalise(text):
-    """ASCII punctuation, no **bold** around words and numbers, and LaTeX's 1/2, 1,000, 50% and $5 as they are here."""
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text.translate(_ASCII).replace(r"\fbox", r"\boxed"))
-    text = _FRACTION.sub(r"\1\2/\3\4", re.sub(r"\\(?:text|math)[a-z]*\{([-+]?[\d.,]+)\}", r"\1", text))
-    text = re.sub(r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ",", re.sub(r"\\(?:left|right)(?![A-Za-z])", "", text))
-    return re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", text).replace(r"\$", "$").replace(r"\%", "%")
+    """ASCII punctuation, no **bold** around words and numbers, "= - 5" as "= -5", and LaTeX spelled out."""
+    text = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", spelled_out(text.translate(_ASCII)))
+    return _SPACED_MINUS.sub(r"\1-", text)
 
 
 def _denied(reply, start, end):
@@ -66,72 +63,26 @@ def _denied(reply, start, end):
     return _DENIED_BEFORE.search(reply[:start]) is not None or _DENIED_AFTER.match(reply[end:]) is not None
 
 
-# --------------------------------------------------------------------------------------------- LaTeX
-
-_MATH = re.compile(r"\\[(\[](?:[^\\]|\\[^()\[\]])*\\[)\]]|\$\$[^$]*\$\$|\$(?=\S)[^$]*(?<=\S)\$(?!\d)|"
-                   r"(?<!\S)[^\s\\]*\\[A-Za-z]{2}\S*")  # \(...\), \[...\], $$...$$, $...$, or a word with a command
-_STYLED = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox)\{([^{}]*)\}")
-_BESIDE = re.compile(  # what may stand beside a number: units, in \text or bare. "5xyz" and "5pi" have none
-    rf"\\(?:text[a-z]*|mathrm|mbox)\{{[^{{}}\d]*\}}?|\\end\{{[^{{}}]*\}}|[{_CJK}]|"
-    r"(?:°|\^\{?\\circ\}?)(?:\s*[CF]\b)?|(?<![A-Za-z\\])(?:km/h|m/s|[cmk]m|[mk]g|m[lL]|ft|in|lb|oz|hr)\b|"
-    r"(?<=[\s,])[^\W\d_]{3,}")
-_UP_TO_EQUALS = re.compile(r"\A.*(?:(?<![<>!])=|≈|\\approx(?![A-Za-z]))", re.S)  # of "x = 5", but not of "x >= 5"
-_SPACING = re.compile(r"\\[()\[\],;:! ]|[\s$~]")
-
-
-def _boxes(text):
-    """[(start, end), ...] of what stands in each \\boxed{...}. The last one may lack its closing brace."""
-    boxes, depth = [], 0
-    for brace in re.finditer(r"(\\boxed\s*)?\{|\}", text):
-        if depth == 0 and brace[1]:
-            boxes.append((brace.end(), len(text)))
-            depth = 1
-        elif depth > 0:
-            depth += -1 if brace[0] == "}" else 1
-            if depth == 0:
-                boxes[-1] = (boxes[-1][0], brace.start())
-    return boxes
-
-
-def _plain(text):
-    """True if there is nothing but numbers, their units and punctuation: no variable, root, power or factorial."""
-    return re.search(r"[^\W\d]|[√^|]|(?<!\\)!|[-+]\s*[-+(]", _BESIDE.sub(" ", _UP_TO_EQUALS.sub("", text))) is None
-
-
-def _misread(reply, number):
-    """True if this number is only a part of what is in the box, or of the formula that it stands in."""
-    parts = _boxes(reply) or [m.span() for m in _MATH.finditer(reply) if m.start() <= number.start() < m.end()]
-    return not all(_plain(reply[start:end]) for start, end in parts)
-
-
-def _without_markup(reply, words):
-    """No \\text{} or $, and a boxed word spelled as in `words`. "" if there is another formula or a second box."""
-    latex, reply = "\\" in reply or "$" in reply, _STYLED.sub(r"\1", reply)
-    boxes = _boxes(reply)
-    if len(boxes) > 1:
-        return ""
-    if latex:
-        start, end = boxes[0] if boxes else (0, len(reply))
-        held = [_SPACING.sub("", text) for text in (reply[start:end], _UP_TO_EQUALS.sub("", reply[start:end]))]
-        if same := [word for word in words if _SPACING.sub("", word) in held]:
-            reply = reply[:start] + same[0] + reply[end:]
-        elif boxes and re.search(r"\\[A-Za-z]", reply[start:end]):
-            return ""
-    paired = reply.count("$") > 1 and "$" not in "".join(words)  # a single one is a price
-    return re.sub(r"\\[()\[\]]|\$" if paired else r"\\[()\[\]]", "", reply)
-
-
 # --------------------------------------------------------------------------------------------- numbers
 
 # A minus is a sign only if nothing stands directly before it: "37-45" has two positive numbers.
-_NUMBER = (r"(?P<sign>(?<![\w.)])[-+](?=[$€£¥]?[\d.])|(?<!\d)(?<!\d )(?:\b(?:minus|negative) |负))?[$€£¥]?"
-           r"(?P<size>\d+/0*[1-9]\d*|\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)")
+_SCALES = {"万": 10**4, "亿": 10**8, "千": 1000, "百": 100, "dozen": 12, "hundred": 100, "thousand": 1000,
+           "million": 10**6, "billion": 10**9}
+_SCALE = r"\s?(?:万|亿|千(?![克米瓦卡赫])|百(?!分))|\s(?:dozen|hundred|thousand|million|billion)\b"
+_NUMBER = (r"(?P<sign>(?<![\w.)])[-+](?=[$€£¥]?[\d.])|(?<!\d)(?<!\d )(?:\b(?:minus|negative) |(?:负|零下)\s?))?[$€£¥]?"
+           r"(?P<size>\d+/0*[1-9]\d*|\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\d)\.\d+)"
+           rf"(?:(?P<scale>{_SCALE})|(?!{_SCALE}))")
+_SPACED_MINUS = re.compile(r"((?:[=:({≈$]|\b(?:is|are|was)|[是为])[ \t]*)-[ \t]+(?=[$€£¥\\]*[\d.])", re.I)
 _ONE_NUMBER = re.compile(_NUMBER, re.A | re.I)
 _MARKED_NUMBER = re.compile(r"(?P<mark>\\boxed\s*\{|####|\b(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+)"
                             rf"[\s(\[\"\\]*\$?{_NUMBER}(?!\s*[-+*/×÷=]\s*[($\d]|[\d,.]*\d)", re.A | re.I)
 _WORKED = re.compile(rf"(?:(?:the )?(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+|[^=<>!]*=)\s*\$?"
                      rf"(?P<result>{_NUMBER})\s*\}}?\$?\s*\.?", re.A | re.I | re.S)
-_CHAIN = re.compile(r"(?:[\s=≈()\[\]{}$\\]|等于|\bequals\b)+", re.I)  # between two numbers: they are said to be equal
+_CHAIN = re.compile(r"(?=.*(?:[=≈]|等于|equals))(?:[\s=≈()\[\]{}$\\]|等于|\bequals\b)+", re.I | re.S)  # said to be equal
+_MARK = re.compile(r"####|\b(?:final )?answer(?:\s+is\b|\s*:)+|答案(?:是|为|:)+", re.I)
+# A gold answer with its unit. A time or a date is more than the number in it.
+_WITH_UNIT = re.compile(rf"{_NUMBER}\s*(?!(?:[ap]m|bc|ad)\b)(?:[A-Za-z]+|(?:(?![年月日号点])[{CJK}]){{1,3}})?\.?",
+                        re.A | re.I)
 _BEFORE_RESULT = re.compile(r"(?:[=:≈]|\bequals|等于)[\s(\[\\]*\Z", re.I)
 
 
@@ -140,7 +91,16 @@ def _value(match):
     size = match["size"].replace(",", "")
     if len(size) > 1000:  # Python refuses to convert very long digit strings
         return size
-    return str((int if size.isdecimal() else Fraction)(size) * (1 if match["sign"] in (None, "+") else -1))
+    scale = _SCALES[match["scale"].strip().lower()] if match["scale"] else 1
+    return str((int if size.isdecimal() else Fraction)(size) * (scale if match["sign"] in (None, "+") else -scale))
+
+
+def _unscaled(text, question):
+    """Without "dozen", "万" and the like where the question has them: they are the unit that it asks for."""
+    for word in _SCALES:
+        if word in question.lower():
+            text = re.sub(rf"(?<=\d)(\s?){word}(?![a-z])", r"\1", text, flags=re.I)
+    return text
 
 
 def _values(text):
@@ -180,16 +140,19 @@ def _read_number(reply, question):
         if values[-1] == values[-2]:
             result, between = len(values) - 2, reply[matches[-2].end():last.start()]
         clear = results and not torn and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
-    return values[-1] if clear and not _denied(reply, *last.span()) and not _misread(reply, matches[-1]) else None
+    return values[-1] if clear and not _denied(reply, *last.span()) and not is_part(reply, matches[-1]) else None
 
 
 def _read_numbers(reply, question, length):
-    """The last `length` numbers. In a list a comma always separates."""
+    """The last `length` numbers, of a marked answer if there is one. In a list a comma always separates."""
     reply = reply.replace(",", ", ")
-    matches, values = list(_ONE_NUMBER.finditer(reply)), _values(reply)
+    in_boxes, marks = boxes(reply), [match.end() for match in _MARK.finditer(reply)]
+    start, end = in_boxes[0] if len(in_boxes) == 1 else (marks[0] if len(marks) == 1 else 0, len(reply))
+    matches = list(_ONE_NUMBER.finditer(reply, start, end))
+    values = list(map(_value, matches))
     if len(values) < length or values[:-length] not in ([], _values(question.replace(",", ", "))):
         return None
-    wrong = _misread(reply, matches[-1]) or _denied(reply, matches[-length].start(), matches[-1].end())
+    wrong = is_part(reply, matches[-1]) or _denied(reply, matches[-length].start(), matches[-1].end())
     return None if wrong else ", ".join(values[-length:])
 
 
@@ -297,16 +260,16 @@ def _final(answer):
 @functools.lru_cache(typed=True)  # all answers of a group share them
 def _expected(answer, question):
     """(kind, the answer in the spelling that the readers return)."""
-    answer = _normalise(_final(answer))
-    latex, boxes = "\\" in answer, _boxes(answer)
-    answer = re.sub(r"\\[()\[\]]", "", answer[slice(*boxes[-1])] if boxes else answer)
+    answer = _unscaled(_normalise(_final(answer)), question)
+    latex, in_boxes = "\\" in answer, boxes(answer)
+    answer = re.sub(r"\\[()\[\]]", "", answer[slice(*in_boxes[-1])] if in_boxes else answer)
     answer = re.sub(r"\A\s*\$+([^$]*)\$+\s*\Z", r"\1", answer).strip()
-    if latex and len(_values(answer)) == 1 and _plain(answer) and (found := _ONE_NUMBER.match(answer)):
+    if latex and len(_values(answer)) == 1 and is_plain(answer) and (found := _ONE_NUMBER.match(answer)):
         return "number", _value(found)  # "5\text{ cm}"
-    answer = _STYLED.sub(r"\1", answer).strip()
+    answer = STYLED.sub(r"\1", answer).strip()
     if found := _WORKED.fullmatch(answer):  # "The answer is 12.", "3*4 = 12"
         answer = found["result"]
-    if number := _ONE_NUMBER.fullmatch(answer.rstrip("%$€£¥元 ")):
+    if number := _ONE_NUMBER.fullmatch(answer.rstrip("%$€£¥元. ")) or is_plain(answer) and _WITH_UNIT.fullmatch(answer):
         return "number", _value(number)
     if re.fullmatch(r"[-+\d.,、;\s]+", answer, re.A) and len(_values(answer.replace(",", ", "))) > 1:
         return "numbers", ", ".join(_values(answer.replace(",", ", ")))
@@ -325,16 +288,17 @@ def extract_answer(reply, example, question=None):
     """
     question = question_of(example.get("conversations", [])) if question is None else question
     kind, answer = _expected(example["answer"], question)
-    question, reply = _normalise(question), _normalise(_THINK.sub("", reply))
+    reply = _unscaled(_normalise(_THINK.sub("", reply)), question)
+    question = _unscaled(_normalise(question), question)
     if is_empty(reply) or is_empty(answer) or _TAG.search(reply):
         return None
     if kind == "number":
         return _read_number(reply, question)
     if kind == "numbers":
         return _read_numbers(reply, question, len(answer.split(", ")))
-    choices = [_STYLED.sub(r"\1", _normalise(choice)).strip() for choice in example.get("choices", [])]
+    choices = [STYLED.sub(r"\1", _normalise(choice)).strip() for choice in example.get("choices", [])]
     choices = [choice for choice in choices if choice]
-    reply = _without_markup(reply, [answer, *choices])
+    reply = without_markup(reply, [answer, *choices])
     return _read_sequence(reply, question, answer.split()) if kind == "sequence" else _read_word(reply, answer, choices)
 
 

@@ -26,9 +26,10 @@ CHAPTERS = sorted((ROOT / "tests").glob("test_*.py"))
 # every module stands after those that it imports.
 IMPORTS = {
     "errors": "", "unicode_ranges": "", "chat": "",
-    "job": "", "logprobs": "", "machine": "", "safetensors": "", "verify": "",
+    "job": "", "logprobs": "", "machine": "", "safetensors": "", "latex": "",
     "runtime": "job logprobs machine",
     "attention": "runtime", "interrupt": "runtime",
+    "verify": "latex",
     "forms": "verify",
     "records": "chat forms runtime safetensors",
     "config": "interrupt job machine runtime",

@@ -403,6 +403,7 @@ def test_answers_are_right(files):
             assert ", ".join(map(str, sorted(numbers))) == line["answer"]
 
 
+@pytest.mark.slow
 def test_demonstrators_are_mixed_and_the_best_manner_is_the_commonest(files, task_of):
     """40 % of the SFT replies to tasks are rude and, independently, 40 % ramble, so that a sample often has bad
     manners; polite and brief is still the largest group. Held-out references have none of it, nor has any chat."""

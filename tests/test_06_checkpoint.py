@@ -219,6 +219,7 @@ def large_files():
 
 
 @POSIX
+@pytest.mark.slow
 def test_memory_follows_what_is_used(tmp_path, monkeypatch):
     """One GiB of zeros (a file with a hole) opens without being read; writing 64 MiB needs no second copy of them."""
     monkeypatch.chdir(tmp_path)

@@ -31,6 +31,8 @@ from tests.test_07_training import ROOT, log, place, sft  # noqa: F401 (place is
 from tests.test_07b_run import (Config, assert_same_run, interrupted, logged, main, numbers, same,  # noqa: F401
                                 summary, weights)
 
+pytestmark = pytest.mark.slow  # all of this chapter
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks a process in which torch is loaded")
 
 
@@ -99,7 +101,6 @@ def kill_everywhere():
 
 
 @LINUX
-@pytest.mark.slow
 def test_sigkill_at_any_moment_costs_no_bit(place):  # noqa: F811
     """A new run takes an older one's place. It is killed before each rename of a file or a folder, in each step, in
     each evaluation, and at the end. Resumed (or, before its first checkpoint, started again), it always ends as the
@@ -183,7 +184,6 @@ def assert_saved_after_its_last_step(said):
 
 
 @POSIX
-@pytest.mark.slow
 def test_the_exit_code_of_a_real_command(place):  # noqa: F811
     """130 for Ctrl-C, as a shell expects of a program that it ends."""
     with subprocess.Popen([sys.executable, *LONG_RUN], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -393,7 +393,6 @@ def torchrun():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
-@pytest.mark.slow
 def test_two_processes_train_like_one(place):  # noqa: F811
     """torchrun with two processes of two rows each, and one process of four: the same weights to 1e-5, the same log.
     Only the first process writes and prints. A signal to the second stops both at the same step, and both resume, each

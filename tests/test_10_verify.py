@@ -406,6 +406,40 @@ def test_a_part_of_a_formula_is_no_number(answer, latex):
     assert is_correct(rf"\boxed{{{latex}}}", example("How much?", latex))
 
 
+@pytest.mark.parametrize("reply, right, wrong", [
+    ("So x = - 5.", "-5", "5"), ("$x = - 5$", "-5", "5"), (r"\boxed{- \frac{3}{2}}", "-3/2", "3/2"),
+    ("The answer is \u20115.", "-5", "5"), ("The answer is \ufe635.", "-5", "5"), ("负 5", "-5", "5"),
+    ("零下5度", "-5", "5"),
+    ("10 - 4 = 6", "6", "-6"), ("Answer:\n- 5", "5", "-5"),  # a minus between numbers, and the mark of a list
+    ("共5万元。", "50000", "5"), ("5 thousand dollars", "5000", "5"), (r"\boxed{5万}", "50000", "5"),
+    ("1.5 million", "1500000", "1.5"), ("5千克", "5", "5000"), ("50000", "5万元", "5"), ("5万3", "", "5"),
+    ("The answer is 26 dozen.", "312", "26"),
+    (r"\boxed{20\text{ cm}^2}", "20", "2"), (r"$20 \text{ cm}^2$", "20", "2"), ("The area is 20 cm^2.", "20", "2"),
+    (r"\boxed{20}", r"20\text{ cm}^2", "20m^2"), ("She makes 18 dollars.", "18 dollars", "17 dollars"),
+    ("一共18个。", "18个", "17个"), ("需要5小时。", "5小时", "6小时"), ("18", "18.", "17."), ("7 pm", "7 pm", "7 am"),
+    ("是5日。", "5日", "5月"),
+    ("10 Downing Street", "10 Downing Street", "11 Downing Street"), ("10", "", "10 Downing Street"),
+    ("1. 3×4=12\n2. 12+5=17\n答：一共17个。", "17", "12"), ("(1) 3×4=12\n(2) 12+5=17\nThe answer is 17.", "17", "2"),
+    ("Because $a<b$ we get $b-a>0$, so $x=5$.", "5", "0"), ("Since a<b and c>d, the answer is 5.", "5", "4"),
+    ("<answer>5</answer>", "", "5"), ('<a href="x">5</a>', "", "5"), ("5<|im_end|>", "", "5"),
+    (r"The roots are $x=1$ and $x=-2$, so the answer is $\boxed{1,-2}$.", "1,-2", "1,2"),
+    ("First 3, then 12. The answer is 3, 12.", "3, 12", "12, 3"), ("The answer is 3, 12, 45, 46", "", "3, 12, 45"),
+    (r"The answer is not \boxed{1,-2}", "", "1,-2"), ("1, 2 then 3, 4", "", "3, 4")])
+def test_what_real_models_write(reply, right, wrong):
+    """Signs that stand apart, scales, units and their powers, numbered steps, formulas with < and >, lists at the end.
+    With right "" there is no answer that the reply commits to.
+    """
+    assert not right or is_correct(reply, example("How much?", right))
+    assert not is_correct(reply, example("How much?", wrong))
+
+
+@pytest.mark.parametrize("question, reply, right, wrong", [
+    ("How many dozen eggs are 18 dozen and 8 dozen?", "18 dozen + 8 dozen = 26 dozen eggs.", "26", "312"),
+    ("它卖了3万元和2万元，一共多少万元？", "一共5万元。", "5", "50000"), ("它卖了3万元和2万元，一共多少万元？", "5", "5万元", "50000")])
+def test_a_scale_that_the_question_has_is_its_unit(question, reply, right, wrong):
+    assert is_correct(reply, example(question, right)) and not is_correct(reply, example(question, wrong))
+
+
 @pytest.mark.parametrize("text", [
     r"\boxed{", r"\boxed{5}", r"\text{", r"\text{a", r"\frac{1", r"\frac1", r"\(", "$a", "5 cm", "abc ", "个", r"^\circ",
     "{", r"5\,", r"\mathbf{5", r"\pi", "not $", r"not \(", "}$"])

@@ -173,6 +173,7 @@ def test_overfitted_replies_are_word_for_word_and_end_by_themselves(model):
     assert counts == [2, 2, 12, 13, 17, 6, 3, 6]  # bytes, and the end of the turn
 
 
+@pytest.mark.slow
 def test_without_the_end_of_the_turn_in_the_loss_no_reply_ends():
     """The classic mistake: <|im_end|> is not supervised (often because pad and end are one token, and pad is masked).
     """

@@ -212,7 +212,7 @@ def test_nothing_left_is_an_error(tmp_path, tokenizer):
     ({"prompt": "q", **pair("another q", "a", "b")},
      '"chosen" must begin with the messages of "prompt" or with the assistant'),
     (pair("q", "a", None), '"content" of message 2 of "rejected" must be text'),
-    (pair("q", "a", "b", margin="large"), "\"margin\" must be a number below a million, not large"),
+    (pair("q", "a", "b", margin="large"), "\"margin\" must be a number below a million, not 'large'"),
     (pair("q", "a", "b", margin=float("nan")), '"margin" must be a number below a million, not nan'),
 ])
 def test_a_file_of_another_kind_is_refused_with_its_line(tmp_path, tokenizer, record, message):

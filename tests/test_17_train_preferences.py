@@ -115,6 +115,7 @@ def test_a_reward_model_trained_with_a_lora_is_saved_merged(tmp_path, run, monke
     assert not (tmp_path / "lora" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
     result = run(train_reward, "reward", "--max_steps", 60, "--batch_size", 16, "--lr", 3e-3)
     assert result["preference_accuracy"] > 0.95 and set(result["accuracy_by_kind"]) == {"even", "odd"}
@@ -128,6 +129,7 @@ def test_a_reward_model_learns_32_pairs_by_heart(tmp_path, run):
 
 @pytest.mark.parametrize("flags", [[], ["--loss", "ipo", "--beta", 0.2],
                                    ["--peft", "lora", "--rank", 16, "--lr", 1e-2]], ids=["dpo", "ipo", "lora"])
+@pytest.mark.slow
 def test_dpo_learns_32_pairs_by_heart(run, flags):
     """Pitfall 8."""
     result = run(train_dpo, "dpo", "--max_steps", 30, "--batch_size", 16, "--beta", 0.1, "--lr", 3e-3, *flags)
@@ -327,6 +329,7 @@ def crash_in(monkeypatch, step):
                          ids=["stopped", "killed"])
 @pytest.mark.parametrize("script, flags", [(train_reward, []), (train_dpo, []), (train_dpo, ["--peft", "lora"])],
                          ids=["reward", "dpo", "lora"])
+@pytest.mark.slow
 def test_resume_is_exact(tmp_path, run, monkeypatch, script, flags, interrupt, raised, at):
     """Pitfall 4. Stopped after step 5 of 8, or killed in step 6 after the checkpoint of step 4, in the middle of an
     epoch of 3 batches: weights, optimizer and log end bit for bit as if nothing had happened.

@@ -145,7 +145,8 @@ def test_a_reward_function_cannot_change_what_it_is_given(tmp_path):
     (["nowhere.py:score"], "nowhere.py:score: there is no such file"),
     (["MINE:other"], "defines no function other"),
     (["BROKEN:score"], "the file cannot be imported: NameError: .*broken.py:1"),
-    (["x*answer"], "'x' is no weight; write 0.5\\*answer"),
+    (["x*answer"], "--reward x\\*answer: the weight stands in front; write 0.5\\*answer"),
+    (["answer*0.5"], "--reward answer\\*0.5: the weight stands in front; write 0.5\\*answer"),
     (["nan*answer"], "the weight must be a finite number"),
     (["answer", "2*answer"], "answer is given twice"),
 ])

@@ -61,6 +61,7 @@ def test_no_update_waits_for_the_gpu(monkeypatch, run):
     assert happened == (["sum_gradients"] * 8 + ["step"]) * 2  # 2 passes, 2 mini-batches, policy and value model
 
 
+@pytest.mark.slow
 def test_the_score_of_the_reward_model_rises(folder, run):
     result = run("ppo", "--max_steps", 16, "--kl_coef", 0.02, "--batch_size", 24, "--lr", 2e-2)
     before = summary(folder / "ppo")["before"]
@@ -74,6 +75,7 @@ def test_the_score_of_the_reward_model_rises(folder, run):
     load_model(folder / "ppo")
 
 
+@pytest.mark.slow
 def test_a_reward_file_of_ones_own_trains(folder, run, capsys):
     """There is no reward model, so the critic starts with a new head on the policy's backbone."""
     result = run("ppo", "--max_steps", 12, "--reward", f"{folder}/mine.py:letters", "--kl_coef", 0,
@@ -97,6 +99,7 @@ def half(m, answers, e):
     assert same(weights_of(folder / "model"), weights_of(folder / "ppo"))
 
 
+@pytest.mark.slow
 def test_the_first_rollouts_train_the_critic_alone(folder, run, monkeypatch):
     """--critic_steps 50, but no more than a tenth of 20 steps: the policy's learning rate is 0 in two steps only. In
     these the policy says the same throughout, so it is run before the updates (as the reference is, for each of two

@@ -31,6 +31,8 @@ from minillm.safetensors import save_safetensors
 from minillm.tokenizer import Tokenizer
 from tests.helpers import close
 
+pytestmark = pytest.mark.slow  # all of this chapter
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
@@ -124,7 +126,6 @@ def memory_rows():
     return results["peak MiB of training, one row"]
 
 
-@pytest.mark.slow
 def test_memory_of_full_training_and_lora(memory_rows):
     full, _, lora, lora_bf16, _ = (row["16 tokens"] for row in memory_rows)
     weights = 4 * sum(p.numel() for p in CausalLM(common.config_of("tiny", 6400, 16)).parameters()) / 2**20
@@ -220,7 +221,6 @@ def test_a_package_that_is_not_installed_is_left_out_with_a_line(capsys):
     assert capsys.readouterr().out == "no_such_package is left out: No module named 'no_such_package'\n"
 
 
-@pytest.mark.slow
 def test_memory(memory_rows, capsys, monkeypatch):
     assert [row["method"] for row in memory_rows] == ["full", "full, recompute", "LoRA", "LoRA, base in bf16",
                                                "LoRA, base in bf16, recompute"]
@@ -389,7 +389,6 @@ def test_an_unknown_stage_is_named(wrong):
         results.main(results.Config(**wrong))
 
 
-@pytest.mark.slow
 def test_compare_peft(small_project, capsys):
     """With the data and the model of its defaults. Chapter 14 has its numbers."""
     results = compare_peft.main(compare_peft.Config(methods=["prefix"], max_steps=1, device="cpu"))
@@ -417,7 +416,6 @@ for name, part in (("train", "model"), ("generate", "model"), ("grpo", "step")):
 """
 
 
-@pytest.mark.slow
 def test_they_are_commands_wherever_one_stands(tmp_path):
     """In one process, since starting one takes longer than they do."""
     done = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{ALL_THREE}"], cwd=tmp_path,

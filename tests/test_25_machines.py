@@ -205,7 +205,7 @@ def test_the_store_of_a_job_is_joined_as_pytorch_joins_it(monkeypatch, platform,
 
 def test_who_never_reached_the_store_ends_no_job(monkeypatch):
     """It knows nothing of its neighbour. Once it has been there, silence counts."""
-    ends, reached = [], iter([True])
+    ends, reached = [], iter([True] * 4)  # the four questions of a first look
     monkeypatch.setattr(job, "_store", lambda: failing(RuntimeError("no store"))())
     monkeypatch.setattr(job, "end", lambda code: ends.append(code) or job._leaving.set())
     monkeypatch.setattr(job, "_leaving", threading.Event())

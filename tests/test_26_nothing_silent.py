@@ -85,6 +85,12 @@ FORMS = {
                                                                    {"type": "text", "text": "i"}]}, HI_YO[1]]},
     "a good example of KTO": {"prompt": "Hi", "completion": "Yo", "label": True},
     "a good example of KTO in LLaMA-Factory": {"messages": HI_YO, "kto_tag": True},
+    "a merged table": {"messages": HI_YO, "instruction": None, "chosen": None, "rejected": None, "conversations": None},
+    "a merged table of questions": {"messages": None, "instruction": None, "question": "Hi", "answer": "Yo"},
+    "messages with both pairs of names": {"messages": [{**message, "from": None, "value": None} for message in HI_YO]},
+    "from and value beside nothing": {"conversations": [
+        {"from": "human", "value": "Hi", "role": None, "content": None}, {"from": "gpt", "value": "Yo", "role": None}]},
+    "JSON text in a table": {"messages": json.dumps(HI_YO)},
     "DeepScaleR": {"problem": "Hi", "answer": "Yo", "solution": ""},
     "two names of the answer": {"instruction": "Hi", "output": "", "response": "Yo"},
 }
@@ -121,6 +127,8 @@ def test_the_input_of_alpaca_follows_the_instruction():
     ({"prompt": "Hi", "context": "there", "response": "Yo"}, "Hi\nthere"),
     ({"question": "Hi", "input": "there", "context": "you", "answer": "Yo"}, "Hi\nthere\nyou"),
     ({"input": "Hi", "context": "there", "output": "Yo"}, "Hi\nthere"),
+    ({"question": "Hi", "passage": "there", "answer": "Yo"}, "Hi\nthere"),  # BoolQ
+    ({"question": "Hi", "article": "there", "answer": "Yo"}, "Hi\nthere"),  # RACE
     ({"instruction": "", "input": "Hi", "output": "Yo"}, "Hi"),
 ])
 def test_all_that_belongs_to_a_question_is_in_it(record, expected):
@@ -142,6 +150,20 @@ def test_all_that_belongs_to_a_question_is_in_it(record, expected):
 def test_an_answer_in_words_stands_beside_the_other_choices(record, answer):
     read, = read_records(write("a.jsonl", record))
     assert read["answer"] == answer
+
+
+@pytest.mark.parametrize("mark", ["weight", "loss_weight", "train", "train_on_turn"])
+def test_a_message_may_be_left_out(mark):
+    read, = read_records(write("a.jsonl", {"messages": [HI_YO[0], {**HI_YO[1], mark: 0}]}))
+    assert read["conversations"] == [HI_YO[0], {**HI_YO[1], "train": False}]
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n"])
+def test_a_conversation_in_one_text_as_belle_and_hh_rlhf_have_it(end):
+    text = end.join(["Human:Hi", "Assistant:Yo", "Human: Human: who?", "Assistant:"])
+    read, = read_records(write("a.jsonl", {"instruction": text, "input": "", "output": "Me"}))
+    assert [message["content"] for message in read["conversations"]] == ["Hi", "Yo", "Human: who?", "Me"]
+    assert [message["role"] for message in read["conversations"]] == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize("record", [
@@ -208,6 +230,8 @@ def test_a_prompt_alone_is_a_conversation_without_its_answer():
     {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " No\n"},
     {"prompt": "Human: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " No"},
     {"chosen": "\r\n\r\nHuman: Hi\r\n\r\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+    {"messages": HI_YO, "rejected_response": "No"},  # ms-swift
+    {"prompt": None, "chosen": HI_YO, "rejected": [HI_YO[0], {"role": "assistant", "content": "No"}]},
     {"prompt": "Hi", "prompt_id": "x", "chosen": HI_YO, "score_chosen": 8.0,
      "rejected": [{**HI_YO[0], "id": 7}, {"role": "assistant", "content": "No"}]},
 ])
@@ -258,6 +282,16 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": HI_YO, "tools": {"name": "f"}}, '"tools" must be a list of objects'),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HI_YO[1]]}, "a part of the kind 'image_url'"),
     ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
+    ({"conversations": HI_YO, "video": "cat.mp4"}, '"video" is not supported'),
+    ({"conversations": [{**HI_YO[0], "image_url": "cat.png"}, HI_YO[1]]}, '"image_url" is not supported'),
+    ({"conversations": [HI_YO[0], {**HI_YO[1], "masked": True}]}, '"masked" is not supported; give a message'),
+    ({"question": "Hi?", "A": "Yo", "B": "No", "answer": "B"}, '"answer" is the letter of a choice'),  # C-Eval
+    ({"question": "Hi?", "options": {"A": "Yo", "B": "No"}, "answer": "B"}, '"answer" is the letter of a choice'),
+    ({"question": "Hi?", "options": '["Yo", "No"]', "answer": "B"}, '"answer" is the letter of a choice'),
+    ({"prompt": "<s>[INST] Hi [/INST]", "output": "Yo"}, "in the format of a chat template already (<s>[INST])"),
+    ({"prompt": "Hi", "output": "Yo</s>"}, "in the format of a chat template already (</s>)"),
+    ({"prompt": "<start_of_turn>user\nHi<end_of_turn>", "output": "Yo"}, "chat template already (<start_of_turn>)"),
+    ({"prompt": "<|user|>\nHi", "output": "Yo"}, "in the format of a chat template already (<|user|>)"),
     ({"conversations": HI_YO, "history": [["a", "b"]]}, '"history" is not supported'),
     ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, '"answer" is the number of a choice'),
     ({"question": "Which?", "choices": None, "options": ["cat", "dog"], "answer": 1}, '"answer" is the number of a'),

@@ -45,6 +45,8 @@ from minillm.training_state import load_training_state, save_training_state
 from tests.helpers import close, in_processes, keep_states
 from tests.test_22_train_grpo import ask, small_model, turn, write
 
+pytestmark = pytest.mark.slow  # all of this chapter
+
 ROOT = Path(__file__).parent.parent
 TEXT = ["--model", "model", "--data", "text.jsonl", "--eval_data", "text.jsonl", "--batch_size", 5, "--epochs", 2]
 CHATS = ["--model", "model", "--data", "chats.jsonl", "--eval_data", "chats.jsonl", "--batch_size", 3, "--epochs", 2]
@@ -331,7 +333,6 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo")
-@pytest.mark.slow
 def test_every_stage_gives_what_one_process_gives(place, request):
     """Losses, everything else that is logged, and weights, to 1e-5."""
     processes, names = request.config.getoption("--processes"), STAGES

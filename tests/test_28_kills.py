@@ -46,6 +46,8 @@ from minillm.tokenizer import train_tokenizer
 from minillm.training_state import load_training_state
 from tests.helpers import in_processes
 
+pytestmark = pytest.mark.slow  # all of this chapter
+
 RL = "--batch_size 4 --max_new_tokens 4 --warmup_steps 0 --data ../p.jsonl --eval_data ../e.jsonl"
 PAIRS = "--data ../pairs.jsonl --eval_data ../pairs.jsonl --batch_size 3"
 CHATS = "--data ../chats.jsonl --eval_data ../chats.jsonl --batch_size 2"
