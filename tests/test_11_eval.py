@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import minillm.evaluate
 from minillm import checkpoint
 from minillm.data import encode_conversation, encode_text
 from minillm.token_cache import load_dataset
@@ -206,6 +207,26 @@ def test_questions_that_do_not_fit_the_context_are_counted_and_said(model, capsy
     assert "1 of 6 questions lost their oldest turns" in said and "2 of 6 questions were not asked" in said
     reply_to(model, BYTES, RECORDS, CPU)
     assert capsys.readouterr().out == ""
+
+
+def test_a_reply_may_be_longer_than_half_of_the_context_where_all_prompts_leave_room(model):
+    """The context has 128 tokens. Prompts of 20 and 30 tokens leave 98 to both replies; one of 70 no more than half."""
+    short = [{"conversations": conversation(["u" * (n - 19)])} for n in (20, 30)]
+    asked = []
+
+    def lengths(records, **options):
+        asked.clear()
+        reply_to(model, BYTES, records, CPU, **options)
+        return asked[0]
+
+    plain = minillm.evaluate.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minillm.evaluate, "generate",
+                      lambda *given, **more: asked.append(given[2]) or plain(*given, **more))
+        assert lengths(short, max_new_tokens=90) == 90
+        assert lengths(short, max_new_tokens=500) == 98
+        assert lengths([*short, {"conversations": conversation(["u" * 51])}], max_new_tokens=500) == 64
+        assert lengths([*short, {"conversations": conversation(["u" * 51])}], max_new_tokens=40) == 40
 
 
 def test_the_context_forgets_the_oldest_turns_and_keeps_the_system_message():

@@ -168,6 +168,17 @@ def test_dora_with_a_bias_scales_the_matrix_alone():
     close(layer(torch.tensor([1.0, 2.0])), [111.15384615, 210, 328.6])
 
 
+def test_a_row_of_zeros_is_no_row_of_nan_in_dora():
+    """Its magnitude and its norm are both 0, and 0 / 0 would be NaN."""
+    base = nn.Linear(4, 3)
+    with torch.no_grad():
+        base.weight[1] = 0
+    layer, x = DoRALinear(base, 2, 4.0), torch.randn(5, 4)
+    assert close(layer(x), base(x)) and close(layer.merged_weight(), base.weight)
+    layer(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
+
+
 def test_a_starts_gaussian_with_std_one_over_r_and_b_at_zero():
     """4 x 10,000 numbers: the standard deviation is known to 0.4 %, so 2 % is five times that; 1/4 = 0.25."""
     torch.manual_seed(0)

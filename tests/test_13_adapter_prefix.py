@@ -302,6 +302,20 @@ def test_a_prefix_longer_than_the_context(apply, length):
     assert model.model.prefix is None and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("apply", [apply_prefix, apply_prompt])
+def test_virtual_tokens_take_their_part_of_the_context(apply):
+    """Positions start at the prefix's length: 16 of 64 are gone, so 48 are left for prompt and reply."""
+    model = small_model()
+    assert model.context == 64
+    apply(model, 16, WORDS)
+    assert model.context == 48
+    assert generate(model, [[5] * 40], 8, end_id=-1).tokens.shape == (1, 48)
+    with pytest.raises(UserError, match="a prompt of 41 tokens and 8 new ones do not fit the model's context of 48"):
+        generate(model, [[5] * 41], 8, end_id=-1)
+    remove_adapter(model)
+    assert model.context == 64
+
+
 def test_a_second_one_and_sizes_that_do_not_fit():
     model = small_model()
     message = "bottleneck 33 does not fit model.layers.0.self_attn.o_proj (32 outputs): it must be between 1 and 32"

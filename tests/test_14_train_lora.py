@@ -254,6 +254,8 @@ def test_what_cannot_be_merged_is_told_in_one_line():
     ({"target_modules": ["query"]}, "target modules query match no linear layer of the model; it has q_proj"),
     ({"peft": "prefix", "virtual_tokens": 512},
      "a prefix of 512 virtual tokens does not fit: it must be between 1 and 511"),
+    ({"peft": "prompt", "virtual_tokens": 500, "max_seq_len": 64},
+     "--max_seq_len 64: beside 500 virtual tokens there is room for 12 in the model's context; give at most that"),
     ({"peft": "adapter", "bottleneck": 49},
      r"bottleneck 49 does not fit model.layers.0.self_attn.o_proj \(48 outputs\)"),
     ({"peft": "prompt", "start_text": ""}, "starts from at least one word"),

@@ -61,6 +61,8 @@ def test_reward_margin_asks_for_a_clear_win():
     close(reward_loss(chosen, rejected, margin=torch.tensor([0.5, 0.5])), 1.0877451)
     close(reward_loss(chosen, rejected, margin=0.5), 1.0877451)
     close(reward_loss(chosen, rejected, margin=torch.tensor([1.0, -1.0])), LN2)
+    margin = torch.zeros(2, requires_grad=True)  # a constant, whatever it came from
+    assert not reward_loss(chosen, rejected, margin=margin).requires_grad
 
 
 def test_reward_sees_differences_only():

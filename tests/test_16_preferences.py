@@ -620,6 +620,20 @@ def test_a_reward_model_from_elsewhere_is_read_at_the_last_token_of_its_chat_tem
         [(chats[0][:1], [chat[1]["content"] for chat in chats], {})])))
 
 
+@pytest.mark.parametrize("answer", ["four", " four", "four\n", "\n\nfour", ""])
+def test_an_answer_is_scored_as_the_pairs_write_it(reward_folder, tokenizer, monkeypatch, answer):
+    """Llama 3's template strips what is said: white space around a sampled answer must not reach the model either."""
+    stripping = Tokenizer.load(reward_folder)
+    stripping.chat_format = stripping.chat_format._replace(trim=True)
+    monkeypatch.setattr(Tokenizer, "load", lambda folder: stripping)
+    seen = []
+    monkeypatch.setattr(rewards, "_in_batches", lambda model, rows, device: seen.extend(rows) or [0.0] * len(rows))
+    model_reward(reward_folder)([([turn("user", "two?")], [answer], {})])
+    said = [turn("user", "two?"), turn("assistant", answer.strip())]
+    assert seen == [stripping.render(said)[0][:len(seen[0])]]
+    assert seen[0][-1] == tokenizer.end_id and tokenizer.decode(seen[0]).endswith(f"\n{answer.strip()}<|im_end|>")
+
+
 def test_more_tokens_than_a_reward_model_has_context_are_refused(reward_folder, tokenizer):
     document = json.loads((reward_folder / "config.json").read_text(encoding="utf-8"))
     short = reward_folder.parent / "short"

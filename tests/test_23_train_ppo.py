@@ -14,6 +14,7 @@ Drawn in tests/figures/reward_row.svg and tests/figures/four_models.svg.
 import json
 import math
 import re
+import shutil
 import weakref
 
 import pytest
@@ -364,6 +365,16 @@ def test_policy_and_critic_have_clips_of_their_own(run, monkeypatch):
     assert policy > loose_policy + 0.3 and tight_value > value + 0.1
 
 
+def test_a_mini_batch_without_an_answer_is_no_update(folder, run):
+    """Two answers in three mini-batches: one of these is empty. The mean of the losses is that over two updates."""
+    run("ppo", "--max_steps", 1, "--batch_size", 2, "--num_minibatches", 3, "--update_epochs", 1)
+    few = training_steps(folder / "ppo")[0]
+    run("two", "--max_steps", 1, "--batch_size", 2, "--num_minibatches", 2, "--update_epochs", 1)
+    two = training_steps(folder / "two")[0]
+    assert few["updates"] == two["updates"] == 2
+    assert few["value_loss"] == pytest.approx(two["value_loss"], rel=0.2)
+
+
 # ---------------------------------------------------------------- the early stop
 
 def test_the_early_stop_is_a_break(folder, run, monkeypatch):
@@ -458,6 +469,10 @@ def test_mistakes_are_one_clear_line(folder, run, monkeypatch):
     refused("reward broken gave nan for the answer", "--reward", f"{folder}/mine.py:broken")
     refused("model is no reward model .* python train_reward.py makes one", "--reward_model", folder / "model")
     refused("--gae_lambda 1.5: must be between 0 and 1", "--gae_lambda", 1.5)
+    shutil.copytree(folder / "reward", folder / "short")
+    document = json.loads((folder / "short/config.json").read_text(encoding="utf-8"))
+    (folder / "short/config.json").write_text(json.dumps(document | {"max_position_embeddings": 47}), encoding="utf-8")
+    refused("--max_seq_len 48 is longer than the context of .*short, which is 47", "--reward_model", folder / "short")
     refused("3 of other tasks or without an answer.* no prompt has an \"answer\"", "--reward", "answer",
             "--data", write(folder / "talk.jsonl", [ask("hi")] * 3))
     monkeypatch.chdir(folder)
