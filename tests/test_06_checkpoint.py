@@ -336,6 +336,7 @@ def kill_saves(random_kills: int):
 
 
 @POSIX
+@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_a_whole_state(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("states").mkdir()

@@ -740,6 +740,7 @@ def state_with(**changes):
     state_with(rng=[]), state_with(rng=[{}]), state_with(rng=[{"python": 1}]), state_with(rng=None),
     state_with(before=7), state_with(before=None), state_with(environment=0),
 ])
+@pytest.mark.slow
 def test_a_state_that_is_not_one_is_told_in_one_line(change):
     interrupted(Config(), 3)
     state = torch.load("out/training_state.pt", weights_only=True)

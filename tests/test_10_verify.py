@@ -443,6 +443,7 @@ def test_a_scale_that_the_question_has_is_its_unit(question, reply, right, wrong
 @pytest.mark.parametrize("text", [
     r"\boxed{", r"\boxed{5}", r"\text{", r"\text{a", r"\frac{1", r"\frac1", r"\(", "$a", "5 cm", "abc ", "个", r"^\circ",
     "{", r"5\,", r"\mathbf{5", r"\pi", "not $", r"not \(", "}$"])
+@pytest.mark.slow
 def test_long_latex_takes_no_long_time(text):
     began = time.process_time()
     for answer in ("Paris", "82", r"2\sqrt{3}"):

@@ -105,6 +105,7 @@ every_variant = pytest.mark.parametrize("options", VARIANTS, ids=variant)
 
 
 @every_variant
+@pytest.mark.slow
 def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monkeypatch):
     models, load = [], train_lora.checkpoint.load_model
 
@@ -142,6 +143,7 @@ def test_training_leaves_the_base_alone_and_writes_a_small_folder(options, monke
 
 
 @every_variant
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(options, monkeypatch):
     """Three steps, Ctrl-C, --resume: weights, losses and results equal those of an unbroken run, also with dropout."""
     whole = train_lora.main(config(**options))

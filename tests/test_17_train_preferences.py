@@ -390,6 +390,7 @@ def test_the_reference_is_asked_once(tmp_path, run, monkeypatch):
 # ---------------------------------------------------------------- other data, other references, mistakes
 
 @pytest.mark.parametrize("script", [train_dpo, train_reward])
+@pytest.mark.slow
 def test_minimind_style_conversations_train_unchanged(tmp_path, run, script):
     """Several turns, keys of their own, no held-out file: 5 % are held out."""
     def turn(role, content):

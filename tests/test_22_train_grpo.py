@@ -574,6 +574,7 @@ def test_a_reward_that_fails_on_the_way_is_one_line_and_the_run_goes_on_from_its
 
 # ---------------------------------------------------------------- other data, mistakes
 
+@pytest.mark.slow
 def test_minimind_style_prompts_train_with_a_reward_model_and_with_a_judge(folder, run, tokenizer):
     """No answers, no tasks, an assistant's turn at the end, no held-out file."""
     path = write(folder / "rlaif.jsonl", [{"conversations": [turn("user", f"你好 {i}"), turn("assistant", "")]}

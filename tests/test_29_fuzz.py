@@ -716,6 +716,7 @@ def test_a_damaged_cache_is_made_again(capsys):
         assert "damaged" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_build_that_was_ended_goes_on_where_it_was(monkeypatch, capsys):
     """Of five chunks two were flushed and a third was not; what follows the second is encoded, and the result is that
     of a build that nothing disturbed. A build of other data removes what is left of this one."""
