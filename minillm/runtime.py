@@ -353,7 +353,8 @@ def main():
     else:
         attention += ", one document after the other above 256 tokens"
     rows = {"python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
-            "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+            "torch": f"{torch.__version__}, "
+                     + (f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"),
             "device": chosen, "capability": capability, "precision": str(precision(device)).removeprefix("torch."),
             "compile": f"no: {uncompiled}" if uncompiled else compiled, "attention": attention,
             "threads": f"{torch.get_num_threads()} (cores allowed: {allowed_threads()}, "
