@@ -58,7 +58,7 @@ def normalise(record: dict, where: str) -> dict:
     name = next((name for name in CONVERSATIONS if name in record), None)
     if name and isinstance(record[name], str) and record[name].lstrip().startswith("["):
         record[name] = parsed(record[name], f'"{name}"', where)  # a column of a CSV file
-    if name and "rejected" in record and "chosen" not in record and isinstance(record[name], list) and record[name]:
+    if name and "rejected" in record and "chosen" not in record and "prompt" not in record and answered(record[name]):
         *record["prompt"], last = record.pop(name)  # ms-swift: what was chosen is the end of the conversation
         record["chosen"] = [last]
     if "chosen" in record or "rejected" in record:
@@ -78,6 +78,13 @@ def normalise(record: dict, where: str) -> dict:
         for key in UNREAD:
             check_empty(record, key, where)
     return record
+
+
+def answered(messages) -> bool:
+    """Whether this is a list of messages that ends with one of the assistant's."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    role = last.get("role") or last.get("from") if isinstance(last, dict) else None
+    return isinstance(role, str) and ROLE_NAMES.get(role, role) == "assistant"
 
 
 def digits_of(answer, where: str) -> str:

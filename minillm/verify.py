@@ -7,7 +7,8 @@ of length, so there is nothing to pile up. There is one rule for each kind of an
 
     number            the last number, if it is the only one, or comes after "=", ":" or the numbers of the question.
                       "The answer is 82", "#### 82" and "\\boxed{82}" mark a final answer; any steps may come before it
-    list of numbers   the last numbers, as many as the answer has; before them at most the list of the question
+    list of numbers   the last numbers, as many as the answer has; before them at most the list of the question, or
+                      what stands before the one "answer is", "####" or box
     sequence          letters or words of the question in another order: the only run of them, at the end of a sentence
     word              with "choices": the only candidate named, and named once. Without them, the end of a sentence,
                       after a word such as "is", "the" or "in", so that a row of candidates is not read, and neither

@@ -466,6 +466,7 @@ def test_the_chat_as_a_program(folder):
     (dict(compare=["a", "b"], model="c"), "no --model or --adapter beside them"),
     (dict(chat=True, adapter=["a", "b"]), "for --chat, --prompt and --tokens, give one"),
     (dict(prompt=" "), "--prompt is empty"),
+    (dict(prompt="Hi", top_p=0.5), "--top_p 0.5 changes nothing at --temperature 0, which takes the likeliest token"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such data file"),
     (dict(adapter=["nowhere"]), "nowhere holds no adapter"),
 ])

@@ -24,7 +24,7 @@ import train_dpo
 import train_lora
 import train_sft
 import minillm.model
-from minillm import attention, config, job, logprobs, machine, runtime
+from minillm import attention, config, job, logprobs, machine, runtime, shard
 from minillm.config import flag, parse_config
 from minillm.errors import UserError
 from minillm.interrupt import Interrupt
@@ -185,6 +185,12 @@ def test_tensors_of_mps_are_summed_over_the_processes_on_the_cpu(monkeypatch):
     ours = OnMps(torch.tensor([1.0, 3.0]))
     assert runtime.sum_tensor_over_processes(ours) is ours and ours.values.tolist() == [2.0, 6.0]
     assert runtime.sum_tensor_over_processes(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_on_mps_a_model_cannot_be_split(monkeypatch):
+    monkeypatch.setattr(shard, "is_on", lambda cfg: True)
+    with pytest.raises(UserError, match="--shard: no backend moves tensors between processes on mps; leave it out"):
+        shard.shard(None, None, torch.device("mps"))
 
 
 @pytest.mark.parametrize("platform, given, libuv", [

@@ -281,6 +281,8 @@ def test_the_prompt_of_a_pair_stays_in_front_of_both_answers(record):
     ({"conversations": HI_YO, "tools": "f"}, '"tools" is not JSON: \'f\''),
     ({"conversations": HI_YO, "tools": {"name": "f"}}, '"tools" must be a list of objects'),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, HI_YO[1]]}, "a part of the kind 'image_url'"),
+    ({"messages": HI_YO[:1], "rejected_response": "No"}, 'no key "conversations"; found: '),
+    ({"messages": HI_YO, "prompt": "Hello", "rejected": "No"}, 'no key "conversations"; found: '),
     ({"conversations": HI_YO, "images": ["cat.png"]}, '"images" is not supported'),
     ({"conversations": HI_YO, "video": "cat.mp4"}, '"video" is not supported'),
     ({"conversations": [{**HI_YO[0], "image_url": "cat.png"}, HI_YO[1]]}, '"image_url" is not supported'),
