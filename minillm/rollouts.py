@@ -99,6 +99,7 @@ def load_prompts(paths: list, eval_path: str, tokenizer, room: int, seed: int, t
         raise UserError(f"{files}: no prompt is left to train on ({reasons}); {advice}")
     if not select(held_out, tasks, need_answers):
         wanted = [*['an "answer"'] * need_answers, *['one of --tasks as its "task"'] * bool(tasks)]
+        wanted = wanted if held_out else [f"at most {room} tokens (--max_seq_len minus --max_new_tokens)"]
         say(f"{eval_path}: no prompt that has {' and '.join(wanted)}, so held-out rewards are not measured")
     return train, held_out, stats
 

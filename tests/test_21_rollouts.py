@@ -184,6 +184,8 @@ def test_held_out_prompts_that_no_reward_can_be_measured_on_are_said(tmp_path, t
         load_prompts([own], held_out, tokenizer, 60, 0, tasks, need_answers)
         words = f"e.jsonl: no prompt that has {lacking}, so held-out rewards are not measured"
         assert words in capsys.readouterr().out
+    load_prompts([write_lines(tmp_path / "s.jsonl", [{"prompt": "a"}])], own, tokenizer, 20, 0)
+    assert "p.jsonl: no prompt that has at most 20 tokens (--max_seq_len minus" in capsys.readouterr().out
     load_prompts([own], held_out, tokenizer, 60, 0)
     load_prompts([own], "", tokenizer, 60, 0, ["add"], True)
     assert "not measured" not in capsys.readouterr().out
