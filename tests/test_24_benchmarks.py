@@ -9,6 +9,7 @@ How fast anything runs is not tested here, because that depends on the machine.
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -533,6 +534,47 @@ def test_what_no_longer_fits_is_skipped_and_what_is_needed_comes_first(tmp_path,
     with pytest.raises(UserError, match="--steps speed: must be of machine, stages, "):
         first_hour.main(first_hour.Config(out=str(tmp_path), steps=["speed"], device="cpu"))
     assert all(callable(getattr(gpu_steps, name)) for name in first_hour.STEPS)
+
+
+STARTS_ANOTHER = '''
+import subprocess, sys, time
+held = "import fcntl, time; lock = open('lock', 'w'); fcntl.flock(lock, fcntl.LOCK_EX); lock.write('held'); " \
+       "lock.flush(); time.sleep(100)"
+subprocess.Popen([sys.executable, "-c", held])
+time.sleep(100)
+'''
+
+
+def test_ctrl_c_ends_what_a_step_has_started(tmp_path, monkeypatch):
+    """A step starts programs of its own, which Ctrl-C does not reach: they have a process group of their own."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "step.py").write_text(STARTS_ANOTHER, encoding="utf-8")
+    lock = tmp_path / "lock"
+
+    class Interrupted(first_hour.subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            until = time.monotonic() + 30
+            while not (lock.exists() and lock.read_text(encoding="utf-8") == "held") and time.monotonic() < until:
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_hour, "__file__", str(tmp_path / "step.py"))
+    monkeypatch.setattr(first_hour, "ROOT", tmp_path)
+    monkeypatch.setattr(first_hour.subprocess, "Popen", Interrupted)
+    (tmp_path / "out" / "steps").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        first_hour.run_step("presets", first_hour.Config(out=str(tmp_path / "out"), device="cpu"), time.time() + 1000)
+    with open(lock, "r+", encoding="utf-8") as file:
+        for _ in range(200):  # the lock is free as soon as the process that holds it is gone
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("what the step has started goes on")
 
 
 # ---------------------------------------------------------------- two questions
