@@ -51,10 +51,10 @@ class Config(RunConfig):
     max_seq_len: int = flag(192, "tokens per row; longer documents become several pieces", low=8, downloaded=1024)
     batch_size: int = flag(8, "rows of max_seq_len tokens per micro-batch, all processes together", low=1, downloaded=2)
     grad_accum: int = flag(1, "micro-batches per optimizer step", low=1, downloaded=4)
-    epochs: int = flag(6, "passes over the data", low=1, downloaded=1)
+    epochs: int = flag(5, "passes over the data", low=1, downloaded=1)
     optimizer: str = flag("muon", "Muon for the hidden matrices, or AdamW for all", choices=["muon", "adamw"],
                           downloaded="adamw")
-    lr: float = flag(2e-3, "peak learning rate", low=0, downloaded=2e-5)
+    lr: float = flag(4e-3, "peak learning rate", low=0, downloaded=2e-5)
     warmup_steps: int = flag(50, "steps of linear warm-up", low=0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", low=0)
     recompute: bool = flag(False, "activation checkpointing: less memory, slower")
