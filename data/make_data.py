@@ -31,7 +31,7 @@ CARRY_SHARE = 30  # percent
 RUDE_SHARE = 0.4
 RAMBLING_SHARE = 0.4
 
-PRETRAIN_BYTES = 960_000
+PRETRAIN_BYTES = 1_000_000
 PRETRAIN_EVAL_BYTES = 50_000
 SFT_EXAMPLES = {"compare": 1600, "sort": 2500, "count": 1400, "reverse": 2000}
 FACT_WORDINGS = 8            # wordings of each fact in sft.jsonl, a quarter of them twice
@@ -881,9 +881,9 @@ class Pretrain:
     def __init__(self, dice, tasks, talk, pairs):
         self.dice, self.tasks, self.talk, self.pairs = dice, tasks, talk, pairs
         self.facts = all_facts()
-        weights = ((self.fact_lines, 18), (self.story, 3), (self.description, 1), (self.talk_lines, 13),
-                   (self.counting, 4), (self.comparing, 7), (self.sorting, 10), (self.single_digits, 6),
-                   (self.two_digits, 60), (self.tens, 3), (self.spelling, 2), (self.counts, 10), (self.reversing, 18),
+        weights = ((self.fact_lines, 22), (self.story, 3), (self.description, 1), (self.talk_lines, 12),
+                   (self.counting, 4), (self.comparing, 8), (self.sorting, 13), (self.single_digits, 6),
+                   (self.two_digits, 48), (self.tens, 3), (self.spelling, 2), (self.counts, 10), (self.reversing, 28),
                    (self.translation, 1))
         self.wheel = [kind for kind, weight in weights for _ in range(weight)]
 
