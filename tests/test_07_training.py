@@ -580,15 +580,15 @@ def test_a_choice_is_checked_without_a_command_line_too():
     assert one_line(check_ranges, Config(kind="c")) == "--kind c: must be one of a, b"
 
 
-@pytest.mark.parametrize("stage", [train_sft, train_pretrain])
-def test_help_names_every_flag_and_its_default(stage, capsys):
+@pytest.mark.parametrize("stage, lr", [(train_sft, "0.002"), (train_pretrain, "0.004")])
+def test_help_names_every_flag_and_its_default(stage, lr, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_config(stage.Config, stage.__doc__, ["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "Deviations" in text
     for field in fields(stage.Config):
         assert f"--{field.name}" in text
-    assert "(default 0.002)" in text and "muon|adamw" in text
+    assert f"(default {lr})" in text and "muon|adamw" in text
 
 
 @pytest.mark.slow
