@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -99,7 +100,8 @@ class Config:
     device: str = flag("", "cuda, mps or cpu (default: the best that is here)")
     report: bool = flag(False, "run nothing, write the page from the runs that are there")
     out: str = flag("out/results", "folder for the runs")
-    page: str = flag("benchmarks/RESULTS.md", "the page to write; its pictures go beside it")
+    page: str = flag("", "the page to write, its pictures beside it (default: benchmarks/RESULTS.md; with --max_steps "
+                         "RESULTS.md in OUT)")
     job: str = flag("", "used by this program itself: PRECISION/SEED/STAGE to run and measure")
 
 
@@ -144,15 +146,15 @@ def command_of(script, options: dict) -> str:
     return shlex.join(words)
 
 
-def job_command(cfg: Config, precision: str, seed: int, stage: str) -> str:
-    """The command line that a finished run noted."""
-    seen = dataclasses.replace(cfg, out=from_root(cfg.out))
-    return command_of(STAGES[stage][0], options_of(seen, precision, seed, stage))
-
-
 def without_place(command: str) -> str:
     """The command with the folder of all runs left out of its paths: that one may have been moved since."""
     return re.sub(rf"\S*?/(?=(?:auto|fp32)/seed\d|{OLD})", "", command)
+
+
+def settings_of(cfg: Config, precision: str, seed: int, stage: str) -> list:
+    """Every flag of a run, as "--lr 0.004": those with their defaults too, which may change with a commit."""
+    flags = dataclasses.asdict(STAGES[stage][0].Config(**options_of(cfg, precision, seed, stage)))
+    return [without_place(f"--{name} {value}") for name, value in flags.items()]
 
 
 def float32(device) -> torch.dtype:
@@ -179,6 +181,7 @@ def run_job(cfg: Config):
     device = runtime.pick_device(cfg.device)
     base = folder_of(cfg, precision, seed, "sft")
     save_json(scores_of(folder), {"command": command_of(script, options), "seconds": took,
+                                  "settings": settings_of(cfg, precision, int(seed), stage),
                                   "machine": common.machine(device), "date": str(datetime.date.today()),
                                   "made_of": sources, **measure(stage, folder, base, device)})
 
@@ -271,7 +274,8 @@ def needed(stages: list) -> list:
 def run_all(cfg: Config) -> list:
     """Run what is not finished, up to cfg.jobs runs at a time. A run that fails is named; those that need it are left.
 
-    Returns the runs that failed. Raises UserError for a finished run that had other flags, such as --max_steps.
+    Returns the runs that failed. Raises UserError for a finished run that had other flags, such as --max_steps, or
+    other defaults. One that was measured with other data is kept, and named.
     """
     todo = [(precision, seed, stage) for stage in needed(cfg.stages) for precision in cfg.precision
             for seed in cfg.seeds]
@@ -283,30 +287,43 @@ def run_all(cfg: Config) -> list:
     def is_done(job):
         return scores_of(folder_of(cfg, *job)).exists()
 
+    sources = made_of()
     for job in filter(is_done, todo):
-        path, wanted = scores_of(folder_of(cfg, *job)), job_command(cfg, *job)
-        if without_place(found := load_json(path)["command"]) != without_place(wanted):
-            raise UserError(f"{path} is of another command ({found}) than the one asked for ({wanted}); give another "
-                            "--out, or remove it and its folder")
+        path, wanted = scores_of(folder_of(cfg, *job)), settings_of(cfg, *job)
+        found = load_json(path)
+        had = found.get("settings", ["flags that it did not note"])
+        if had != wanted:
+            theirs, ours = (" ".join(one for one in these if one not in those)
+                            for these, those in ((had, wanted), (wanted, had)))
+            raise UserError(f"{path} is of a run with {theirs}; now it would be {ours}: give another --out, or remove "
+                            "that file and its folder")
+        if found["made_of"].split()[-1] != sources.split()[-1]:
+            print(f"note: {path} is kept, made of {found['made_of']}; now it would be {sources}", flush=True)
 
     def is_ready(job):
         return all(is_done((*job[:2], before)) for before in STAGES[job[2]][1].values())
 
-    while todo or running:
-        for job in [job for job, process in running.items() if process.poll() is not None]:
-            process = running.pop(job)
-            print(f"{time.time() - began:6.0f} s  {'/'.join(map(str, job))}"
-                  + ("" if process.returncode == 0 else f" failed, see {folder_of(cfg, *job)}.log"), flush=True)
-            failed += [job] if process.returncode else []
-        todo = [job for job in todo if not is_done(job)]
-        late = cfg.minutes and time.time() - began > 60 * cfg.minutes
-        ready = [] if late else [job for job in todo if is_ready(job)][:cfg.jobs - len(running)]
-        if not ready and not running:
-            break
-        for job in ready:
-            todo.remove(job)
-            running[job] = start(cfg, job)
-        time.sleep(0.2)
+    try:
+        while todo or running:
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                process = running.pop(job)
+                print(f"{time.time() - began:6.0f} s  {'/'.join(map(str, job))}"
+                      + ("" if process.returncode == 0 else f" failed, see {folder_of(cfg, *job)}.log"), flush=True)
+                failed += [job] if process.returncode else []
+            todo = [job for job in todo if not is_done(job)]
+            late = cfg.minutes and time.time() - began > 60 * cfg.minutes
+            ready = [] if late else [job for job in todo if is_ready(job)][:cfg.jobs - len(running)]
+            if not ready and not running:
+                break
+            for job in ready:
+                todo.remove(job)
+                running[job] = start(cfg, job)
+            time.sleep(0.2)
+    finally:  # after Ctrl-C or kill the runs save a checkpoint each
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
     if todo:
         print("not run:", ", ".join("/".join(map(str, job)) for job in todo), flush=True)
     return failed
@@ -451,7 +468,8 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
         rows = [policy_row(named(stage, of(stage), seeds), list(of(stage).values()))
                 for stage in POLICIES if of(stage)]
         out += ["### Policies on `sft_test.jsonl`", table([head, *rows])]
-        rows = [[stage, *changes(of("sft"), of(stage), MEASURES)] for stage in POLICIES[1:] if of(stage)]
+        rows = [[named(stage, {seed: of(stage)[seed] for seed in of(stage) if seed in of("sft")}, seeds),
+                 *changes(of("sft"), of(stage), MEASURES)] for stage in POLICIES[1:] if of(stage)]
         if rows:
             out += ["What each seed gained over its own SFT model:", table([["", *MEASURES], *rows])]
     rows = []
@@ -459,15 +477,17 @@ def section(cfg: Config, precision: str, runs: dict) -> list:
                         ("dpo_rlaif", "DPO on AI labels, implicit reward")):
         if found := list(of(stage).values()):
             kinds = sorted(found[0]["accuracy_by_kind"])
-            rows.append([name, spread([run["preference_accuracy"] for run in found]),
+            rows.append([named(name, of(stage), seeds), spread([run["preference_accuracy"] for run in found]),
                          *(spread([run["accuracy_by_kind"][kind] for run in found]) for kind in kinds)])
     if judges := list(of("judge").values()):
         kinds = sorted(judges[0]["judge"])
-        rows.append(["AI judge", "-", *(spread([run["judge"][kind] for run in judges]) for kind in kinds)])
+        rows.append([named("AI judge", of("judge"), seeds), "-",
+                     *(spread([run["judge"][kind] for run in judges]) for kind in kinds)])
     if rows:
         out += ["### Pairs of `preference_test.jsonl` ranked right", table([["", "all", *kinds], *rows])]
     if labels := list(of("rlaif").values()):
-        out.append(f"RLAIF: of {spread([run['prompts'] for run in labels], 1, 0)} prompts "
+        out.append(f"{named('RLAIF', of('rlaif'), seeds)}: of "
+                   f"{spread([run['prompts'] for run in labels], 1, 0)} prompts "
                    f"{spread([run['pairs'] for run in labels], 1, 0)} pairs were kept; the labels agree with the gold "
                    f"reward in {spread([run['agreement']['gold reward'] for run in labels])} % of those that differ in "
                    f"it. The two orders disagree on {spread([run['orders_disagree'] for run in labels])} %.")
@@ -573,8 +593,12 @@ def main(cfg: Config):
     for name, given, allowed in (("stages", cfg.stages, list(STAGES)), ("precision", cfg.precision, ["auto", "fp32"])):
         if unknown := [value for value in given if value not in allowed]:
             raise UserError(f"--{name} {' '.join(unknown)}: must be of {', '.join(allowed)}")
+    if min(cfg.seeds) < 0:
+        raise UserError(f"--seeds {min(cfg.seeds)}: must be 0 or above")
     if cfg.job:
         return run_job(cfg)
+    if not cfg.page:
+        cfg.page = str(Path(cfg.out, "RESULTS.md")) if cfg.max_steps else "benchmarks/RESULTS.md"
     failed = [] if cfg.report else run_all(cfg)
     if not failed or read_runs(cfg):
         write_page(cfg)
@@ -584,4 +608,5 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # run_all then ends its runs
     main(parse_config(Config, __doc__))

@@ -138,7 +138,7 @@ def _read_number(reply, question):
         sides = [sorted(values[max(0, i - 2):i]) for i in results]  # what each result was calculated from
         result, between = len(values) - 1, "and"
         torn = any(_contradict(reply, *matches[i:i + 2]) for i in results if i + 1 < len(values))
-        if values[-1] == values[-2]:
+        if values[-1] == values[-2] and len(values) - 2 in results:  # not the operand of "10 - 5 = 5"
             result, between = len(values) - 2, reply[matches[-2].end():last.start()]
         clear = results and not torn and sides[-1] not in sides[:-1] and results[-1] == result and not is_empty(between)
     return values[-1] if clear and not _denied(reply, *last.span()) and not is_part(reply, matches[-1]) else None

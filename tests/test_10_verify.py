@@ -300,6 +300,19 @@ def test_a_conversion_is_no_second_result(reply, answer):
     assert is_correct(reply, example("Work it out.", answer))
 
 
+@pytest.mark.parametrize("question, reply, answer", [
+    ("Take 5 from 10.", "10 - 5 = 5.", "5"), ("从10里拿走5还剩几？", "10 - 5等于5。", "5"),
+    ("There are 5 kids and 25 apples. How many for each?", "25 / 5 = 5", "5"), ("Half of a dozen?", "12 - 6 = 6", "6"),
+    ("Take 5 from 10.", "10 - 5 = 5, so 5 are left.", "5"), ("Nothing and 7?", "0 + 7 = 7", "7")])
+def test_a_result_may_be_equal_to_the_last_operand(question, reply, answer):
+    assert is_correct(reply, example(question, answer))
+
+
+@pytest.mark.parametrize("reply", ["10 - 5 = 5 = 5", "10 - 5 = 5 - 5", "10 - 5 = 5, 5 left, 4 gone"])
+def test_but_a_number_after_the_result_is_no_answer(reply):
+    assert not is_correct(reply, example("Take 5 from 10.", "5"))
+
+
 @pytest.mark.parametrize("reply", ["31加56等于86等于87", "31+56 = $86$ = $87$", "31 + 56 = (86) = 87",
                                    "31+56 = 86 equals 87", "31 + 56 = 86 = 87%", "= 86 = 87 = 87"])
 def test_two_results_in_a_chain_are_none(reply):

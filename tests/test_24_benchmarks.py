@@ -310,7 +310,9 @@ def test_a_page_of_runs_that_are_not_complete(tmp_path):
     """Of two seeds with a LoRA one has an SFT model: what is kept is a share of its .5, and the row names the seed. The
     reader's counts are in that one's file. No run's folder is there any more."""
     read = {"fitting": {"English": 36, "Chinese": 40}}
-    for stage, seed, more in (("sft", 1, read), ("lora", 0, {}), ("lora", 1, {})):
+    ranked = {"preference_accuracy": 0.9, "accuracy_by_kind": {"wrong": 0.9}, "judge": {"wrong": 0.8}}
+    for stage, seed, more in (("sft", 1, read), ("dpo", 1, ranked), ("judge", 0, ranked), ("lora", 0, {}),
+                              ("lora", 1, {})):
         folder = tmp_path / "auto" / f"seed{seed}" / stage
         folder.parent.mkdir(parents=True, exist_ok=True)
         found = {"accuracy_by_task": dict.fromkeys(["add", "subtract", *results.OTHERS], 0.5), "accuracy": 0.5,
@@ -324,18 +326,38 @@ def test_a_page_of_runs_that_are_not_complete(tmp_path):
     assert any(row.startswith("|sft(seed1)|50.0|") for row in rows)
     assert "|lora|75.0(75.0to75.0)|25.0(25.0to25.0)|50.0|100(100to100)|" in rows
     assert "seed 1: English 36; Chinese 40." in text
+    assert any(row.startswith("|dpo(seed1)|0.0|") for row in rows)  # what each seed gained
+    assert any(row.startswith("|DPO,implicitreward(seed1)|90.0|") for row in rows)
+    assert any(row.startswith("|AIjudge(seed0)|-|80.0|") for row in rows)
 
 
-def test_a_run_of_other_flags_is_not_taken_for_finished(tmp_path, monkeypatch):
-    """A trial of 3 steps, then the whole run: the trial's figures must not come onto the page."""
-    folder = results.folder_of(results.Config(out=str(tmp_path)), "auto", 0, "pretrain")
-    folder.parent.mkdir(parents=True)
-    trial = results.job_command(results.Config(out=str(tmp_path), max_steps=3), "auto", 0, "pretrain")
-    assert trial == f"python train_pretrain.py --seed 0 --out {tmp_path}/auto/seed0/pretrain --max_steps 3"
-    results.scores_of(folder).write_text(json.dumps({"command": trial}), encoding="utf-8")
+def test_a_run_of_other_flags_is_not_taken_for_finished(tmp_path, monkeypatch, capsys):
+    """A trial of 3 steps, then the whole run: the trial's figures must not come onto the page. Nor may a run of before
+    a default changed. One that was measured with other data is named.
+    """
+    cfg = results.Config(seeds=[0], stages=["pretrain"], out=str(tmp_path), page=str(tmp_path / "P.md"))
+    scores = results.scores_of(results.folder_of(cfg, "auto", 0, "pretrain"))
+    scores.parent.mkdir(parents=True)
+    now = results.settings_of(cfg, "auto", 0, "pretrain")
+    assert "--out auto/seed0/pretrain" in now and "--optimizer muon" in now
     monkeypatch.setattr(results, "start", None)
-    with pytest.raises(UserError, match="pretrain.json is of another command .*--max_steps 3.* another --out"):
-        results.main(results.Config(seeds=[0], stages=["pretrain"], out=str(tmp_path), page=str(tmp_path / "P.md")))
+
+    def found(**of_run):
+        run = {"bits_per_byte": 0.6, "seconds": 1, "date": "today", "machine": "a laptop", "command": "python x"}
+        scores.write_text(json.dumps({**run, "made_of": "commit 1 and data 2", **of_run}), encoding="utf-8")
+
+    found(settings=results.settings_of(results.Config(out=str(tmp_path), max_steps=3), "auto", 0, "pretrain"))
+    with pytest.raises(UserError, match="pretrain.json is of a run with --max_steps 3; now it would be --max_steps 0"):
+        results.main(cfg)
+    found(settings=[flag.replace("--epochs 5", "--epochs 6") for flag in now])
+    with pytest.raises(UserError, match="pretrain.json is of a run with --epochs 6; now it would be --epochs 5: "):
+        results.main(cfg)
+    found()  # of an older version of this program
+    with pytest.raises(UserError, match="pretrain.json is of a run with flags that it did not note; "):
+        results.main(cfg)
+    found(settings=now)
+    results.main(cfg)
+    assert "pretrain.json is kept, made of commit 1 and data 2; now it would be commit" in capsys.readouterr().out
 
 
 def test_the_folder_of_the_runs_may_have_been_moved():
@@ -376,6 +398,24 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert not Path(tmp_path, "NONE.md").exists()
 
 
+def test_runs_end_with_the_command(tmp_path, monkeypatch):
+    """Ctrl-C, or kill, which is made an exit: what has been started is told to stop, and waited for."""
+    started = []
+
+    def start(cfg, job):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        return started[-1]
+
+    def killed(seconds):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(results, "start", start)
+    monkeypatch.setattr(results.time, "sleep", killed)
+    with pytest.raises(SystemExit):
+        results.run_all(results.Config(seeds=[0, 1], stages=["pretrain"], jobs=2, out=str(tmp_path)))
+    assert len(started) == 2 and all(process.returncode for process in started)
+
+
 def test_a_chart(tmp_path):
     """Values become places: 0 is on the axis, the largest at the top, and every line has all its points."""
     charts.lines(tmp_path / "a.svg", "title", "steps", "share", {"x & y": [[(0, 0.0), (10, 0.5), (20, 1.0)]]})
@@ -384,9 +424,9 @@ def test_a_chart(tmp_path):
     assert charts.ticks(0, 100) == [0, 25, 50, 75, 100]
 
 
-@pytest.mark.parametrize("wrong", [{"stages": ["speed"]}, {"precision": ["fp8"]}])
+@pytest.mark.parametrize("wrong", [{"stages": ["speed"]}, {"precision": ["fp8"]}, {"seeds": [0, -1]}])
 def test_an_unknown_stage_is_named(wrong):
-    with pytest.raises(UserError, match="(speed|fp8): must be of"):
+    with pytest.raises(UserError, match="(speed|fp8): must be of|--seeds -1: must be 0 or above"):
         results.main(results.Config(**wrong))
 
 
