@@ -79,7 +79,7 @@ class Config(RunConfig):
     virtual_tokens: int = flag(0, "prefix, prompt: length P (default: prefix 64, prompt 256)", low=0)
     start_text: str = flag("Dear reader, here is what I know about myself and my work.",
                            "prefix, prompt: words to start from")
-    bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too")
+    bf16: bool = flag(False, "hold all of the frozen base in bf16, its embeddings too (slow without bf16 instructions)")
     merge: bool = flag(False, "lora, dora: also write the whole merged model, to OUT/merged")
     max_seq_len: int = flag(256, "tokens per row; longer conversations are cut", low=8, downloaded=1024)
     batch_size: int = flag(8, "rows of max_seq_len tokens per micro-batch, all processes together", low=1, downloaded=2)
@@ -114,7 +114,7 @@ def main(cfg: Config) -> dict:
     loader = PackedLoader(train_data, cfg.batch_size, cfg.max_seq_len, cfg.seed)
 
     # 3. Models: the base is frozen, and only what is put on it here is trained
-    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    dtype = runtime.dtype_to_hold(cfg.bf16, device)
     hold = cfg.peft != "prefix"  # in bf16 at once; for a prefix only below, after the base has computed it
     model = checkpoint.load_model(cfg.model, device, dtype, frozen=hold, mapped=shard.is_on(cfg))
     total = sum(p.numel() for p in model.parameters())
@@ -135,7 +135,7 @@ def main(cfg: Config) -> dict:
     runtime.say(f"{cfg.peft}: training {trained:,} parameters ({trained / total:.2%}) beside {total:,} frozen ones")
     model.model.recompute = cfg.recompute
     shard.shard(cfg, model, device)
-    forward = packed_forward(model, cfg.compile)
+    forward = packed_forward(model, cfg.compile, loader.row_length)
 
     # 4. Optimizer: its state too is only that of the trained parameters
     peak_lr = cfg.lr or LR[cfg.peft]

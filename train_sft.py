@@ -98,7 +98,7 @@ def main(cfg: Config) -> dict:
         model = CausalLM(config).to(shard.home(cfg, device))
     model.model.recompute = cfg.recompute
     shard.shard(cfg, model, device)
-    forward = packed_forward(model, cfg.compile)
+    forward = packed_forward(model, cfg.compile, loader.row_length)
 
     # 4. Optimizer
     optimizers = make_optimizers(model, cfg.lr, cfg.weight_decay, muon=cfg.optimizer == "muon")

@@ -121,6 +121,9 @@ def main(cfg: Config) -> dict:
     """Run the steps; returns {step: its result}."""
     if unknown := [name for name in cfg.steps if name not in STEPS]:
         raise UserError(f"--steps {' '.join(unknown)}: must be of {', '.join(STEPS)}")
+    if ":" in cfg.device:
+        raise UserError(f"--device {cfg.device}: of several GPUs choose one by CUDA_VISIBLE_DEVICES=N, which the tests "
+                        "follow, too")
     cfg.out, cfg.device = os.path.abspath(cfg.out), runtime.pick_device(cfg.device).type
     if cfg.child:
         os.chdir(ROOT)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from minillm import runtime
 from minillm.attention import can_flex
 from minillm.checkpoint import save_model
 from minillm.config import parse_config
+from minillm.cuda_graph import StaticStep
 from minillm.data import PackedLoader
 from minillm.generate import generate
 from minillm.heads import RewardModel, save_reward_model
@@ -152,7 +152,7 @@ def pytest_files(found: Found, chosen: dict, at_a_time: int):
     """Run these files, each in a pytest of its own; chosen: {file: names of its tests, or [] for all}."""
     def one(item):
         path, names = item
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "--tb=short"]
         return subprocess.run([*command, *([f"{path}::{name}" for name in names] or [path])], cwd=ROOT,
                               capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
 
@@ -289,8 +289,7 @@ def captured(found: Found):
         precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         rollouts, speed = {}, {}
         for static in (True, False):
-            with precision, warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
+            with precision:
                 for turn in range(3):  # the last one is timed
                     began = time.perf_counter()
                     rollout = generate(model, prompts, 300, end_id=-1, static=static,
@@ -298,8 +297,8 @@ def captured(found: Found):
                     n_tokens = rollout.n_tokens  # waits for the device
                     speed[static] = n_tokens / (time.perf_counter() - began)
             rollouts[static] = rollout
-            found.check(f"{dtype}, {'captured' if static else 'plain'}: no warning", not said,
-                        "; ".join(str(w.message)[:200] for w in said))
+            if static and device.type == "cuda":  # one that cannot be captured decodes as the plain one does
+                found.check(f"{dtype}: decoding is captured", StaticStep.works)
             with precision, torch.no_grad():
                 again = head_logprobs(model.hidden(rollout.tokens), model.lm_head.weight, rollout.tokens)
             off = (again - rollout.logprobs[:, 1:])[rollout.response_mask[:, 1:]].abs()

@@ -171,7 +171,7 @@ def _out_of_memory(cfg, error, trace) -> str:
     on_cpu = not (on_gpu and torch.cuda.is_initialized())
     free = total = 0.0
     with contextlib.suppress(RuntimeError):  # a GPU that has failed does not even say that
-        if "MPS" not in text:
+        if "MPS" not in text and "Invalid buffer size" not in text:
             free, total = memory_gib(torch.device("cpu" if on_cpu else "cuda"))
     line, frames = "out of memory", traceback.extract_tb(trace)
     if frames:  # the outermost is in the script
@@ -180,7 +180,9 @@ def _out_of_memory(cfg, error, trace) -> str:
     if total:
         where = "this machine's memory" if on_cpu else "the GPU's memory"
         line += f": {total - free:.1f} of {total:.1f} GiB of {where} were in use"
-    if wanted := re.search(r"ried to allocate ([\d.]+) (\w+)", text):
+    if used := re.search(r"MPS allocated: ([\d.]+) (\w+)", text):
+        line += f": {float(used[1]):g} {used[2]} of the GPU's memory were in use"
+    if wanted := re.search(r"(?:ried to allocate|Invalid buffer size:) ([\d.]+) (\w+)", text):
         size, unit = float(wanted[1]), wanted[2]
         line += f" when {size / 2**30:.1f} GiB" if unit == "bytes" else f" when {size:g} {unit}"
         line += " more were asked for"

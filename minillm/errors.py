@@ -34,5 +34,5 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     # The CPU's allocator (on Windows: "not enough memory"), C++, MPS and the CUDA libraries raise a RuntimeError.
     words = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED",
-             "bad_alloc")
+             "bad_alloc", "Invalid buffer size")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -345,7 +345,7 @@ class CausalLM(nn.Module):
         return self.lm_head(self.hidden(tokens, attention_mask, doc_ids, positions, cache))
 
 
-def packed_forward(model: CausalLM, asked=None):
+def packed_forward(model: CausalLM, asked=None, row_length: int = 0):
     """model.hidden for packed rows of one length, as f(tokens, doc_ids, blocks), which are those of a Batch.
 
     Where runtime.wants_compile(model, asked), it is compiled, and where attention.can_flex, with flex attention, which
@@ -355,15 +355,19 @@ def packed_forward(model: CausalLM, asked=None):
     def plain(tokens, doc_ids, blocks):
         return model.hidden(tokens, doc_ids=doc_ids)  # looked up at each call: sharding (shard.py) puts another there
 
-    if model.model.prefix is not None:  # it would be a program for each layer: see Backbone.forward
-        if asked:
-            runtime.say("not compiled: a model with a learned prefix", file=sys.stderr)
-        return plain
-    if not runtime.wants_compile(model, asked):
+    device, reason = next(model.parameters()).device, ""  # why there would be too many programs: see Backbone.forward
+    with runtime.autocast(device):
+        if one_by_one(device.type, row_length):
+            reason = f"on a CPU the documents of rows of {row_length} tokens are computed one by one"
+    if model.model.prefix is not None:
+        reason = "a model with a learned prefix"
+    if reason and asked:
+        runtime.say(f"not compiled: {reason}", file=sys.stderr)
+    if reason or not runtime.wants_compile(model, asked):
         return plain
     config = model.config
-    flex = can_flex(next(model.parameters()).device, config.num_attention_heads, config.num_key_value_heads,
-                    config.head_dim, model.model.recompute)
+    flex = can_flex(device, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+                    model.model.recompute)
     runtime.compile_layers(model)
     most = 0
 

@@ -253,6 +253,13 @@ def hold_in_bf16(model, device=None):
     return model
 
 
+def dtype_to_hold(bf16: bool, device) -> torch.dtype:
+    """bfloat16 for a frozen base that is to take half the memory (--bf16), which may cost time; else float32."""
+    if bf16 and precision(device) != torch.bfloat16:
+        say("--bf16: saves memory, but without bf16 instructions a step takes several times as long", file=sys.stderr)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 @functools.cache
 def why_not_compiled(device: torch.device, announced: str = "") -> str:
     """Why torch.compile is not used there, or "". `announced` is said before the trial, once, which takes seconds."""
@@ -347,7 +354,7 @@ def main():
         if not uncompiled:
             attention = f"flex attention for packed rows of compiled models, where it compiles; else {attention}"
     elif device.type == "mps":
-        attention += ", explicit for a few masked queries"
+        attention += ", explicit for up to 8 queries"
     elif cpu_has_bf16():
         attention = f"explicit for short rows, {attention} for others, one document after the other above 512 tokens"
     else:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from minillm import attention, runtime
+from minillm import attention, logprobs, runtime
 from minillm.attention import (attend, attention_mask_2d, document_block_mask, document_blocks, document_lengths,
                                document_positions, one_by_one)
 from minillm.data import to_device
@@ -577,7 +577,9 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights(monkeypatch):
     monkeypatch.setattr(runtime, "can_compile", lambda device: True)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     model, tokens = small_model(), ids(2, 5)
+    monkeypatch.setattr("minillm.logprobs.compiled", False)
     runtime.compile_backbone(model, True)
+    assert logprobs.compiled  # the softmax too
     copied = copy.deepcopy(model)
     before = model.hidden(tokens)
     model.model.norm.weight.data.zero_()
@@ -606,6 +608,20 @@ def test_with_a_learned_prefix_nothing_says_that_it_compiles(monkeypatch, capsys
     monkeypatch.setattr(runtime, "wants_compile", lambda *args: pytest.fail("asked"))
     packed_forward(apply_prefix(small_model(), 2), asked)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("bf16, longest", [(False, 256), (True, 512)])
+def test_nor_for_rows_whose_documents_a_cpu_computes_one_by_one(monkeypatch, capsys, bf16, longest):
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: bf16)
+    asked = []
+    monkeypatch.setattr(runtime, "wants_compile", lambda model, wanted: asked.append(wanted))
+    packed_forward(small_model(), True, longest)
+    assert asked == [True] and capsys.readouterr().err == ""
+    packed_forward(small_model(), None, longest + 1)
+    assert asked == [True] and capsys.readouterr().err == ""
+    packed_forward(small_model(), True, longest + 1)
+    assert asked == [True] and capsys.readouterr().err == (
+        f"not compiled: on a CPU the documents of rows of {longest + 1} tokens are computed one by one\n")
 
 
 class Pairs:

@@ -288,7 +288,7 @@ def first_step(monkeypatch, script, cfg):
     class Seen(Exception):
         """That is all there is to see here."""
 
-    def look(model, asked):
+    def look(model, asked, row_length):
         found.extend([model, asked])
         return lambda tokens, doc_ids, blocks: tokens
 

@@ -573,6 +573,8 @@ def test_what_no_longer_fits_is_skipped_and_what_is_needed_comes_first(tmp_path,
                                                                           "twice": "skipped: no time"}
     with pytest.raises(UserError, match="--steps speed: must be of machine, stages, "):
         first_hour.main(first_hour.Config(out=str(tmp_path), steps=["speed"], device="cpu"))
+    with pytest.raises(UserError, match="--device cuda:1: .*CUDA_VISIBLE_DEVICES=N"):
+        first_hour.main(first_hour.Config(out=str(tmp_path), device="cuda:1"))
     assert all(callable(getattr(gpu_steps, name)) for name in first_hour.STEPS)
 
 

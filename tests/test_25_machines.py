@@ -62,14 +62,19 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+        # What torch.cuda.is_bf16_supported looks at. Were it allowed to count emulation, it would try a tensor.
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(
+            major=capability[0], minor=capability[1], gcnArchName=""))
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**30, 80 * 2**30))
         monkeypatch.setattr(runtime, "_run_a_kernel", lambda device: None)
         monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: "found" if triton else None)
         # What start() sets for the whole process
-        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
-        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+        fake.set = []
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", fake.set.append)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", fake.set.append)
 
     return fake
 
@@ -138,7 +143,7 @@ def test_one_line_says_what_was_chosen(monkeypatch, capsys, threads, bf16, line)
 def test_the_line_on_a_gpu(gpu, capsys, capability, line):
     gpu(capability)
     assert runtime.start("", 0) == CUDA
-    assert capsys.readouterr().err == line + "\n"
+    assert capsys.readouterr().err == line + "\n" and gpu.set == ["high", False]
 
 
 @pytest.mark.parametrize("kind, dtype", [
@@ -311,8 +316,20 @@ def test_threads_are_only_ever_taken_away(monkeypatch, usual, allowed, expected)
     monkeypatch.setattr(torch, "get_num_threads", lambda: usual)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(runtime, "allowed_threads", lambda: allowed)
+    monkeypatch.setattr(runtime.os, "environ", {})
     runtime.start("cpu", 0)
-    assert chosen == expected
+    assert chosen == expected and os.environ == {"TORCHINDUCTOR_COMPILE_THREADS": str(allowed)}
+
+
+@pytest.mark.parametrize("bf16, native, dtype, said", [
+    (False, False, torch.float32, ""), (True, True, torch.bfloat16, ""),
+    (True, False, torch.bfloat16, "--bf16: saves memory")])
+def test_bf16_that_is_asked_for_to_save_memory_may_be_slow(monkeypatch, capsys, bf16, native, dtype, said):
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: native)
+    assert runtime.dtype_to_hold(bf16, CPU) == dtype
+    err = capsys.readouterr().err
+    assert err.startswith(said) and bool(err) == bool(said)
+
 
 FREED_AND_TAKEN_AGAIN = """
 import resource, sys, torch
@@ -732,8 +749,10 @@ class Plain:
     (RuntimeError("std::bad_alloc"), "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1073741824 bytes."),  # Windows
      "out of memory: 8.0 of 16.0 GiB of this machine's memory were in use when 1.0 GiB more were asked for"),
-    (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB). Tried to allocate 256.00 MB on private pool."),
-     "out of memory when 256 MB more were asked for"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB, other allocations: 1.50 MB, max allowed: 9.07 GB)."
+                  " Tried to allocate 256.00 MB on private pool."),
+     "out of memory: 9 GB of the GPU's memory were in use when 256 MB more were asked for"),
+    (RuntimeError("Invalid buffer size: 16.00 GiB"), "out of memory when 16 GiB more were asked for"),  # MPS, one block
 ])
 def test_so_is_a_full_machine(monkeypatch, capsys, error, line):
     monkeypatch.setattr(config, "memory_gib", lambda device: (8.0, 16.0))
@@ -814,15 +833,16 @@ def test_memory_where_the_system_says_it_in_another_way(tmp_path, monkeypatch, t
 @pytest.mark.parametrize("own, folder, limit, used, expected", [
     ("0::/", "", "memory.max", "memory.current", [1.5, 4.0]),
     ("0::/pod/app", "pod/", "memory.max", "memory.current", [1.5, 4.0]),
-    ("9:memory:/job", "memory/job/", "memory.limit_in_bytes", "memory.usage_in_bytes", [1.5, 4.0]),
+    ("9:memory:/job", "memory/job/", "memory.limit_in_bytes", "memory.usage_in_bytes", [2.0, 4.0]),
     ("0::/", "", "memory.max", "no such file", [12.0, 16.0]),
 ])
 def test_memory_is_no_more_than_a_container_may_use(tmp_path, monkeypatch, own, folder, limit, used, expected):
     """`docker run -m 4g` on a machine of 16 GiB, 12 of them free. 3 of the 4 are in use, but half a GiB by copies of
-    files, which give way."""
+    files, which give way. Version 1 counts the group's own (here half a GiB) and, in total, those of groups in it."""
     files = {"meminfo": "MemTotal: 16777216 kB\nMemAvailable: 12582912 kB", "own": own,
              f"{folder}{limit}": str(4 * 2**30), f"{folder}{used}": str(3 * 2**30),
-             f"{folder}memory.stat": f"anon 7\ninactive_file {2**29}\nactive_file 5"}
+             f"{folder}memory.stat": f"anon 7\ninactive_file {2**29}\nactive_file 5"
+             + (f"\ntotal_inactive_file {2**30}" if "in_bytes" in limit else "")}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n", encoding="utf-8")
